@@ -1,0 +1,33 @@
+# make demo   the whole pipeline on this machine, from nothing to a report
+# make test   all tests
+# Both make the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
+
+PYTHON ?= python3
+SHELL := /bin/bash
+READY := .venv/ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	.venv/bin/sparse-train run configs/demo.yaml
+
+test: setup
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+
+setup: $(READY)
+
+# Native sources are built by the editable install; touching one makes the environment out of date.
+NATIVE := $(wildcard sparse_train/kernels/csrc/*) sparse_train/kernels/CMakeLists.txt
+$(READY): pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sparse-train needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
+	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel scikit-build-core nanobind cmake ninja
+	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build runs

@@ -1,0 +1,22 @@
+"""dense: a model from a folder, from the hub or initialised here, fine-tuned on the task. It becomes the teacher."""
+
+from typing import Any
+
+import torch
+
+from jobs.finetune import fine_tune
+from jobs.job import Job
+from sparse_train.config import LossConfig
+from sparse_train.models import build_model, load_model, load_tokenizer
+from sparse_train.tasks import build_task, build_tokenizer
+
+
+def run(job: Job) -> dict[str, Any]:
+    config = job.config
+    if config.model.path:
+        tokenizer, model = load_tokenizer(config.model.path), load_model(config.model.path)
+    else:
+        tokenizer = build_tokenizer(build_task(config.task), config.model.vocab_size)
+        torch.manual_seed(config.seed)  # every rank builds the same model
+        model = build_model(config.model, tokenizer)
+    return fine_tune(job, model, None, tokenizer, config.dense, LossConfig())

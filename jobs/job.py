@@ -1,0 +1,23 @@
+"""What a stage is given to work with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    config: RunConfig
+    out: Path
+    """The folder to write; it is published under the stage's name when `run` returns."""
+    inputs: dict[str, Path | str]
+    """Finished stages by their ids, such as dense or finetune/squarehead; dense may be a hub name."""
+    progress: Callable[[int, int, str], None]
+    loss: str = ""
+    """finetune: which of config.finetune.losses."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the job saved its state and left
+    """A stop signal ended the stage early; run it again to go on."""

@@ -1,0 +1,1 @@
+"""The command line, the stage graph, and how stages become processes."""

@@ -1,0 +1,123 @@
+"""sparse-train: run a recipe, look at runs and models, generate.
+
+Exit codes: 0 done; 1 a stage failed (its log is named); 2 a mistake of the user (one line); 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+from sparse_train.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    options = _parser().parse_args(arguments)
+    console, complaints = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        return options.command(options, console) or 0
+    except UserError as error:
+        complaints.print(f"sparse-train: {error}", style="red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run a recipe: dense, prune, finetune, evaluate, compress, benchmark, report",
+        description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
+                    "training goes on from its newest checkpoint.")
+    run.add_argument("config", help="a YAML recipe, such as configs/demo.yaml")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.sparsity=0.5")
+    run.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
+    run.add_argument("--stages", default="", metavar="A,B", help="only these, such as prune,finetune")
+    run.add_argument("--dry-run", action="store_true", help="check the config and print what would run")
+    run.set_defaults(command=_run)
+
+    status = commands.add_parser("status", help="what is done in a run folder")
+    status.add_argument("run", type=Path, metavar="RUN", help="such as runs/demo")
+    status.set_defaults(command=_status)
+
+    inspect = commands.add_parser("inspect", help="tensors, shapes, sparsity and bytes of a checkpoint folder")
+    inspect.add_argument("folder", type=Path, metavar="FOLDER")
+    inspect.set_defaults(command=_inspect)
+
+    generate = commands.add_parser("generate", help="generate text with a dense or sparse model folder")
+    generate.add_argument("folder", type=Path, metavar="FOLDER")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+def _run(options, console: Console) -> int:
+    from launch import runner
+    from launch.cluster import load_cluster
+    from launch.preflight import check
+    from sparse_train.config import RunConfig, load_config
+
+    config, cluster = load_config(RunConfig, options.config, options.overrides), load_cluster(options.on)
+    names = [name for name in options.stages.split(",") if name]
+    planned = runner.plan(config, names)
+    check(config)
+    if options.dry_run:
+        for stage, reason in planned:
+            console.print(f"{stage.id:<22} {reason}", highlight=False)
+        return 0
+    try:
+        runner.run(config, cluster, names, console)
+    except runner.StageFailed as error:
+        Console(stderr=True, soft_wrap=True).print(f"sparse-train: {error}", style="red", markup=False, highlight=False)
+        return 1
+    report = config.path / "report" / "report.json"
+    if planned[-1][0].id == "report":
+        from jobs.report import print_tables
+
+        print_tables(report, console)
+        console.print(f"report: {report.with_suffix('.html')}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _status(options, console: Console) -> None:
+    from launch import runner
+    from launch.worker import CONFIG, log_folder, progress_file
+    from sparse_train import artifacts
+    from sparse_train.config import RunConfig, load_config
+
+    if not (options.run / CONFIG).is_file():
+        raise UserError(f"{options.run} is no run folder: it has no {CONFIG}; give the folder that a run made")
+    config = load_config(RunConfig, options.run / CONFIG)
+    for stage, reason in runner.plan(config, []):
+        manifest = artifacts.read_manifest(config.path / stage.id)
+        detail = f"{manifest['seconds']:.0f} s" if manifest else ""
+        if reason != "current" and progress_file(stage, config).is_file():
+            state = artifacts.read_json(progress_file(stage, config))
+            detail = f"{state['done']}/{state['total']} {state['note']}  logs: {log_folder(stage, config)}"
+        console.print(f"{stage.id:<22} {reason:<32} {detail}", highlight=False, soft_wrap=True)
+
+
+def _inspect(options, console: Console) -> None:
+    from launch.inspect import print_folder
+
+    print_folder(options.folder, console)
+
+
+def _generate(options, console: Console) -> None:
+    from sparse_train.inference import load
+
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: it must be at least 1")
+    model = load(options.folder)
+    console.print(model.complete(options.prompt, options.max_new_tokens), markup=False, highlight=False,
+                  soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""sparse-train inspect: what a checkpoint folder holds."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sparse_train.errors import UserError
+from sparse_train.sparse import TensorFolder
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def print_folder(folder: Path, console: Console) -> None:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    tensors = TensorFolder(folder)
+    table = Table(box=None, header_style="bold")
+    for title, justify in (("tensor", "left"), ("shape", "left"), ("dtype", "left"), ("sparsity", "right"),
+                           ("bytes", "right")):
+        table.add_column(title, justify=justify, no_wrap=True)
+    total = dense_total = 0
+    for name, shape, dtype, sparsity, num_bytes, dense_bytes in _rows(tensors):
+        total, dense_total = total + num_bytes, dense_total + dense_bytes
+        table.add_row(name, "x".join(map(str, shape)), dtype, f"{sparsity:.4f}", f"{num_bytes:,}")
+    console.print(table, soft_wrap=True)
+    console.print(f"{total:,} bytes, {total / dense_total:.3f} of the same tensors dense", highlight=False)
+
+
+def _rows(tensors: TensorFolder):
+    for name, shape in tensors.shapes.items():
+        parts = [tensors.spec(f"{name}.{part}") for part in ("values", "bitmask", "scale") if f"{name}.{part}" in tensors]
+        (num_kept,), dtype = parts[0]
+        num_weights = shape[0] * shape[1]
+        yield (name, shape, dtype, 1 - num_kept / num_weights, sum(_num_bytes(*part) for part in parts),
+               num_weights * _BYTES[dtype])
+    for name in tensors.names:
+        shape, dtype = tensors.spec(name)
+        num_zeros = int((tensors.get(name) == 0).sum())
+        num_bytes = _num_bytes(shape, dtype)
+        yield name, shape, dtype, num_zeros / max(1, num_bytes // _BYTES[dtype]), num_bytes, num_bytes
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    count = _BYTES[dtype]
+    for size in shape:
+        count *= size
+    return count

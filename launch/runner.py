@@ -1,0 +1,151 @@
+"""Run the stages of a config in order: skip what is current, submit the rest, show progress, stop at a failure."""
+
+import contextlib
+import fcntl
+import signal
+import time
+from pathlib import Path
+
+import submitit
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from launch.cluster import ClusterConfig
+from launch.stages import Stage, build_stages, is_current, select
+from launch.worker import CONFIG, Ending, free_port, log_folder, progress_file, work
+from sparse_train import artifacts
+from sparse_train.config import RunConfig, dump_config
+from sparse_train.errors import UserError
+
+_STOP_PATIENCE_S = 120
+
+
+class StageFailed(Exception):  # noqa: N818
+    """A stage ended without its artifact. The text is one line and names the log."""
+
+
+def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
+    """(stage, why it will run or "current") for each selected stage."""
+    stages, found, stale = select(build_stages(config), names), [], set()
+    for stage in stages:
+        behind = [name for name in stage.inputs if name in stale]
+        finished = artifacts.read_manifest(config.path / stage.id) is not None
+        if not behind and is_current(stage, config):
+            found.append((stage, "current"))
+            continue
+        stale.add(stage.id)
+        if behind:
+            reason = f"{behind[0]} will be new"
+        else:
+            reason = "its config or inputs changed" if finished else "not done yet"
+        found.append((stage, reason))
+    return found
+
+
+def run(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console) -> None:
+    """Raises StageFailed or UserError; KeyboardInterrupt after the stage at work has saved its state."""
+    config.path.mkdir(parents=True, exist_ok=True)
+    with _lock(config.path):
+        artifacts.write_text(config.path / CONFIG, dump_config(config))
+        for stage in select(build_stages(config), names):
+            if is_current(stage, config):
+                console.print(f"[dim]{stage.id:<22} current")
+                continue
+            _require_inputs(stage, config)
+            seconds = _run_stage(stage, config, cluster, console)
+            console.print(f"[bold]{stage.id:<22}[/] done in {seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path):
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is in use by another sparse-train; wait for it, or give name=OTHER") from error
+        yield
+
+
+def _require_inputs(stage: Stage, config: RunConfig) -> None:
+    for name in stage.inputs:
+        damage = artifacts.damage(config.path / name)
+        if damage:
+            raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
+                            f"(delete {config.path / name} if it is damaged)")
+
+
+def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console: Console) -> float:
+    logs = log_folder(stage, config)
+    progress_file(stage, config).unlink(missing_ok=True)
+    started = time.monotonic()
+    job = _submit(stage, config, cluster, logs)
+    try:
+        _watch(stage, config, job, console)
+    except KeyboardInterrupt:
+        console.print(f"[yellow]stopping {stage.id}; it saves its state first")
+        _stop(job)
+        raise
+    ending = _ending(stage, job, logs)
+    if ending.status == "mistake":
+        raise UserError(f"stage {stage.id}: {ending.message}")
+    if ending.status == "stopped":
+        raise StageFailed(f"stage {stage.id} was stopped and saved its state; the same command goes on from there")
+    return time.monotonic() - started
+
+
+def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path) -> submitit.Job:
+    executor = submitit.LocalExecutor(logs)
+    executor.update_parameters(tasks_per_node=cluster.ranks if stage.distributed else 1,
+                               gpus_per_node=cluster.visible_gpus(), timeout_min=cluster.timeout_min,
+                               stderr_to_stdout=True)
+    # A terminal's Ctrl-C reaches the whole process group; the ranks shall hear of it from us, as SIGTERM.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return executor.submit(work, str(config.path), stage.id, free_port())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watch(stage: Stage, config: RunConfig, job: submitit.Job, console: Console) -> None:
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task(stage.id, total=None, note="")
+        while not job.done():
+            with contextlib.suppress(UserError):
+                state = artifacts.read_json(progress_file(stage, config))
+                bars.update(bar, completed=state["done"], total=state["total"], note=state["note"])
+            time.sleep(0.2)
+
+
+def _stop(job: submitit.Job) -> None:
+    process = job._process  # submitit's cancel() sends SIGINT and kills a second later, in the middle of a save
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_PATIENCE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _ending(stage: Stage, job: submitit.Job, logs: Path) -> Ending:
+    """The most telling of the ranks' endings: one that broke, then a mistake, then the rest."""
+    endings = []
+    for task in range(job.num_tasks):
+        log = logs / f"{job.job_id}_{task}_log.out"
+        try:
+            endings.append(job.task(task).result())
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+            endings.append((log, _last_line(error)))
+    for ending in endings:
+        if isinstance(ending, Ending) and ending.status == "mistake":
+            return ending
+    broken = [ending for ending in endings if not isinstance(ending, Ending)]
+    if broken:
+        # Ranks that lost a peer complain about the connection; the first cause is the one that does not.
+        log, line = min(broken, key=lambda pair: "onnection" in pair[1])
+        raise StageFailed(f"stage {stage.id} failed: {line} (log: {log})")
+    return endings[0]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip(" -\t")]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""The stage graph of a run: which job makes which folder from which, and when that is already done.
+
+A stage's key is the digest of its part of the config and of its inputs. A finished folder with the same key is current.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    id: str
+    """Its folder below the run's, such as finetune/squarehead."""
+    sections: tuple[str, ...]
+    """Parts of the config it depends on, dotted."""
+    inputs: tuple[str, ...] = ()
+    """Ids of stages."""
+    distributed: bool = False
+    """Runs on all ranks of the cluster config; otherwise on one."""
+    external: dict[str, str] = field(default_factory=dict)
+    """Inputs from outside the run: id -> folder or hub name."""
+
+    @property
+    def job(self) -> str:
+        """The module of `jobs` that does it, and the name it is selected by."""
+        return self.id.partition("/")[0]
+
+    @property
+    def loss(self) -> str:
+        return self.id.partition("/")[2]
+
+
+def build_stages(config: RunConfig) -> list[Stage]:
+    """In the order in which they run."""
+    external = {"dense": config.dense.path} if config.dense.path else {}
+    dense = () if external else ("dense",)
+    losses = tuple(f"finetune/{name}" for name in config.finetune.losses)
+    training = ("accumulation", "activation_checkpointing", "batch_size", "betas", "clip", "learning_rate",
+                "num_examples", "precision", "steps", "warmup_steps", "weight_decay", "zero")
+    stages = [
+        Stage("dense", ("seed", "task", "model", *(f"dense.{name}" for name in training)), distributed=True),
+        Stage("prune", ("task", "prune"), dense, external=external),
+        *(Stage(loss, ("seed", "task", *(f"finetune.{name}" for name in training), f"finetune.losses.{name}"),
+                (*dense, "prune"), distributed=True, external=external)
+          for loss, name in zip(losses, config.finetune.losses, strict=True)),
+        Stage("evaluate", ("task", "evaluate"), (*dense, "prune", *losses), external=external),
+        Stage("compress", ("task", "evaluate", "compress"), losses[-1:]),
+        Stage("benchmark", ("benchmark", "prune.sparsity"), (*dense, "compress"), external=external),
+        Stage("report", ("name", "finetune.losses", "prune"), (*dense, "prune", *losses, "evaluate", "compress",
+                                                               "benchmark"), external=external),
+    ]
+    return stages[1:] if external else stages
+
+
+def select(stages: list[Stage], names: list[str]) -> list[Stage]:
+    """The stages whose job or id is named; all when none is."""
+    known = list(dict.fromkeys(name for stage in stages for name in (stage.job, stage.id)))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--stages {name}: there is no such stage in this run; choose from: {', '.join(known)}")
+    return [stage for stage in stages if not names or stage.job in names or stage.id in names]
+
+
+def stage_key(stage: Stage, config: RunConfig) -> str | None:
+    """None while an input is not finished."""
+    tree = config.model_dump(mode="json")
+    parts = {section: _part(tree, section) for section in stage.sections}
+    inputs = {**stage.external}
+    for name in stage.inputs:
+        manifest = artifacts.read_manifest(config.path / name)
+        if manifest is None:
+            return None
+        inputs[name] = artifacts.digest(manifest["files"])
+    return artifacts.digest({"stage": stage.id, "config": parts, "inputs": inputs})
+
+
+def is_current(stage: Stage, config: RunConfig) -> bool:
+    manifest = artifacts.read_manifest(config.path / stage.id)
+    return manifest is not None and manifest["key"] == stage_key(stage, config)
+
+
+def input_paths(stage: Stage, config: RunConfig) -> dict[str, Path | str]:
+    """dense first, then in the order of the graph."""
+    return {**stage.external, **{name: config.path / name for name in stage.inputs}}
+
+
+def _part(tree: dict, section: str):
+    for key in section.split("."):
+        tree = tree[key]
+    return tree

@@ -1,0 +1,102 @@
+"""What each process of a stage runs: join the ranks, do the job, sign its folder on rank 0."""
+
+import importlib
+import os
+import shutil
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+import torch
+
+from jobs.job import Job, Stopped
+from launch.stages import Stage, build_stages, input_paths, stage_key
+from sparse_train import artifacts, dist
+from sparse_train.config import RunConfig, load_config
+from sparse_train.errors import UserError
+from sparse_train.tracking import Progress
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Ending:
+    status: str
+    """finished, stopped (run again to go on) or mistake (the user's, told in `message`)."""
+    message: str = ""
+
+
+def work(run_folder: str, stage_id: str, port: int) -> Ending:
+    """Run one stage of the run in `run_folder`; each rank calls this. Anything but a UserError propagates."""
+    # submitit ignores SIGTERM; until training takes it over, it should end the process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    environment = submitit.JobEnvironment()
+    config = load_config(RunConfig, Path(run_folder) / CONFIG)
+    stage = next(stage for stage in build_stages(config) if stage.id == stage_id)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.num_tasks))
+    try:
+        if stage.distributed:
+            dist.start(environment.global_rank, environment.num_tasks, environment.local_rank,
+                       environment.hostnames[0], port)
+        metrics, started = _run_job(stage, config)
+        if dist.rank() == 0:
+            _publish(stage, config, metrics, time.time() - started, environment.num_tasks)
+        dist.barrier()
+        return Ending("finished")
+    except Stopped:
+        return Ending("stopped")
+    except UserError as error:
+        return Ending("mistake", str(error))
+    finally:
+        dist.stop()
+
+
+def partial_folder(stage: Stage, config: RunConfig) -> Path:
+    return config.path / f"{stage.id}.partial"
+
+
+def progress_file(stage: Stage, config: RunConfig) -> Path:
+    return log_folder(stage, config) / "progress.json"
+
+
+def log_folder(stage: Stage, config: RunConfig) -> Path:
+    return config.path / "logs" / stage.id
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _run_job(stage: Stage, config: RunConfig):
+    out, key = partial_folder(stage, config), stage_key(stage, config)
+    if dist.rank() == 0:
+        _prepare(out, key)
+    dist.barrier()
+    job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config)), stage.loss)
+    started = time.time()
+    return importlib.import_module(f"jobs.{stage.job}").run(job), started
+
+
+def _prepare(out: Path, key: str) -> None:
+    """Keep what an earlier try at the same key left, such as its checkpoints; clear what belongs to another."""
+    note = out / "key"
+    if not note.is_file() or note.read_text() != key:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        artifacts.write_text(note, key)
+
+
+def _publish(stage: Stage, config: RunConfig, metrics: dict, seconds: float, num_ranks: int) -> None:
+    out, key = partial_folder(stage, config), stage_key(stage, config)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    (out / "key").unlink()
+    artifacts.publish(out, config.path / stage.id, {
+        "stage": stage.id, "key": key, "config": config.model_dump(mode="json"),
+        "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
+        "num_ranks": num_ranks, "seconds": round(seconds, 3), "metrics": metrics,
+    })

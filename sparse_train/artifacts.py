@@ -1,0 +1,103 @@
+"""Files of a run: written aside, renamed, then signed.
+
+    runs/demo/config.yaml               the resolved config
+    runs/demo/dense.partial/            a stage at work (training keeps its checkpoints here and goes on from them)
+    runs/demo/dense/                    a finished stage, renamed from .partial
+             ... its files
+             manifest.json              key, inputs, config, versions, host, seconds, metrics, and every file's sha256
+             DONE                       empty; written last: without it the folder does not count
+
+`key` is the digest of what a stage is made from (its part of the config and its inputs' digests): a finished stage with
+the same key is not run again.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparse_train.errors import UserError
+
+MANIFEST, DONE = "manifest.json", "DONE"
+_PACKAGES = ("sparse-train", "torch", "deepspeed", "transformers", "safetensors", "submitit")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def digest(data: Any) -> str:
+    """sha256 of plain data (through canonical JSON)."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> {"sha256", "bytes"} of every file below `folder`, manifest and DONE left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        relative = str(path.relative_to(folder))
+        if path.is_file() and relative not in (MANIFEST, DONE):
+            with open(path, "rb") as file:
+                found[relative] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                                   "bytes": path.stat().st_size}
+    return found
+
+
+def sign(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest` with the digests of all files, then DONE."""
+    write_json(folder / MANIFEST, {**manifest, "versions": _versions(), "host": platform.node(),
+                                   "files": digest_files(folder)})
+    (folder / DONE).touch()
+
+
+def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Rename a finished `partial` folder to `final`, replacing what was there, then sign it."""
+    if final.exists():
+        (final / DONE).unlink(missing_ok=True)
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    sign(final, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a signed folder, None when it is not signed."""
+    return read_json(folder / MANIFEST) if (folder / DONE).is_file() else None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a signed folder's files (one line), None when each has its recorded digest."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{folder} is not signed"
+    recorded, found = manifest["files"], digest_files(folder)
+    for name in recorded:
+        if name not in found:
+            return f"{folder / name} is missing"
+        if recorded[name] != found[name]:
+            return f"{folder / name} is not the file that was signed"
+    return None
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}

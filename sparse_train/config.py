@@ -1,0 +1,312 @@
+"""The schema of a run: one frozen, closed model per section, composed by RunConfig.
+
+    YAML file -> dotted key=value overrides -> RunConfig -> config.yaml in the run folder
+
+Closed means that an unknown key is a mistake, answered with the nearest valid one. What a key means stands under it.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sparse_train.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TaskConfig(Section):
+    name: Literal["arithmetic", "gsm8k"] = "arithmetic"
+    """arithmetic is generated and needs no data; gsm8k reads question / answer JSONL."""
+    path: str | None = None
+    """A folder with {train,test}.jsonl[.gz], or the name of a data set on the hub. gsm8k only."""
+    max_length: Positive = 512
+    """Longest example in tokens; longer training examples are left out, and counted in the log."""
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A local folder or hub name to start from; None initialises a new model of the size below."""
+    d_model: Positive = 128
+    n_layers: Positive = 4
+    n_heads: Positive = 4
+    max_seq_len: Positive = 512
+    vocab_size: Positive = 512
+    """Upper bound on the vocabulary of the tokenizer trained on the task's own text (new models only)."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
+        return self
+
+
+class ZeroConfig(Section):
+    stage: int = 3
+    """DeepSpeed's ZeRO stage of the student: 0 replicates, 1 partitions the optimizer, 2 gradients, 3 parameters."""
+    persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
+    """Stage 3 keeps parameters with fewer elements than this whole on every rank."""
+
+    @field_validator("stage")
+    @classmethod
+    def _stage_exists(cls, stage: int) -> int:
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"there is no ZeRO stage {stage}; use 0, 1, 2 or 3")
+        return stage
+
+
+class TrainConfig(Section):
+    """What the dense and the sparse fine-tune share."""
+
+    steps: Positive = 1000
+    """Optimizer steps."""
+    batch_size: Positive = 32
+    """Examples per optimizer step over all ranks and micro-steps; the result does not depend on the number of ranks."""
+    accumulation: Positive = 1
+    """Micro-steps per optimizer step; must divide batch_size."""
+    num_examples: Positive | None = None
+    """Train on the first this many examples, repeated; None takes all there are."""
+    learning_rate: Weight = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Linear warm-up to learning_rate, then linear decay to zero at the last step."""
+    weight_decay: Weight = 0.0
+    """AdamW's decoupled decay, on matrices and kept values; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: Weight = 1.0
+    """Largest norm of the gradient over all parameters; 0 leaves it as it is."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest of it again in the backward pass."""
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint_every: Positive = 100
+    """Steps between checkpoints from which a stopped job goes on."""
+    log_every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
+        return self
+
+
+class DenseConfig(TrainConfig):
+    path: str | None = None
+    """A dense model that is already fine-tuned on the task: it becomes the teacher and nothing is trained."""
+
+
+class PruneConfig(Section):
+    method: Literal["magnitude", "sparsegpt"] = "sparsegpt"
+    sparsity: float | None = None
+    """The fraction of each prunable weight that becomes zero, uniform over layers; an N:M pattern implies it."""
+    pattern: str = "unstructured"
+    """unstructured, or N:M: N kept of every M along a row."""
+    num_calibration: Positive = 128
+    """Training examples whose activations make the Hessians (sparsegpt)."""
+    batch_size: Positive = 16
+    """Calibration examples per forward pass."""
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    block_size: Positive = 128
+    """Columns whose bits are chosen together (sparsegpt, unstructured)."""
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern, None when unstructured."""
+        if self.pattern == "unstructured":
+            return None
+        num_kept, size = self.pattern.split(":")
+        return int(num_kept), int(size)
+
+    @model_validator(mode="after")
+    def _pattern_and_sparsity_agree(self):
+        if self.pattern == "unstructured":
+            if self.sparsity is None:
+                raise ValueError("sparsity is missing; give a number in [0, 1)")
+            if not 0 <= self.sparsity < 1:
+                raise ValueError(f"sparsity={self.sparsity} is outside [0, 1); 0.75 removes three weights of four")
+            return self
+        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
+            raise ValueError(f"pattern={self.pattern!r} is neither unstructured nor N:M, such as 2:4")
+        num_kept, size = self.group
+        if num_kept > size:
+            raise ValueError(f"pattern={self.pattern} keeps more than it has; N:M keeps N of every M")
+        implied = 1 - num_kept / size
+        if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
+            raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern}, which makes {implied:g}; "
+                             "leave sparsity out")
+        object.__setattr__(self, "sparsity", implied)
+        return self
+
+
+class LossConfig(Section):
+    """total = task_weight * CE + logit_weight * KL(teacher || student) * T^2 + feature_weight * SquareHead."""
+
+    task_weight: Weight = 1.0
+    logit_weight: Weight = 0.0
+    feature_weight: Weight = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _something_to_learn(self):
+        if self.task_weight == self.logit_weight == self.feature_weight == 0:
+            raise ValueError("all loss weights are 0; give task_weight, logit_weight or feature_weight")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.logit_weight > 0 or self.feature_weight > 0
+
+
+class FinetuneConfig(TrainConfig):
+    losses: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], LossConfig] = {
+        "squarehead": LossConfig(feature_weight=1.0)
+    }
+    """One fine-tune per entry, all with the same budget; the name is the folder's and the report's."""
+
+    @field_validator("losses")
+    @classmethod
+    def _at_least_one(cls, losses):
+        if not losses:
+            raise ValueError("losses is empty; name at least one, such as squarehead: {feature_weight: 1}")
+        return losses
+
+
+class EvaluateConfig(Section):
+    num_examples: Positive = 200
+    """Test examples that are generated for and scored."""
+    batch_size: Positive = 50
+    max_new_tokens: Positive = 256
+
+
+class CompressConfig(Section):
+    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "int8")
+    """One sparse folder per precision; int8 has one scale per row."""
+
+
+class BenchmarkConfig(Section):
+    repeats: Positive = 20
+    new_tokens: Positive = 64
+    """Tokens decoded per measurement of tokens/s."""
+    reference_layers: Literal["mpt-7b", "none"] = "mpt-7b"
+    """The linears of one block of this model are timed beside the run's own."""
+
+
+class WandbConfig(Section):
+    project: str = "sparse-train"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackingConfig(Section):
+    wandb: WandbConfig | None = None
+    """metrics.jsonl is always written; wandb when this is set, and training goes on if it fails."""
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    folder: str = "runs"
+    """The run's files go to folder/name."""
+    seed: int = 17
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    dense: DenseConfig = DenseConfig()
+    prune: PruneConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compress: CompressConfig = CompressConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's integers: in PyYAML's 1.1 the pattern 2:4 is a number of base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(schema: type[S], path: Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
+    """Read a YAML file into `schema`, the dotted `key=value` overrides laid over it. Raises UserError in one line."""
+    try:
+        tree = yaml.load(Path(path).read_text(), _Loader) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides:
+        _lay_over(tree, override)
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_line(error, schema)}") from error
+
+
+def dump_config(config: Section) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _lay_over(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write key=value, such as prune.sparsity=0.5")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"{override!r}: {parent} is a value, not a section")
+    try:
+        tree[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML") from error
+
+
+def _one_line(error: ValidationError, schema: type[Section]) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        valid = sorted(_fields_at(schema, location[:-1]))
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0)
+        return f"there is no key {key}; did you mean {near[0]}? (valid here: {', '.join(valid)})"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    shown = "" if first["type"] == "missing" else f"={first['input']!r}"
+    return f"{key}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(schema: Any, location: list[str]) -> list[str]:
+    """The valid keys of the section that `location` leads to; a mapping's own keys (a loss's name) lead into it."""
+    for part in location:
+        if isinstance(schema, type) and issubclass(schema, Section):
+            schema = schema.model_fields[part].annotation
+        else:
+            schema = schema.__args__[1]
+        for choice in getattr(schema, "__args__", ()):
+            if isinstance(choice, type) and issubclass(choice, Section) and not hasattr(schema, "__origin__"):
+                schema = choice
+                break
+    return list(schema.model_fields)

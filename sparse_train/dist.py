@@ -1,0 +1,71 @@
+"""Ranks: who am I, how many are we, sums over all, and agreement. Everything is the identity on one process.
+
+A rank is a process of the training job. The device is what DeepSpeed's accelerator says; nothing here assumes a CPU.
+"""
+
+import os
+from datetime import timedelta
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+
+
+def start(rank: int, world_size: int, local_rank: int, address: str, port: int,
+          timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group at address:port. The time-out is ours: DeepSpeed's default has changed between releases."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
+                      LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(accelerator.communication_backend_name() if accelerator.device_name() != "cpu"
+                               else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def stop() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over all ranks; returns `tensor`."""
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def share(items: list, of_rank: int | None = None) -> list:
+    """This rank's contiguous part of `items`; parts differ in length by at most one and may be empty."""
+    r, n = rank() if of_rank is None else of_rank, world_size()
+    return items[len(items) * r // n:len(items) * (r + 1) // n]
+
+
+def require_agreement(what: str, digests: dict[str, str]) -> None:
+    """Stop every rank when a digest differs between ranks; the message names the entries and the ranks."""
+    if world_size() == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * world_size()
+    distributed.all_gather_object(everyone, digests)
+    for name in {name: None for digests in everyone for name in digests}:
+        odd = [r for r, theirs in enumerate(everyone) if theirs.get(name) != everyone[0].get(name)]
+        if odd:
+            raise RuntimeError(f"{what} differ between ranks: {name} on ranks {odd} is not what rank 0 has")

@@ -1,0 +1,32 @@
+"""The spec of the kernels in plain torch: any device, any dtype. The native code is tested against it.
+
+A sparse weight of shape (R, C): `values` (nnz,) in row-major order and `bitmask` (R, 8 * ceil(C / 64)) uint8, where bit
+k % 8 of byte k // 8 of a row says that column k is kept; padding bits are 0.
+"""
+
+import torch
+from torch.nn import functional
+
+
+def pack(keep: torch.Tensor) -> torch.Tensor:
+    """`keep` (R, C) bool, True where a weight survives -> bitmask (R, 8 * ceil(C / 64)) uint8."""
+    padded = functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 64))
+    place = torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (padded.unflatten(1, (-1, 8)) << place).sum(-1, dtype=torch.uint8)
+
+
+def unpack(bitmask: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Bitmask -> keep (R, num_columns) bool."""
+    place = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    return ((bitmask.unsqueeze(-1) >> place) & 1).bool().flatten(1)[:, :num_columns]
+
+
+def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """(values, bitmask) -> dense (R, num_columns) of the values' dtype, +0 where pruned."""
+    keep = unpack(bitmask, num_columns)
+    return values.new_zeros(keep.shape).masked_scatter_(keep, values)
+
+
+def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None) -> torch.Tensor:
+    """Dense (R, C) -> its entries at the kept positions, row-major (nnz,). `num_values` is nnz where it is known."""
+    return dense[unpack(bitmask, dense.shape[1])]

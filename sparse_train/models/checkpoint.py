@@ -1,0 +1,115 @@
+"""Models as folders: config.json, tokenizer, tensors; dense in Hugging Face's layout, sparse in ours.
+
+A folder from outside is read through transformers (hub names included); nothing of it is unpickled or executed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MptConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparse_train.config import ModelConfig
+from sparse_train.errors import UserError
+from sparse_train.sparse import TensorFolder, sparse_linears, sparsify, write_tensors
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A new MPT of the configured size, fp32, initialised from torch's global generator."""
+    return AutoModelForCausalLM.from_config(MptConfig(
+        d_model=config.d_model, n_layers=config.n_layers, n_heads=config.n_heads, max_seq_len=config.max_seq_len,
+        vocab_size=len(tokenizer), use_cache=True, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ), dtype=torch.float32)
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a model config from {path}: {_first_line(error)}; "
+                        "give a folder with config.json or a hub name") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; one without a padding token pads with its end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a tokenizer from {path}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A dense model from a folder or hub name, or one with SparseLinears from a sparse folder.
+
+    Raises UserError where weights are missing: they would be random, silently.
+    """
+    config = read_config(path)
+    if Path(path).is_dir():
+        folder = TensorFolder(Path(path))
+        if folder.shapes:
+            return _load_sparse(folder, config, dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise UserError(f"{path} lacks {len(wrong)} tensors of a {config.model_type} model, such as {wrong[0]}; "
+                        "the checkpoint is not complete")
+    return model
+
+
+def _load_sparse(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = {name: folder.weight(name) for name in folder.shapes}
+    quantised = next((name for name, weight in weights.items() if not weight.values.is_floating_point()), None)
+    if quantised:
+        raise UserError(f"{folder.folder}: {quantised} is quantised; it runs (sparse-train generate) but does not "
+                        "train, so give the fp32 or bf16 folder here")
+    sparsify(model, weights)
+    stored = {name: folder.get(name) for name in folder.names}
+    wrong = model.load_state_dict(stored, strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    wrong += [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if wrong:
+        raise UserError(f"{folder.folder}: {wrong[0]} is missing from the checkpoint or not part of its model")
+    return model.to(dtype)
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+               tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write config, tokenizer and tensors of `model`; a model with SparseLinears is stored compressed.
+
+    `tensors` replaces the model's own, for models whose parameters are partitioned over ranks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()}
+    write_tensors(folder, own_tensors(model) if tensors is None else tensors, shapes)
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that make up a checkpoint: parameters and persistent buffers, tied ones once."""
+    persistent = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in persistent}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,94 @@
+"""SparseLinear: the layer of sparse training. Its parameter is `values`; its bits are a frozen buffer.
+
+The dense weight exists only while the layer runs: forward expands it, multiplies and drops it; backward expands it
+again for the input's gradient, and compacts the dense weight gradient to the kept positions. Because a pruned position
+is no parameter, no optimizer, weight decay, clipping or resume can bring it back, and ZeRO partitions, reduces and
+checkpoints `values` like any other parameter.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sparse_train import kernels
+from sparse_train.sparse.bitmask import BitmaskTensor
+
+
+class _ExpandedLinear(torch.autograd.Function):
+    """y (..., R) = x (..., C) @ expand(values, bitmask).T
+
+    Saves the parameter itself, not the dense weight: under ZeRO-3 the engine gathers it again before backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, values, bitmask):
+        ctx.save_for_backward(x, values, bitmask)
+        return functional.linear(x, kernels.expand(values, bitmask, x.shape[-1]))
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, values, bitmask = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ kernels.expand(values, bitmask, x.shape[-1])
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_values = kernels.compact(grad_weight, bitmask, num_values=values.numel())
+        return grad_x, grad_values, None
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + bias with W given by (values, bitmask). Stands in for `nn.Linear`.
+
+    `weight` (BitmaskTensor) has shape (out_features, in_features); `bias` (out_features,) or None.
+    """
+
+    def __init__(self, weight: BitmaskTensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.values = nn.Parameter(weight.values.detach().clone())
+        self.register_buffer("bitmask", weight.bitmask.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def weight(self) -> BitmaskTensor:
+        return BitmaskTensor(self.values.detach(), self.bitmask, (self.out_features, self.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _ExpandedLinear.apply(x, self.values, self.bitmask)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place that `name` (dotted) has in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def sparsify(model: nn.Module, weights: Mapping[str, BitmaskTensor]) -> nn.Module:
+    """Replace the linears named in `weights` by SparseLinears that hold them; returns `model`."""
+    for name, weight in weights.items():
+        linear = model.get_submodule(name)
+        if tuple(linear.weight.shape) != weight.shape:
+            raise ValueError(f"{name} has shape {tuple(linear.weight.shape)}, its sparse weight {weight.shape}")
+        replace_module(model, name, SparseLinear(weight, linear.bias))
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every SparseLinear by an `nn.Linear` with the zeros in place; returns `model`."""
+    for name, sparse in sparse_linears(model).items():
+        linear = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")
+        linear.weight = nn.Parameter(sparse.weight.to_dense())
+        linear.bias = sparse.bias
+        replace_module(model, name, linear)
+    return model
+
+
+def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}

@@ -1,0 +1,36 @@
+"""Which examples go into which micro-step: a pure function of (seed, step), so that resuming needs no state.
+
+    epoch e = a permutation of the examples drawn from (seed, e); step s takes positions s * batch ... of all epochs
+    laid end to end; an endless task is taken in order. Ranks share a micro-step's examples in contiguous parts.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from sparse_train import dist
+
+
+class Order:
+    def __init__(self, num_examples: int | None, batch_size: int, accumulation: int, seed: int):
+        """`num_examples` None: endless, every example is seen once."""
+        self._num_examples, self._seed = num_examples, seed
+        self._micro_size, self._accumulation = batch_size // accumulation, accumulation
+
+    def indices(self, step: int, micro_step: int) -> list[int]:
+        """This rank's examples of a micro-step; may be empty."""
+        start = (step * self._accumulation + micro_step) * self._micro_size
+        positions = range(start, start + self._micro_size)
+        return dist.share([self._example(position) for position in positions])
+
+    def _example(self, position: int) -> int:
+        if self._num_examples is None:
+            return position
+        epoch, place = divmod(position, self._num_examples)
+        return _permutation(self._num_examples, self._seed, epoch)[place]
+
+
+@lru_cache(maxsize=2)  # a step may straddle two epochs
+def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_examples, generator=generator).tolist()
