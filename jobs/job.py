@@ -19,5 +19,5 @@ class Job:
     """finetune: which of config.finetune.losses."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the job saved its state and left
+class Stopped(Exception):
     """A stop signal ended the stage early; run it again to go on."""

@@ -20,7 +20,7 @@ from sparse_train.errors import UserError
 _STOP_PATIENCE_S = 120
 
 
-class StageFailed(Exception):  # noqa: N818
+class StageFailed(Exception):
     """A stage ended without its artifact. The text is one line and names the log."""
 
 

@@ -1,0 +1,86 @@
+"""Generated word problems in GSM8K's format: worked steps with <<a*b=c>> marks, the number after ####.
+
+Endless and seeded: problem i of a split is a function of (split, i) alone. A problem belongs to the split that its text
+hashes to, so no test problem is ever a training problem.
+"""
+
+import hashlib
+import random
+import sys
+from collections.abc import Sequence
+
+from sparse_train.tasks.batch import Example
+from sparse_train.tasks.gsm8k import question_answer
+from sparse_train.tasks.task import Task
+
+_NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Lea", "Sam", "Mia")
+_THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "shells", "stamps")
+_TEST_SHARE = 0.1
+_SEED = "sparse-train arithmetic 1"
+
+
+class Arithmetic(Task):
+    endless = True
+
+    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
+        return _Problems(split, num_examples)
+
+
+class _Problems(Sequence):
+    def __init__(self, split: str, num_examples: int | None):
+        self._split, self._length = split, sys.maxsize if num_examples is None else num_examples
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        draw = random.Random(f"{_SEED} {self._split} {index}")
+        while True:
+            problem = _problem(draw)
+            if _is_test(problem.prompt) == (self._split == "test"):
+                return problem
+
+
+def _is_test(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[0] < 256 * _TEST_SHARE
+
+
+def _problem(draw: random.Random) -> Example:
+    """Two or three steps on small numbers; every intermediate result is in 0..99."""
+    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    return draw.choice((_boxes, _share, _chain))(draw, name, thing)
+
+
+def _boxes(draw, name, thing):
+    count, each = draw.randint(2, 9), draw.randint(2, 9)
+    total = count * each
+    lost = draw.randint(1, total - 1)
+    return question_answer(
+        f"{name} has {count} boxes of {each} {thing} and loses {lost}. How many {thing} are left?",
+        _steps((f"{count}*{each}", total), (f"{total}-{lost}", total - lost)))
+
+
+def _share(draw, name, thing):
+    people, each = draw.randint(2, 9), draw.randint(2, 9)
+    total = people * each
+    have = draw.randint(1, total - 1)
+    more = total - have
+    return question_answer(
+        f"{name} has {have} {thing} and finds {more}. {name} shares all with {people} friends. How many each?",
+        _steps((f"{have}+{more}", total), (f"{total}/{people}", each)))
+
+
+def _chain(draw, name, thing):
+    first, second = draw.randint(2, 40), draw.randint(2, 40)
+    together = first + second
+    lost = draw.randint(1, together - 1)
+    return question_answer(
+        f"{name} has {first} {thing} and buys {second}, then gives away {lost}. How many {thing} are left?",
+        _steps((f"{first}+{second}", together), (f"{together}-{lost}", together - lost)))
+
+
+def _steps(*steps: tuple[str, int]) -> str:
+    lines = [f"{text}=<<{text}={result}>>{result}" for text, result in steps]
+    return "\n".join([*lines, f"#### {steps[-1][1]}"])

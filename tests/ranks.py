@@ -1,0 +1,63 @@
+"""run_ranks: a function on N processes that form a gloo group; their results, or their tracebacks with rank tags."""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import time
+import traceback
+
+from launch.worker import free_port
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# The fork server imports once what every rank needs; a spawned rank would take seconds longer.
+_CONTEXT.set_forkserver_preload(["deepspeed", "sparse_train.training", "sparse_train.models"])
+
+
+def run_ranks(function, world, *arguments, timeout_s=180):
+    """[function(*arguments) of rank 0, of rank 1, ...]. `function` is module-level. A failing or dead rank fails all."""
+    port, results = free_port(), _CONTEXT.Queue()
+    processes = [_CONTEXT.Process(target=_rank, args=(function, rank, world, port, results, arguments), daemon=True)
+                 for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        return _collect(processes, results, world, time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(processes, results, world, deadline):
+    found = {}
+    while len(found) < world:
+        try:
+            rank, value, error = results.get(timeout=0.2)
+        except queue.Empty:
+            dead = [rank for rank, process in enumerate(processes) if process.exitcode and rank not in found]
+            if dead:
+                raise AssertionError(f"ranks {dead} died: exit codes {[processes[r].exitcode for r in dead]}") from None
+            if time.monotonic() > deadline:
+                raise AssertionError(f"ranks {sorted(set(range(world)) - set(found))} did not finish") from None
+            continue
+        if error:
+            raise AssertionError(f"rank {rank} failed:\n{error}")
+        found[rank] = pickle.loads(value)
+    return [found[rank] for rank in range(world)]
+
+
+def _rank(function, rank, world, port, results, arguments):
+    import torch
+
+    from sparse_train import dist
+    try:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+        dist.start(rank, world, rank, "127.0.0.1", port)
+        results.put((rank, pickle.dumps(function(*arguments)), None))  # by value: a sent tensor dies with its process
+        results.close()
+        results.join_thread()
+        dist.barrier()
+        dist.stop()
+    except BaseException:  # the parent shows it
+        results.put((rank, None, f"[rank {rank}] " + traceback.format_exc().replace("\n", f"\n[rank {rank}] ")))

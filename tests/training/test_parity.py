@@ -1,0 +1,164 @@
+"""Sparse training under ZeRO against the plain thing: one process, dense weights, masked after every step.
+
+Each case localises one kind of bug: a stage's partitioning, a world size whose parts are padded or uneven (3), clipping
+over the kept weights only, decay on the kept weights, losses that must not depend on how examples fall on ranks.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from sparse_train.config import LossConfig, TrainConfig, ZeroConfig
+from sparse_train.models.family import block_output, family_of
+from sparse_train.sparse import BitmaskTensor, densify, sparsify
+from sparse_train.tasks import Batch
+from sparse_train.training import gathered_tensors, train
+from sparse_train.training.loop import learning_rate
+from sparse_train.training.order import Order
+from tests.models import tiny_mpt
+from tests.ranks import run_ranks
+
+_LOSS = LossConfig(task_weight=1.0, logit_weight=0.5, feature_weight=1.0, temperature=2.0)
+_NUM_EXAMPLES, _VOCABULARY = 12, 50
+
+
+def _config(stage, clip=0.5, accumulation=1):
+    return TrainConfig(steps=10, batch_size=8, accumulation=accumulation, learning_rate=2e-3, warmup_steps=3,
+                       weight_decay=0.1, clip=clip, zero=ZeroConfig(stage=stage, persistence_threshold=0))
+
+
+def _models():
+    torch.manual_seed(0)
+    student, teacher = tiny_mpt(), tiny_mpt()
+    return sparsify(student, {
+        name: BitmaskTensor.from_dense(linear.weight.detach(), torch.rand_like(linear.weight) < 0.25)
+        for name, linear in family_of(student).prunable_linears(student).items()}), teacher
+
+
+@functools.cache
+def _examples():
+    """Of very different lengths and numbers of targets; one has no target at all."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for index in range(_NUM_EXAMPLES):
+        ids = torch.randint(_VOCABULARY, (3 + 2 * index,), generator=generator)
+        found.append((ids, len(ids) if index == 5 else 1 + index))
+    return found
+
+
+def _fetch(indices):
+    rows = [_examples()[i] for i in indices] or [(torch.zeros(1, dtype=torch.long), 1)]
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    attend, labels = torch.zeros_like(input_ids, dtype=torch.bool), torch.full_like(input_ids, -100)
+    for row, (ids, prompt) in enumerate(rows if indices else ()):
+        input_ids[row, :len(ids)], attend[row, :len(ids)] = ids, True
+        labels[row, prompt:len(ids)] = ids[prompt:]
+    return Batch(input_ids, attend, labels)
+
+
+def _train_ranks(config, folder):
+    student, teacher = _models()
+    losses = []
+
+    class Log:
+        def rewind(self, step): pass
+        def log(self, step, metrics): losses.append([metrics["loss"], metrics["gradient_norm"]])
+
+    outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0), config,
+                    _LOSS, folder, Log())
+    return losses, {name: tensor.float() for name, tensor in gathered_tensors(outcome.engine)}
+
+
+def _train_plain(config):
+    """Dense weights in torch alone; `keep` multiplies weights and gradients. The formulas are written out again."""
+    student, teacher = _models()
+    bits = {f"{name}.weight": module.weight.keep for name, module in _sparse(student).items()}
+    student = densify(student)
+    parameters = dict(student.named_parameters())
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
+                                   {"params": [p for p in parameters.values() if p.ndim == 1], "weight_decay": 0.0}])
+    order, losses = Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0), []
+    for step in range(config.steps):
+        total = 0.0
+        for micro_step in range(config.accumulation):
+            loss = _plain_loss(student, teacher, _fetch(order.indices(step, micro_step))) / config.accumulation
+            loss.backward()
+            total += loss.item()
+        for name, keep in bits.items():
+            parameters[name].grad.mul_(keep)
+        norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+        if config.clip and norm > config.clip:
+            for p in parameters.values():
+                p.grad.mul_(config.clip / (norm + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, keep in bits.items():
+            parameters[name].data.mul_(keep)
+        losses.append([total, norm.item()])
+    return losses, parameters, bits
+
+
+def _sparse(model):
+    from sparse_train.sparse import sparse_linears
+    return sparse_linears(model)
+
+
+def _plain_loss(student, teacher, batch):
+    def run(model):
+        states = []
+        handles = [block.register_forward_hook(lambda m, i, o: states.append(block_output(o)))
+                   for block in family_of(model).block_list(model)]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attend.long(), use_cache=False).logits
+        for handle in handles:
+            handle.remove()
+        return logits, states
+
+    logits, states = run(student)
+    with torch.no_grad():
+        teacher_logits, teacher_states = run(teacher)
+    rows, places = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
+    chosen, targets = logits[rows, places], batch.labels[rows, places + 1]
+    task = -chosen.log_softmax(-1)[torch.arange(len(targets)), targets].mean()
+    t = (teacher_logits[rows, places] / _LOSS.temperature).softmax(-1)
+    logit = (t * (t.log() - (chosen / _LOSS.temperature).log_softmax(-1))).sum(-1).mean() * _LOSS.temperature**2
+    mask = batch.attend[..., None].float()
+    feature = sum(((s - t) ** 2 * mask).sum() / (t**2 * mask).sum()
+                  for s, t in zip(states, teacher_states, strict=True))
+    return _LOSS.task_weight * task + _LOSS.logit_weight * logit + _LOSS.feature_weight * feature
+
+
+@functools.cache
+def _reference(clip, accumulation):
+    return _train_plain(_config(0, clip, accumulation))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_and_world_size_is_the_plain_masked_dense_training(stage, world, tmp_path):
+    _compare(run_ranks(_train_ranks, world, _config(stage), tmp_path), _reference(0.5, 1))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_accumulation_without_clipping(stage, tmp_path):
+    _compare(run_ranks(_train_ranks, 2, _config(stage, 0.0, 4), tmp_path), _reference(0.0, 4))
+
+
+def _compare(ranks, reference):
+    plain_losses, parameters, bits = reference
+    losses, tensors = ranks[0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-4, atol=1e-5)
+    for name, parameter in parameters.items():
+        if name in bits:
+            mine = tensors[name.replace(".weight", ".values")]
+            parameter = parameter.detach()[bits[name]]
+        else:
+            mine = tensors[name]
+        torch.testing.assert_close(mine, parameter.detach(), rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for _, other in ranks[1:]:
+        for name, tensor in other.items():
+            assert torch.equal(tensor, tensors[name]), name
