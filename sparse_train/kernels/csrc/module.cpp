@@ -1,0 +1,256 @@
+// The Python module: threads, tiers and packed matrices. Pointers and sizes arrive checked by __init__.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rows.h"
+
+namespace nb = nanobind;
+using namespace sparse_train;
+
+namespace {
+
+const Tier* tier = has_avx512() ? &avx512 : &portable;
+constexpr int64_t kRowsPerThread = 32;      // fewer are not worth waking a thread
+constexpr int64_t kBytesPerThread = 65536;  // nor are fewer bytes
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+struct Freed {
+    void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<uint8_t, Freed>;
+
+Buffer allocate(int64_t num_bytes) {
+    constexpr int64_t kPage = 2 << 20;
+    const bool is_large = num_bytes >= 4 * kPage;
+    const int64_t alignment = is_large ? kPage : 64;
+    void* found = std::aligned_alloc(alignment, (num_bytes + alignment - 1) / alignment * alignment);
+    if (!found) throw std::bad_alloc();
+    if (is_large) madvise(found, num_bytes, MADV_HUGEPAGE);  // fewer page walks; a refusal costs only that
+    return Buffer((uint8_t*)found);
+}
+
+// work(first row, last row) on each thread; the values, not the rows, are divided evenly.
+template <class Work>
+void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work) {
+    const int64_t num_values = rows.offsets[rows.num_rows];
+    const int64_t useful = std::min(rows.num_rows / kRowsPerThread, num_values * value_bytes / kBytesPerThread);
+    const int count = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
+    if (count == 1) return work(0, rows.num_rows);
+    // Bits weigh in with the values: a row costs something even when nothing of it is kept.
+    const double row_bytes = 8.0 * rows.num_words, total = num_values * value_bytes + rows.num_rows * row_bytes;
+    auto boundary = [&](int part) {
+        int64_t low = 0, high = rows.num_rows;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (rows.offsets[middle] * value_bytes + middle * row_bytes < total * part / count) low = middle + 1;
+            else high = middle;
+        }
+        return low;
+    };
+#pragma omp parallel num_threads(count)
+    {
+        const int part = omp_get_thread_num();
+        const int64_t last = part + 1 == count ? rows.num_rows : boundary(part + 1);
+        work(boundary(part), last);
+    }
+}
+
+// offsets[r] = kept positions before row r.
+void count_rows(const Rows& rows, int64_t* offsets, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (rows.num_rows * rows.num_words > 16384)
+    for (int64_t r = 0; r < rows.num_rows; ++r) {
+        int64_t count = 0;
+        for (int64_t w = 0; w < rows.num_words; ++w) count += __builtin_popcountll(rows.word(r, w));
+        offsets[r + 1] = count;
+    }
+    offsets[0] = 0;
+    for (int64_t r = 0; r < rows.num_rows; ++r) offsets[r + 1] += offsets[r];
+}
+
+// A view with fresh offsets. Refuses bits that do not fit: nothing is read or written past what the caller owns.
+struct Counted {
+    Rows rows;
+    std::vector<int64_t> offsets;
+
+    Counted(uintptr_t bits, int64_t num_rows, int64_t num_columns, int64_t num_values, int num_threads)
+        : rows{at<const uint8_t>(bits), nullptr, num_rows, num_columns, (num_columns + 63) / 64},
+          offsets(num_rows + 1) {
+        count_rows(rows, offsets.data(), num_threads);
+        rows.offsets = offsets.data();
+        if (offsets[num_rows] != num_values)
+            throw std::invalid_argument("the bits keep " + std::to_string(offsets[num_rows]) + " positions, but there are " +
+                                        std::to_string(num_values) + " values; both must come from one weight");
+        if (num_columns % 64)
+            for (int64_t r = 0; r < num_rows; ++r)
+                if (rows.word(r, rows.num_words - 1) >> (num_columns % 64))
+                    throw std::invalid_argument("row " + std::to_string(r) + " has bits past column " +
+                                                std::to_string(num_columns) + "; padding bits must be 0");
+    }
+};
+
+void expand(uintptr_t values, uintptr_t bits, uintptr_t dense, int64_t num_rows, int64_t num_columns,
+            int64_t num_values, int size, int num_threads) {
+    const Counted counted(bits, num_rows, num_columns, num_values, num_threads);
+    over_rows(counted.rows, num_threads, size, [&](int64_t first, int64_t last) {
+        tier->expand(counted.rows, size, at<void>(values), at<void>(dense), first, last);
+    });
+}
+
+void compact(uintptr_t dense, uintptr_t bits, uintptr_t values, int64_t num_rows, int64_t num_columns,
+             int64_t num_values, int size, int num_threads) {
+    const Counted counted(bits, num_rows, num_columns, num_values, num_threads);
+    over_rows(counted.rows, num_threads, size, [&](int64_t first, int64_t last) {
+        tier->compact(counted.rows, size, at<void>(dense), at<void>(values), first, last);
+    });
+}
+
+int64_t count_kept(uintptr_t bits, int64_t num_bytes) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < num_bytes; ++i) count += __builtin_popcount(at<const uint8_t>(bits)[i]);
+    return count;
+}
+
+// The operand of batch-1 decoding: own copies of values, bits, offsets and, for int8, scales and row sums.
+class Packed {
+public:
+    Packed(uintptr_t values, uintptr_t bits, uintptr_t scale, int64_t num_rows, int64_t num_columns, int64_t num_values,
+           int num_threads)
+        : counted_(bits, num_rows, num_columns, num_values, num_threads), is_int8_(scale != 0) {
+        const int64_t value_bytes = num_values * (is_int8_ ? 1 : 4), bit_bytes = 8 * num_rows * counted_.rows.num_words;
+        values_ = allocate(value_bytes + 64);  // spare bytes: the last load is a whole register
+        bits_ = allocate(bit_bytes + 64);
+        std::memcpy(values_.get(), at<void>(values), value_bytes);
+        std::memset(values_.get() + value_bytes, 0, 64);
+        std::memcpy(bits_.get(), at<void>(bits), bit_bytes);
+        counted_.rows.bits = bits_.get();
+        num_bytes_ = value_bytes + bit_bytes;
+        if (is_int8_) pack_int8(at<const float>(scale));
+    }
+
+    void matvec(uintptr_t x, uintptr_t y, int num_threads) const {
+        const int64_t padded = 64 * counted_.rows.num_words;
+        if (is_int8_) return matvec_i8(at<const float>(x), at<float>(y), padded, num_threads);
+        const float* input = at<const float>(x);
+        static thread_local std::vector<float> copy;
+        if (counted_.rows.num_columns != padded) {
+            copy.assign(padded, 0.0f);
+            std::memcpy(copy.data(), input, 4 * counted_.rows.num_columns);
+            input = copy.data();
+        }
+        over_rows(counted_.rows, num_threads, 4, [&](int64_t first, int64_t last) {
+            tier->matvec_f32(counted_.rows, (const float*)values_.get(), input, at<float>(y), first, last);
+        });
+    }
+
+    // Writes (num_rows, num_columns) values as they are stored: float32, or int8 without scales.
+    void expand(uintptr_t dense, int num_threads) const {
+        const int size = is_int8_ ? 1 : 4;
+        over_rows(counted_.rows, num_threads, size, [&](int64_t first, int64_t last) {
+            tier->expand(counted_.rows, size, values_.get(), at<void>(dense), first, last);
+        });
+    }
+
+    int64_t num_bytes() const { return num_bytes_; }
+
+private:
+    void pack_int8(const float* scale) {
+        const Rows& rows = counted_.rows;
+        scale_.assign(scale, scale + rows.num_rows);
+        row_sums_.assign(rows.num_rows, 0);
+        const int8_t* values = (const int8_t*)values_.get();
+        for (int64_t r = 0; r < rows.num_rows; ++r)
+            for (int64_t i = rows.offsets[r]; i < rows.offsets[r + 1]; ++i) row_sums_[r] += values[i];
+        num_bytes_ += 8 * rows.num_rows;
+    }
+
+    // x is quantised to u8 with one scale and zero point: x = step * (code - zero). Pruned weights add nothing, so the
+    // zero point is corrected by the sum of the row's kept weights alone.
+    void matvec_i8(const float* x, float* y, int64_t padded, int num_threads) const {
+        static thread_local std::vector<uint8_t> codes;
+        static thread_local std::vector<int32_t> sums;
+        const Rows& rows = counted_.rows;
+        codes.resize(padded);
+        sums.resize(rows.num_rows);
+        float low = 0, high = 0;
+        for (int64_t i = 0; i < rows.num_columns; ++i) {
+            low = std::min(low, x[i]);
+            high = std::max(high, x[i]);
+        }
+        const float step = high > low ? (high - low) / 255 : 1.0f;
+        const float inverse = 1 / step, zero = std::nearbyint(-low * inverse);
+        for (int64_t i = 0; i < rows.num_columns; ++i)
+            codes[i] = uint8_t(std::min(255.0f, std::max(0.0f, std::nearbyint(x[i] * inverse) + zero)));
+        const uint8_t* input = codes.data();
+        int32_t* output = sums.data();
+        over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
+            tier->matvec_i8(rows, (const int8_t*)values_.get(), input, output, first, last);
+            for (int64_t r = first; r < last; ++r)
+                y[r] = scale_[r] * step * float(output[r] - int32_t(zero) * row_sums_[r]);
+        });
+    }
+
+    Counted counted_;
+    bool is_int8_;
+    Buffer values_, bits_;
+    std::vector<float> scale_;
+    std::vector<int32_t> row_sums_;
+    int64_t num_bytes_ = 0;
+};
+
+// Median bytes per second of `repeats` passes over a buffer, all threads reading their own part.
+double read_bandwidth(int64_t num_bytes, int num_threads, int repeats) {
+    const int64_t part = num_bytes / num_threads / 512 * 512;
+    const Buffer buffer = allocate(part * num_threads);
+    uint8_t* data = buffer.get();
+    std::vector<double> seconds;
+    uint64_t kept = 0;
+#pragma omp parallel for num_threads(num_threads)
+    for (int t = 0; t < num_threads; ++t) std::memset(data + t * part, 1, part);
+    for (int pass = 0; pass <= repeats; ++pass) {
+        const auto start = std::chrono::steady_clock::now();
+#pragma omp parallel for num_threads(num_threads) reduction(^ : kept)
+        for (int t = 0; t < num_threads; ++t) kept ^= tier->read(data + t * part, part);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        if (pass) seconds.push_back(took.count());
+    }
+    asm volatile("" : : "r"(kept));
+    std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
+    return double(part * num_threads) / seconds[repeats / 2];
+}
+
+void use_tier(bool fast) { tier = fast ? &avx512 : &portable; }
+bool is_fast() { return tier == &avx512; }
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    m.def("expand", &expand, release());
+    m.def("compact", &compact, release());
+    m.def("count_kept", &count_kept, release());
+    m.def("read_bandwidth", &read_bandwidth, release());
+    m.def("has_avx512", &has_avx512);
+    m.def("use_avx512", &use_tier);
+    m.def("uses_avx512", &is_fast);
+    nb::class_<Packed>(m, "Packed")
+        .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>())
+        .def("matvec", &Packed::matvec, release())
+        .def("expand", &Packed::expand, release())
+        .def_prop_ro("num_bytes", &Packed::num_bytes);
+}

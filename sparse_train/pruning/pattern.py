@@ -1,0 +1,45 @@
+"""Patterns: which positions survive, given scores. `keep` is bool (R, C), True where a weight survives."""
+
+from collections.abc import Mapping
+
+import torch
+
+from sparse_train.config import PruneConfig
+from sparse_train.errors import UserError
+
+
+def check_pattern(widths: Mapping[str, int], spec: PruneConfig) -> None:
+    """`widths`: columns (in_features) by name. Raises UserError where N:M does not divide one."""
+    if spec.group is None:
+        return
+    for name, width in widths.items():
+        if width % spec.group[1]:
+            raise UserError(f"pattern {spec.pattern} does not divide {name}, which is {width} wide; choose an M that "
+                            f"divides {width}, or prune.pattern=unstructured with prune.sparsity")
+
+
+def num_kept(num_weights: int, sparsity: float) -> int:
+    return round((1 - sparsity) * num_weights)
+
+
+def keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Exactly `count` True at the largest of `scores` (any shape); of equal ones the first in memory survive."""
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool).flatten()
+    keep[order[:count]] = True
+    return keep.view(scores.shape)
+
+
+def keep_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    """N largest of every M columns of `scores` (R, C)."""
+    count, size = group
+    order = scores.unflatten(1, (-1, size)).sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :count], True).flatten(1)
+
+
+def magnitude(weight: torch.Tensor, spec: PruneConfig) -> torch.Tensor:
+    """keep (R, C) of the largest |w|, uniform over the layer."""
+    scores = weight.abs().float()
+    if spec.group:
+        return keep_groups(scores, spec.group)
+    return keep_largest(scores, num_kept(weight.numel(), spec.sparsity))
