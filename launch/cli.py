@@ -87,7 +87,7 @@ def _run(options, console: Console) -> int:
 
 def _status(options, console: Console) -> None:
     from launch import runner
-    from launch.worker import CONFIG, log_folder, progress_file
+    from launch.stages import CONFIG, log_folder, progress_file
     from sparse_train import artifacts
     from sparse_train.config import RunConfig, load_config
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_train.errors import UserError
-from sparse_train.sparse import TensorFolder
+from sparse_train.sparse.format import PARTS, TensorFolder
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -29,7 +29,7 @@ def print_folder(folder: Path, console: Console) -> None:
 
 def _rows(tensors: TensorFolder):
     for name, shape in tensors.shapes.items():
-        parts = [tensors.spec(f"{name}.{part}") for part in ("values", "bitmask", "scale") if f"{name}.{part}" in tensors]
+        parts = [tensors.spec(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors]
         (num_kept,), dtype = parts[0]
         num_weights = shape[0] * shape[1]
         yield (name, shape, dtype, 1 - num_kept / num_weights, sum(_num_bytes(*part) for part in parts),

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launch.cluster import ClusterConfig
-from launch.stages import Stage, build_stages, is_current, select
-from launch.worker import CONFIG, Ending, free_port, log_folder, progress_file, work
+from launch.stages import CONFIG, Ending, Stage, build_stages, is_current, log_folder, progress_file, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, dump_config
 from sparse_train.errors import UserError
@@ -94,6 +94,8 @@ def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console:
 
 
 def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path) -> submitit.Job:
+    from launch.worker import work  # brings DeepSpeed, which the other commands do without
+
     executor = submitit.LocalExecutor(logs)
     executor.update_parameters(tasks_per_node=cluster.ranks if stage.distributed else 1,
                                gpus_per_node=cluster.visible_gpus(), timeout_min=cluster.timeout_min,
@@ -106,10 +108,16 @@ def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path)
         signal.signal(signal.SIGINT, before)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def _watch(stage: Stage, config: RunConfig, job: submitit.Job, console: Console) -> None:
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(stage.id, total=None, note="")
         while not job.done():
             with contextlib.suppress(UserError):

@@ -10,6 +10,17 @@ from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process of a stage came to its end."""
+
+    status: str
+    """finished, stopped (run again to go on) or mistake (the user's, told in `message`)."""
+    message: str = ""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -49,7 +60,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
           for loss, name in zip(losses, config.finetune.losses, strict=True)),
         Stage("evaluate", ("task", "evaluate"), (*dense, "prune", *losses), external=external),
         Stage("compress", ("task", "evaluate", "compress"), losses[-1:]),
-        Stage("benchmark", ("benchmark", "prune.sparsity"), (*dense, "compress"), external=external),
+        Stage("benchmark", ("name", "task", "benchmark", "prune.sparsity"), (*dense, losses[-1], "compress"),
+              external=external),
         Stage("report", ("name", "finetune.losses", "prune"), (*dense, "prune", *losses, "evaluate", "compress",
                                                                "benchmark"), external=external),
     ]
@@ -86,6 +98,18 @@ def is_current(stage: Stage, config: RunConfig) -> bool:
 def input_paths(stage: Stage, config: RunConfig) -> dict[str, Path | str]:
     """dense first, then in the order of the graph."""
     return {**stage.external, **{name: config.path / name for name in stage.inputs}}
+
+
+def partial_folder(stage: Stage, config: RunConfig) -> Path:
+    return config.path / f"{stage.id}.partial"
+
+
+def log_folder(stage: Stage, config: RunConfig) -> Path:
+    return config.path / "logs" / stage.id
+
+
+def progress_file(stage: Stage, config: RunConfig) -> Path:
+    return log_folder(stage, config) / "progress.json"
 
 
 def _part(tree: dict, section: str):

@@ -4,29 +4,18 @@ import importlib
 import os
 import shutil
 import signal
-import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
 import torch
 
 from jobs.job import Job, Stopped
-from launch.stages import Stage, build_stages, input_paths, stage_key
+from launch.stages import CONFIG, Ending, Stage, build_stages, input_paths, partial_folder, progress_file, stage_key
 from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
 from sparse_train.tracking import Progress
-
-CONFIG = "config.yaml"
-
-
-@dataclass(frozen=True)
-class Ending:
-    status: str
-    """finished, stopped (run again to go on) or mistake (the user's, told in `message`)."""
-    message: str = ""
 
 
 def work(run_folder: str, stage_id: str, port: int) -> Ending:
@@ -52,24 +41,6 @@ def work(run_folder: str, stage_id: str, port: int) -> Ending:
         return Ending("mistake", str(error))
     finally:
         dist.stop()
-
-
-def partial_folder(stage: Stage, config: RunConfig) -> Path:
-    return config.path / f"{stage.id}.partial"
-
-
-def progress_file(stage: Stage, config: RunConfig) -> Path:
-    return log_folder(stage, config) / "progress.json"
-
-
-def log_folder(stage: Stage, config: RunConfig) -> Path:
-    return config.path / "logs" / stage.id
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def _run_job(stage: Stage, config: RunConfig):

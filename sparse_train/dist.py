@@ -14,7 +14,7 @@ from torch import distributed
 
 def start(rank: int, world_size: int, local_rank: int, address: str, port: int,
           timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group at address:port. The time-out is ours: DeepSpeed's default has changed between releases."""
+    """Join the process group at address:port. The time-out is said: DeepSpeed's default differs between releases."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
                       LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
     accelerator = get_accelerator()

@@ -1,4 +1,7 @@
-"""Metrics and progress of one stage: metrics.jsonl is the truth, wandb a guest, a progress file what the launcher shows."""
+"""Metrics and progress of one stage: metrics.jsonl is the truth, wandb a guest.
+
+Progress of long work stands in a small file, which the launcher shows.
+"""
 
 import contextlib
 import json

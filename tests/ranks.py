@@ -7,7 +7,7 @@ import queue
 import time
 import traceback
 
-from launch.worker import free_port
+from launch.runner import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The fork server imports once what every rank needs; a spawned rank would take seconds longer.
@@ -15,7 +15,7 @@ _CONTEXT.set_forkserver_preload(["deepspeed", "sparse_train.training", "sparse_t
 
 
 def run_ranks(function, world, *arguments, timeout_s=180):
-    """[function(*arguments) of rank 0, of rank 1, ...]. `function` is module-level. A failing or dead rank fails all."""
+    """[function(*arguments) of rank 0, of rank 1, ...]; `function` is module-level. A failed rank fails all."""
     port, results = free_port(), _CONTEXT.Queue()
     processes = [_CONTEXT.Process(target=_rank, args=(function, rank, world, port, results, arguments), daemon=True)
                  for rank in range(world)]

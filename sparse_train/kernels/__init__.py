@@ -143,9 +143,8 @@ def read_bandwidth(num_bytes: int = 1 << 29, num_threads: int | None = None, rep
 
 
 def _check_bits(bitmask: torch.Tensor, num_columns: int, num_rows: int | None = None) -> None:
-    width = 8 * -(-num_columns // 64)
-    if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or bitmask.shape[1] != width or (
-            num_rows is not None and len(bitmask) != num_rows) or bitmask.device.type != "cpu":
-        raise ValueError(f"the bitmask is {bitmask.dtype} {tuple(bitmask.shape)} on {bitmask.device}; a weight of shape "
-                         f"({'R' if num_rows is None else num_rows}, {num_columns}) on the cpu needs uint8 "
-                         f"({'R' if num_rows is None else num_rows}, {width})")
+    num_rows = len(bitmask) if num_rows is None else num_rows
+    needed = (num_rows, 8 * -(-num_columns // 64))
+    if bitmask.dtype != torch.uint8 or bitmask.shape != needed or bitmask.device.type != "cpu":
+        raise ValueError(f"the bitmask is {bitmask.dtype} {tuple(bitmask.shape)} on {bitmask.device}; a weight of "
+                         f"shape ({num_rows}, {num_columns}) on the cpu needs uint8 {needed}")

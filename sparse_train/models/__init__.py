@@ -10,4 +10,6 @@ from sparse_train.models.checkpoint import (
 )
 from sparse_train.models.family import Family, family_of
 
-__all__ = ["Family", "build_model", "family_of", "load_model", "load_tokenizer", "own_tensors", "read_config", "save_model"]
+__all__ = [
+    "Family", "build_model", "family_of", "load_model", "load_tokenizer", "own_tensors", "read_config", "save_model",
+]

@@ -21,7 +21,7 @@ from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks import Batch
 
 
-class _FirstBlockReached(Exception):  # noqa: N818 - ends a forward pass whose rest is not needed
+class _FirstBlockReached(Exception):
     pass
 
 

@@ -27,6 +27,7 @@ from sparse_train.sparse.bitmask import BitmaskTensor
 _HEADER = "sparse_train"
 _VERSION = 1
 _SPARSE, _DENSE = "sparse", "model"
+PARTS = ("values", "bitmask", "scale")
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -40,7 +41,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], shapes: Map
 
 
 class TensorFolder:
-    """The tensors of a checkpoint folder, dense or sparse, read one by one. Raises UserError for what is no such folder.
+    """The tensors of a checkpoint folder, dense or sparse, read one by one. Raises UserError where there is none.
 
     `names`: tensors outside the sparse weights. `shapes`: (R, C) of each sparse weight.
     """
@@ -51,7 +52,7 @@ class TensorFolder:
         self.shapes: dict[str, tuple[int, int]] = {}
         for file in self._list():
             self._read_header(file)
-        parts = {f"{name}.{part}" for name in self.shapes for part in ("values", "bitmask", "scale")}
+        parts = {f"{name}.{part}" for name in self.shapes for part in PARTS}
         self.names = [name for name in self._files if name not in parts]
         for name in self.shapes:
             self._check(name)
@@ -60,7 +61,8 @@ class TensorFolder:
         for stem in (_SPARSE, _DENSE):
             index = self.folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                return [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                files = set(json.loads(index.read_text())["weight_map"].values())
+                return [self.folder / name for name in sorted(files)]
             single = self.folder / f"{stem}.safetensors"
             if single.is_file():
                 return [single]

@@ -89,24 +89,29 @@ def gathered_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class FeatureTap:
-    """Collects the block outputs (B, T, D) of forward passes run inside `with tap:`.
+    """Collects the block outputs (B, T, D) of a forward pass run inside `with tap:`, for one take().
 
     Outside of it the hooks do nothing: activation checkpointing runs the blocks again in the backward pass.
     """
 
     def __init__(self, model: nn.Module):
-        self.features: list[torch.Tensor] = []
+        self._features: list[torch.Tensor] = []
         self._open = False
         for block in family_of(model).block_list(model):
             block.register_forward_hook(self._record)
 
     def _record(self, module, inputs, output):
         if self._open:
-            self.features.append(block_output(output))
+            self._features.append(block_output(output))
 
     def __enter__(self) -> "FeatureTap":
-        self.features, self._open = [], True
+        self._features, self._open = [], True
         return self
 
     def __exit__(self, *exception):
         self._open = False
+
+    def take(self) -> list[torch.Tensor]:
+        """One per block; the tap lets go of them."""
+        taken, self._features = self._features, []
+        return taken

@@ -80,8 +80,8 @@ class _Trainer:
         self._config, self._loss, self._fetch, self._order, self._seed = config, loss, fetch, order, seed
         wants_features = loss.feature_weight > 0
         # Taps come before DeepSpeed's own hooks, which wrap the outputs.
-        self._student_tap = FeatureTap(student) if wants_features else nullcontext()
-        self._teacher_tap = FeatureTap(teacher) if wants_features else nullcontext()
+        self._student_tap = FeatureTap(student) if wants_features else None
+        self._teacher_tap = FeatureTap(teacher) if wants_features else None
         self.engine, self._teacher = build_engines(student, teacher if loss.needs_teacher else None, config)
         self.engine.train()
         self._norm: torch.Tensor | float | None = None
@@ -107,15 +107,12 @@ class _Trainer:
 
     def _shares(self, batch: Batch) -> Shares:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attend.long(), "use_cache": False}
-        teacher_logits = None
+        teacher_logits, taught = None, []
         if self._teacher is not None:
-            with torch.no_grad(), self._teacher_tap:
-                teacher_logits = self._teacher(**inputs).logits
-        with self._student_tap:
-            logits = self.engine(**inputs).logits
-        return distillation_loss(self._loss, logits, batch.labels, batch.attend,
-                                 getattr(self._student_tap, "features", ()), getattr(self._teacher_tap, "features", ()),
-                                 teacher_logits)
+            with torch.no_grad():
+                teacher_logits, taught = _run(self._teacher, self._teacher_tap, inputs)
+        logits, learnt = _run(self.engine, self._student_tap, inputs)
+        return distillation_loss(self._loss, logits, batch.labels, batch.attend, learnt, taught, teacher_logits)
 
     def metrics(self, step: int, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         """Collective. Means since the last call, and whether any rank was asked to stop."""
@@ -132,6 +129,13 @@ class _Trainer:
                 raise FloatingPointError(f"step {step}: {name} is {found[name]}; lower the learning rate or use fp32")
         self._reset()
         return found, num_stops > 0
+
+
+def _run(model, tap: FeatureTap | None, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(logits, block outputs or nothing)."""
+    with tap or nullcontext():
+        logits = model(**inputs).logits
+    return logits, tap.take() if tap else []
 
 
 class _StopSignal:

@@ -1,0 +1,127 @@
+"""report: one page on accuracy, size and speed, from what the other stages measured.
+
+    report.json   {"scores": [{model, loss, sparsity, metric, value}],
+                   "speed": [{model, what, engine, precision, sparsity, milliseconds, fraction_of_byte_bound, ...}],
+                   ...}
+    report.html   the same as tables with the picture inside; opens without a network
+    accuracy.png  accuracy against sparsity and against speed
+"""
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.job import Job
+from sparse_train import artifacts
+from sparse_train.bench.layers import print_rows
+from sparse_train.bench.plots import plot_accuracy
+
+_METRIC = "exact_match"
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
+
+
+def run(job: Job) -> dict[str, Any]:
+    data = _collect(job)
+    artifacts.write_json(job.out / "report.json", data)
+    _plot(job.out / "accuracy.png", data)
+    artifacts.write_text(job.out / "report.html", _page(data, job.out / "accuracy.png"))
+    return {"num_scores": len(data["scores"]), "num_speeds": len(data["speed"])}
+
+
+def _collect(job: Job) -> dict[str, Any]:
+    config, inputs = job.config, job.inputs
+    sparsity = artifacts.read_manifest(inputs["prune"])["metrics"]["sparsity"]
+    scores = []
+    for name, metrics in artifacts.read_json(inputs["evaluate"] / "scores.json").items():
+        is_dense = name == Path(inputs["dense"]).name
+        loss = "dense" if is_dense else "one-shot" if name == "prune" else name
+        scores += _score_rows(config.name, loss, "fp32", 0.0 if is_dense else sparsity, metrics)
+    compressed = artifacts.read_json(inputs["compress"] / "scores.json")
+    for precision, metrics in compressed["scores"].items():
+        scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
+    benchmark = artifacts.read_json(inputs["benchmark"] / "rows.json")
+    return {"run": config.name, "task": config.task.name, "prune": config.prune.model_dump(mode="json"),
+            "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
+            "compressed_loss": compressed["loss"], "scores": scores, "speed": benchmark["rows"],
+            "machine": benchmark["machine"], "num_bytes": compressed["num_bytes"],
+            "seconds": {stage: manifest["seconds"] for stage, path in inputs.items()
+                        if (manifest := artifacts.read_manifest(Path(path)))}}
+
+
+def _score_rows(model, loss, engine, sparsity, metrics):
+    return [{"model": model, "loss": loss, "engine": engine, "sparsity": round(sparsity, 4), "metric": metric,
+             "value": value} for metric, value in metrics.items()]
+
+
+def _plot(path: Path, data: dict[str, Any]) -> None:
+    exact = [row for row in data["scores"] if row["metric"] == _METRIC]
+    value = {row["engine"]: row["value"] for row in exact if row["engine"].startswith("runtime")}
+    dense = next(row["value"] for row in exact if row["loss"] == "dense")
+    speeds = [{"label": f"{row['engine']} {row['precision']}", "speedup": row["speedup"],
+               "value": dense if row["engine"] == "torch" else value[f"runtime {row['precision']}"]}
+              for row in data["speed"] if row["what"] == "decode"]
+    plot_accuracy(path, _METRIC.replace("_", " "), [row for row in exact if row["engine"] == "fp32"], speeds)
+
+
+def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of the score and size tables, as text."""
+    found: dict[tuple, dict[str, float]] = {}
+    for row in data["scores"]:
+        found.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
+    scores = [[loss, engine, f"{sparsity:.2f}", f"{m['exact_match']:.3f}", f"{m['cross_entropy']:.4f}",
+               str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
+    dense = data["num_bytes"]["dense"]
+    sizes = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
+    return [
+        ("Accuracy on unseen problems",
+         ["model", "computed in", "sparsity", "exact match", "cross-entropy", "problems"], scores),
+        (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes),
+    ]
+
+
+def print_tables(path: Path, console: Console) -> None:
+    """The tables of a report.json, for a terminal."""
+    data = artifacts.read_json(path)
+    for title, header, rows in _tables(data):
+        table = Table(title=title, title_justify="left", title_style="bold", box=None)
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index < 1 else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    console.print("[bold]Batch-1 speed[/] " + _machine_line(data))
+    print_rows(data["speed"], console)
+
+
+def _machine_line(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    return (f"({machine['threads']} threads, {machine['backend']} kernels, streaming read "
+            f"{machine['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s)")
+
+
+def _page(data: dict[str, Any], picture: Path) -> str:
+    speed_header = ["model", "what", "engine", "precision", "sparsity", "ms", "quartiles", "speed-up", "of byte bound"]
+    speed = [[row["model"], row["what"], row["engine"], row["precision"], f"{row['sparsity']:.2f}",
+              f"{row['milliseconds']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['speedup']:.2f}",
+              f"{row['fraction_of_byte_bound']:.2f}"] for row in data["speed"]]
+    tables = [*_tables(data), (f"Batch-1 speed {_machine_line(data)}", speed_header, speed)]
+    image = base64.b64encode(picture.read_bytes()).decode()
+    body = "".join(_html_table(*table) for table in tables)
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"
+            f"<style>{_STYLE}</style><h1>{escape(data['run'])}: {escape(data['task'])}, "
+            f"{data['prune']['sparsity']:.0%} sparse</h1><img alt='accuracy against sparsity and speed' "
+            f"src='data:image/png;base64,{image}'>{body}</html>\n")
+
+
+def _html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    def line(tag, cells):
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<h2>{escape(title)}</h2><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"

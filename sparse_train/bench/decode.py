@@ -1,0 +1,44 @@
+"""Tokens per second of whole models at batch 1, through Hugging Face's `generate` with its cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparse_train.bench.timing import interleave
+from sparse_train.inference import PackedLinear, Runtime
+
+
+def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], prompt: str, new_tokens: int,
+                repeats: int, bandwidth: float,
+                progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
+    """`runtimes`: (engine, precision, sparsity) -> model, the dense one first. milliseconds are per token, medians.
+
+    The byte bound counts every weight once per token, tied embeddings once; `bandwidth` in bytes per second.
+    """
+    timings = interleave({key: (lambda runtime=runtime: _decode(runtime, prompt, new_tokens))
+                          for key, runtime in runtimes.items()}, repeats, progress)
+    dense = next(iter(timings.values())).median
+    rows = []
+    for (engine, precision, sparsity), timing in timings.items():
+        num_bytes = _bytes_per_token(runtimes[engine, precision, sparsity].model)
+        ms = 1e3 / new_tokens
+        rows.append({
+            "model": name, "what": "decode", "engine": engine, "precision": precision, "sparsity": round(sparsity, 4),
+            "milliseconds": ms * timing.median, "low": ms * timing.low, "high": ms * timing.high, "bytes": num_bytes,
+            "tokens_per_second": new_tokens / timing.median, "speedup": dense / timing.median,
+            "fraction_of_byte_bound": num_bytes / bandwidth / (timing.median / new_tokens),
+        })
+    return rows
+
+
+def _decode(runtime: Runtime, prompt: str, new_tokens: int) -> None:
+    inputs = runtime.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    runtime.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+                           use_cache=True, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+                           pad_token_id=runtime.tokenizer.pad_token_id)
+
+
+def _bytes_per_token(model: torch.nn.Module) -> int:
+    packed = sum(module.packed.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    return packed + sum(parameter.nbytes for parameter in model.parameters())

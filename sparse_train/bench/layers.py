@@ -1,0 +1,76 @@
+"""Batch-1 products of a block's linears: dense torch FP32, sparse FP32, sparse INT8, and how near the byte bound.
+
+The unit of time is one pass over all the shapes, so that at the sizes that matter no weight is found in a cache. The
+bound is the bytes of the compressed weights over the read bandwidth measured in the same process.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparse_train.bench.timing import interleave
+from sparse_train.compress import quantise_rows
+from sparse_train.kernels import PackedMatrix
+from sparse_train.sparse import BitmaskTensor
+
+MPT_7B_BLOCK = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))
+
+
+def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandwidth: float,
+               progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
+    """Rows of one pass over `weights` per engine; `bandwidth` in bytes per second. milliseconds are medians."""
+    engines = _engines(weights)
+    inputs = [torch.randn(1, weight.shape[1]) for weight in weights]
+
+    def one_pass(operands):
+        for operand, x in zip(operands, inputs, strict=True):
+            operand(x)
+
+    timings = interleave({name: (lambda operands=operands: one_pass(operands)) for name, (operands, _) in
+                          engines.items()}, repeats, progress)
+    dense = timings["torch", "fp32"].median
+    sparsity = 1 - sum(w.values.numel() for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
+    return [{
+        "model": model, "what": "linears", "engine": engine, "precision": precision,
+        "sparsity": 0.0 if engine == "torch" else round(sparsity, 4), "milliseconds": 1e3 * timing.median,
+        "low": 1e3 * timing.low, "high": 1e3 * timing.high, "bytes": num_bytes, "speedup": dense / timing.median,
+        "fraction_of_byte_bound": num_bytes / bandwidth / timing.median,
+    } for (engine, precision), timing in timings.items() for num_bytes in [engines[engine, precision][1]]]
+
+
+def random_weights(shapes: Sequence[tuple[int, int]], sparsity: float, seed: int = 0) -> list[BitmaskTensor]:
+    """Bits and values drawn at random: speed does not depend on which positions survive."""
+    generator = torch.Generator().manual_seed(seed)
+    return [BitmaskTensor.from_dense(torch.randn(shape, generator=generator) / shape[1] ** 0.5,
+                                     torch.rand(shape, generator=generator) >= sparsity) for shape in shapes]
+
+
+def _engines(weights):
+    """(engine, precision) -> (a callable per weight, the bytes that a pass reads)."""
+    def torch_linear(dense):
+        return lambda x: torch.nn.functional.linear(x, dense)
+
+    dense = [weight.to_dense() for weight in weights]
+    fp32 = [PackedMatrix(w.values, w.bitmask, w.shape[1]) for w in weights]
+    int8 = [PackedMatrix(codes.values, codes.bitmask, codes.shape[1], scale)
+            for codes, scale in map(quantise_rows, weights)]
+    return {
+        ("torch", "fp32"): ([torch_linear(w) for w in dense], sum(w.nbytes for w in dense)),
+        ("sparse", "fp32"): ([m.matvec for m in fp32], sum(m.num_bytes for m in fp32)),
+        ("sparse", "int8"): ([m.matvec for m in int8], sum(m.num_bytes for m in int8)),
+    }
+
+
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, header_style="bold")
+    for title in ("model", "what", "engine", "precision", "sparsity", "ms", "quartiles", "speed-up", "of byte bound"):
+        table.add_column(title, justify="left" if title in ("model", "what", "engine", "precision") else "right")
+    for row in rows:
+        bound = row["fraction_of_byte_bound"]
+        table.add_row(row["model"], row["what"], row["engine"], row["precision"], f"{row['sparsity']:.2f}",
+                      f"{row['milliseconds']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['speedup']:.2f}x",
+                      "" if bound is None else f"{bound:.2f}")
+    console.print(table)

@@ -1,0 +1,48 @@
+"""Folders that leave the run.
+
+    export_sparse   values and bits, fp32, bf16 or int8: read by sparse_train.inference
+    export_dense    Hugging Face's own layout with every zero in place: read by from_pretrained anywhere
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_train import artifacts
+from sparse_train.compress.quantise import quantise_rows
+from sparse_train.models import own_tensors, save_model
+from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_sparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str, folder: Path) -> None:
+    """Write `model` (with SparseLinears) at `precision`; int8 quantises the sparse weights and leaves the rest fp32."""
+    tensors = dict(own_tensors(model))
+    if precision == "int8":
+        for name, linear in sparse_linears(model).items():
+            codes, tensors[f"{name}.scale"] = quantise_rows(linear.weight)
+            tensors[f"{name}.values"] = codes.values
+    else:
+        tensors = {name: tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
+                   for name, tensor in tensors.items()}
+    save_model(folder, model, tokenizer, tensors)
+    artifacts.sign(folder, {"precision": precision, "sparse_weights": {
+        name: {"shape": list(linear.weight.shape), "sparsity": linear.weight.sparsity}
+        for name, linear in sparse_linears(model).items()}})
+
+
+def export_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write `model` in Hugging Face's layout; its SparseLinears become linears in place."""
+    save_model(folder, densify(model), tokenizer)
+
+
+def unpruned_zeros(folder: Path, weights: dict[str, BitmaskTensor]) -> list[str]:
+    """Audit of a dense export: names of weights with a non-zero at a pruned position, or a kept value that changed."""
+    tensors, wrong = TensorFolder(folder), []
+    for name, weight in weights.items():
+        dense = tensors.get(f"{name}.weight")
+        if dense[~weight.keep].any() or not torch.equal(dense[weight.keep], weight.values):
+            wrong.append(name)
+    return wrong
