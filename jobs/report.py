@@ -17,7 +17,7 @@ from rich.table import Table
 
 from jobs.job import Job
 from sparse_train import artifacts
-from sparse_train.bench.layers import print_rows
+from sparse_train.bench.layers import SPEED_HEADER, print_rows, speed_cells
 from sparse_train.bench.plots import plot_accuracy
 
 _METRIC = "exact_match"
@@ -89,9 +89,10 @@ def print_tables(path: Path, console: Console) -> None:
     """The tables of a report.json, for a terminal."""
     data = artifacts.read_json(path)
     for title, header, rows in _tables(data):
-        table = Table(title=title, title_justify="left", title_style="bold", box=None)
+        console.print(title, style="bold")
+        table = Table(box=None)
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index < 1 else "right")
+            table.add_column(name, justify="left" if index < 1 else "right", no_wrap=True, overflow="ignore")
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -107,11 +108,7 @@ def _machine_line(data: dict[str, Any]) -> str:
 
 
 def _page(data: dict[str, Any], picture: Path) -> str:
-    speed_header = ["model", "what", "engine", "precision", "sparsity", "ms", "quartiles", "speed-up", "of byte bound"]
-    speed = [[row["model"], row["what"], row["engine"], row["precision"], f"{row['sparsity']:.2f}",
-              f"{row['milliseconds']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['speedup']:.2f}",
-              f"{row['fraction_of_byte_bound']:.2f}"] for row in data["speed"]]
-    tables = [*_tables(data), (f"Batch-1 speed {_machine_line(data)}", speed_header, speed)]
+    tables = [*_tables(data), (f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, map(speed_cells, data["speed"]))]
     image = base64.b64encode(picture.read_bytes()).decode()
     body = "".join(_html_table(*table) for table in tables)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"

@@ -64,13 +64,20 @@ def _engines(weights):
     }
 
 
+SPEED_HEADER = ("model", "what", "engine", "zeros", "ms", "spread", "speed-up", "bound")
+
+
+def speed_cells(row: dict[str, Any]) -> list[str]:
+    """A row as text under SPEED_HEADER. spread: the distance of the quartiles over the median."""
+    return [row["model"], row["what"], f"{row['engine']} {row['precision']}", f"{row['sparsity']:.2f}",
+            f"{row['milliseconds']:.3f}", f"{(row['high'] - row['low']) / row['milliseconds']:.0%}",
+            f"{row['speedup']:.2f}x", f"{row['fraction_of_byte_bound']:.2f}"]
+
+
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=None, header_style="bold")
-    for title in ("model", "what", "engine", "precision", "sparsity", "ms", "quartiles", "speed-up", "of byte bound"):
-        table.add_column(title, justify="left" if title in ("model", "what", "engine", "precision") else "right")
+    for index, title in enumerate(SPEED_HEADER):
+        table.add_column(title, justify="left" if index < 3 else "right", no_wrap=True, overflow="ignore")
     for row in rows:
-        bound = row["fraction_of_byte_bound"]
-        table.add_row(row["model"], row["what"], row["engine"], row["precision"], f"{row['sparsity']:.2f}",
-                      f"{row['milliseconds']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['speedup']:.2f}x",
-                      "" if bound is None else f"{bound:.2f}")
+        table.add_row(*speed_cells(row))
     console.print(table)

@@ -15,6 +15,8 @@ from sparse_train.tasks.task import Task
 
 _NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Lea", "Sam", "Mia")
 _THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "shells", "stamps")
+_LARGEST_FACTOR = 9
+_LARGEST_TERM = 30
 _TEST_SHARE = 0.1
 _SEED = "sparse-train arithmetic 1"
 
@@ -48,22 +50,22 @@ def _is_test(text: str) -> bool:
 
 
 def _problem(draw: random.Random) -> Example:
-    """Two or three steps on small numbers; every intermediate result is in 0..99."""
+    """Two steps on small numbers; every result is in 1..99."""
     name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
     return draw.choice((_boxes, _share, _chain))(draw, name, thing)
 
 
 def _boxes(draw, name, thing):
-    count, each = draw.randint(2, 9), draw.randint(2, 9)
+    count, each = draw.randint(2, _LARGEST_FACTOR), draw.randint(2, _LARGEST_FACTOR)
     total = count * each
-    lost = draw.randint(1, total - 1)
+    lost = draw.randint(1, min(total - 1, _LARGEST_TERM))
     return question_answer(
         f"{name} has {count} boxes of {each} {thing} and loses {lost}. How many {thing} are left?",
         _steps((f"{count}*{each}", total), (f"{total}-{lost}", total - lost)))
 
 
 def _share(draw, name, thing):
-    people, each = draw.randint(2, 9), draw.randint(2, 9)
+    people, each = draw.randint(2, _LARGEST_FACTOR), draw.randint(2, _LARGEST_FACTOR)
     total = people * each
     have = draw.randint(1, total - 1)
     more = total - have
@@ -73,9 +75,9 @@ def _share(draw, name, thing):
 
 
 def _chain(draw, name, thing):
-    first, second = draw.randint(2, 40), draw.randint(2, 40)
+    first, second = draw.randint(2, _LARGEST_TERM), draw.randint(2, _LARGEST_TERM)
     together = first + second
-    lost = draw.randint(1, together - 1)
+    lost = draw.randint(1, min(together - 1, _LARGEST_TERM))
     return question_answer(
         f"{name} has {first} {thing} and buys {second}, then gives away {lost}. How many {thing} are left?",
         _steps((f"{first}+{second}", together), (f"{together}-{lost}", together - lost)))
