@@ -15,7 +15,7 @@ from sparse_train.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     console, complaints = Console(), Console(stderr=True, soft_wrap=True)
     try:
         return options.command(options, console) or 0
@@ -24,6 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # argparse takes key=value only right after CONFIG; users write them after options too.
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is _run:
+        options.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
