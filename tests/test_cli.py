@@ -1,0 +1,55 @@
+"""The command line's answers to mistakes: one line on stderr, exit code 2, nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+
+_DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["run", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
+    (["run", _DEMO, "finetune.stepz=3"], "did you mean steps?"),
+    (["run", _DEMO, "prune.sparsity=1.5"], "outside [0, 1)"),
+    (["run", _DEMO, "prune.sparsity=null", "prune.pattern=3:7"], "pattern 3:7 does not divide d_model"),
+    (["run", _DEMO, "dense.zero.stage=5"], "there is no ZeRO stage 5"),
+    (["run", _DEMO, "task.name=gsm8k"], "task.path is missing"),
+    (["run", _DEMO, "task.name=gsm8k", "task.path=./nowhere"], "there is no such folder"),
+    (["run", _DEMO, "task.name=gsm8k", "task.path=EMPTY"], "holds no train.jsonl"),
+    (["run", _DEMO, "dense.path=EMPTY"], "is no checkpoint"),
+    (["run", _DEMO, "dense.path=./nowhere"], "there is no folder ./nowhere"),
+    (["run", _DEMO, "--on", "mars"], "choose one of: local"),
+    (["run", _DEMO, "--stages", "prun"], "there is no such stage"),
+    (["run", _DEMO, "--stages", "report"], "stage report needs dense"),
+    (["status", "EMPTY"], "is no run folder"),
+    (["inspect", "EMPTY"], "is no checkpoint"),
+    (["inspect", "nowhere"], "there is no folder nowhere"),
+    (["generate", "EMPTY", "--prompt", "x"], "is no checkpoint"),
+    (["generate", "EMPTY", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main([argument.replace("EMPTY", str(tmp_path / "empty")) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert told in err and err.startswith("sparse-train: ") and err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_an_unknown_option_is_a_mistake_and_overrides_may_follow_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", _DEMO, "name=x", "--dry-run", "prune.sparsity=0.5", "folder=here"]) == 0
+    assert "finetune/squarehead" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        main(["run", _DEMO, "--frobnicate"])
+    assert stop.value.code == 2
+
+
+def test_help_tells_of_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("run", "status", "inspect", "generate"))
