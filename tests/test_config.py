@@ -57,7 +57,7 @@ def test_overrides_are_typed_and_nested():
     ("model.n_heads=3", "n_heads=3 must divide d_model=128"),
     ("dense.steps=0", "dense.steps=0: input should be greater than 0"),
     ("dense.steps", "write key=value"),
-    ("seed.x=1", "seed is a value, not a section"),
+    ("name.x=1", "name is a value, not a section"),
     ("name=../up", "name='../up'"),
 ])
 def test_a_mistake_is_one_line_with_value_and_remedy(override, told):
