@@ -94,8 +94,6 @@ def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console:
 
 
 def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path) -> submitit.Job:
-    from launch.worker import work  # brings DeepSpeed, which the other commands do without
-
     executor = submitit.LocalExecutor(logs)
     executor.update_parameters(tasks_per_node=cluster.ranks if stage.distributed else 1,
                                gpus_per_node=cluster.visible_gpus(), timeout_min=cluster.timeout_min,
@@ -103,9 +101,15 @@ def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path)
     # A terminal's Ctrl-C reaches the whole process group; the ranks shall hear of it from us, as SIGTERM.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return executor.submit(work, str(config.path), stage.id, free_port())
+        return executor.submit(_process, str(config.path), stage.id, free_port())
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _process(run_folder: str, stage_id: str, port: int) -> Ending:
+    from launch.worker import work  # brings DeepSpeed, which only the ranks need
+
+    return work(run_folder, stage_id, port)
 
 
 def free_port() -> int:

@@ -1,0 +1,171 @@
+"""Pruning against the definitions, written out slowly in fp64."""
+
+import logging
+
+import pytest
+import torch
+
+from sparse_train.config import PruneConfig
+from sparse_train.errors import UserError
+from sparse_train.models import family_of
+from sparse_train.pruning import prune
+from sparse_train.pruning.pattern import keep_groups, keep_largest
+from sparse_train.pruning.sparsegpt import sparsegpt
+from sparse_train.tasks import Batch
+from tests.models import tiny_mpt
+
+PATTERNS = [{"sparsity": 0.75}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:16"}]
+
+
+def _problem(rows=6, columns=48, tokens=200):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(rows, columns, generator=generator)
+    # As activations are: a few strong directions under noise. Compensation has something to work with.
+    strong = torch.randn(tokens, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
+    inputs = strong + 0.5 * torch.randn(tokens, columns, generator=generator)
+    return weight, inputs, 2 * inputs.T @ inputs / tokens
+
+
+def _oracle(weight, hessian, spec):
+    """SparseGPT from its definition: after each column, the inverse of what is left of H is computed anew."""
+    weight, h = weight.double().clone(), hessian.double().clone()
+    num_rows, num_columns = weight.shape
+    h += torch.eye(num_columns) * spec.damping * h.diagonal().mean()
+    inverses = [torch.linalg.inv(h[j:, j:]) for j in range(num_columns)]
+    pivot = torch.stack([inverse[0, 0] for inverse in inverses])
+    keep = torch.zeros(num_rows, num_columns, dtype=torch.bool)
+    width = spec.group[1] if spec.group else spec.block_size
+    for j in range(num_columns):
+        if j % width == 0:
+            block = slice(j, min(j + width, num_columns))
+            scores = weight[:, block] ** 2 / pivot[block]
+            if spec.group:
+                for row in range(num_rows):
+                    keep[row, j + scores[row].topk(spec.group[0]).indices] = True
+            else:
+                total = round((1 - spec.sparsity) * num_rows * block.stop) - round((1 - spec.sparsity) * num_rows * j)
+                best = scores.flatten().topk(total).indices
+                keep[best // scores.shape[1], j + best % scores.shape[1]] = True
+        for row in range(num_rows):
+            if not keep[row, j]:
+                weight[row, j:] -= weight[row, j].clone() / pivot[j] * inverses[j][0]
+                weight[row, j] = 0
+    return weight, keep
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_sparsegpt_is_its_definition(pattern, block_size):
+    weight, _, hessian = _problem()
+    spec = PruneConfig(block_size=block_size, **pattern)
+    updated, keep = sparsegpt(weight, hessian, spec)
+    expected, expected_keep = _oracle(weight, hessian, spec)
+    assert torch.equal(keep, expected_keep)
+    assert not updated[~keep].any()
+    torch.testing.assert_close(updated.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_sparsegpt_reconstructs_better_than_magnitude(pattern):
+    weight, inputs, hessian = _problem()
+    updated, keep = sparsegpt(weight, hessian, PruneConfig(**pattern))
+    spec = PruneConfig(**pattern)
+    plain = keep_groups(weight.abs(), spec.group) if spec.group else keep_largest(weight.abs(), int(keep.sum()))
+    mine, theirs = ((inputs @ (w - weight).T).norm() for w in (updated, weight * plain))
+    assert mine < 0.8 * theirs
+
+
+def test_a_column_that_never_fires_is_pruned_first():
+    weight, _, hessian = _problem()
+    hessian[5] = hessian[:, 5] = 0
+    updated, keep = sparsegpt(weight * 100, hessian, PruneConfig(sparsity=0.5))
+    assert not updated[:, 5].any() and torch.isfinite(updated).all()
+
+
+def test_a_failing_cholesky_is_tried_with_more_damping_then_named(caplog):
+    weight, _, _ = _problem()
+    nearly = torch.ones(48, 48) * 1.0  # rank one; a tiny damping leaves fp32 no pivot
+    nearly[0, 1] += 1e-3
+    with caplog.at_level(logging.WARNING):
+        updated, _ = sparsegpt(weight, nearly, PruneConfig(sparsity=0.5, damping=1e-9), "some.layer")
+    assert torch.isfinite(updated).all() and "some.layer: Cholesky failed" in caplog.text
+    with pytest.raises(UserError, match=r"some\.layer: its Hessian is singular"):
+        sparsegpt(weight, -torch.eye(48), PruneConfig(sparsity=0.5), "some.layer")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20])
+def test_counts_are_exact_and_ties_go_to_the_first(count):
+    keep = keep_largest(torch.ones(4, 5), count)
+    assert keep.sum() == count and keep.flatten()[:count].all()
+
+
+def test_groups_keep_the_largest_of_each():
+    scores = torch.tensor([[1.0, 3, 2, 0, 5, 5, 5, 5]])
+    assert keep_groups(scores, (2, 4)).int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+
+
+def _batches(extra_padding=0):
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(3):
+        ids = torch.randint(50, (2, 12 + extra_padding), generator=torch.Generator().manual_seed(len(found)))
+        ids[:, :12] = torch.randint(50, (2, 12), generator=generator)
+        attend = torch.zeros_like(ids, dtype=torch.bool)
+        attend[0, :12], attend[1, :7] = True, True
+        found.append(Batch(ids, attend, ids))
+    return found
+
+
+def _model():
+    torch.manual_seed(0)
+    return tiny_mpt()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [{"sparsity": 0.75}, {"sparsity": 0.0}, {"pattern": "2:4"}], ids=str)
+def test_every_prunable_linear_is_pruned_to_the_count_and_nothing_else_changes(method, pattern):
+    model, before = _model(), _model()
+    spec = PruneConfig(method=method, **pattern)
+    weights = prune(model, _batches(), spec)
+    assert list(weights) == list(family_of(model).prunable_linears(model))
+    for name, weight in weights.items():
+        assert weight.values.numel() == round((1 - spec.sparsity) * weight.shape[0] * weight.shape[1])
+        assert torch.equal(model.get_submodule(name).weight, weight.to_dense())
+        if spec.group:
+            assert (weight.keep.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    for name, tensor in before.state_dict().items():
+        if name.removesuffix(".weight") not in weights:
+            assert torch.equal(tensor, model.state_dict()[name]), name
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_padding_does_not_count():
+    spec = PruneConfig(sparsity=0.5)
+    plain, padded = (prune(_model(), batches, spec) for batches in (_batches(), _batches(extra_padding=9)))
+    for name, weight in plain.items():
+        assert torch.equal(weight.bitmask, padded[name].bitmask), name
+        torch.testing.assert_close(weight.values, padded[name].values, rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_sees_the_inputs_that_the_pruned_blocks_before_it_make():
+    spec = PruneConfig(sparsity=0.75)
+    pruned, name = _model(), "transformer.blocks.1.attn.Wqkv"
+    weights = prune(pruned, _batches(), spec)
+    model = _model()
+    model.transformer.blocks[0].load_state_dict(pruned.transformer.blocks[0].state_dict())
+    found = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    for batch in _batches():
+        with torch.no_grad():
+            model(input_ids=batch.input_ids, attention_mask=batch.attend.long())
+        found[-1] = found[-1][batch.attend]
+    inputs = torch.cat(found)
+    expected, _ = sparsegpt(model.get_submodule(name).weight, 2 * inputs.T @ inputs / len(inputs), spec)
+    torch.testing.assert_close(weights[name].to_dense(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pattern_that_does_not_divide_a_width_is_refused_before_anything_changes():
+    model = _model()
+    with pytest.raises(UserError, match="pattern 3:7 does not divide transformer"):
+        prune(model, [], PruneConfig(pattern="3:7"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), _model().parameters(), strict=True))

@@ -1,0 +1,148 @@
+"""Stopping, resuming and damage: what comes out is to the bit what an undisturbed training makes."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from sparse_train import dist
+from sparse_train.config import TrainConfig, ZeroConfig
+from sparse_train.sparse import sparse_linears
+from sparse_train.training import gathered_tensors, train
+from sparse_train.training.engine import build_engines
+from sparse_train.training.order import Order
+from tests.ranks import run_ranks
+from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
+
+
+def _config(stage=3, **extra):
+    return TrainConfig(**{"steps": 8, "batch_size": 6, "learning_rate": 2e-3, "warmup_steps": 2, "weight_decay": 0.1,
+                          "checkpoint_every": 2, "zero": ZeroConfig(stage=stage, persistence_threshold=0), **extra})
+
+
+class _Log:
+    """Keeps what is logged; raises SIGTERM in its own process when `stop_at` is logged."""
+
+    def __init__(self, stop_at=None):
+        self.steps, self.losses, self._stop_at = [], [], stop_at
+
+    def rewind(self, step):
+        self.start = step
+
+    def log(self, step, metrics):
+        self.steps.append(step)
+        self.losses.append(metrics["loss"])
+        if step == self._stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(config, folder, stop_at=None, stop_rank=0):
+    student, teacher = _models()
+    log = _Log(stop_at if dist.rank() == stop_rank else None)
+    outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0), config,
+                    _LOSS, folder, log)
+    return outcome.finished, log.start, log.steps, dict(gathered_tensors(outcome.engine))
+
+
+def _equal(mine, theirs):
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("stage, stop_rank", [(3, 0), (3, 1), (2, 0), (0, 0)])
+def test_stopped_by_a_signal_and_resumed_is_uninterrupted_to_the_bit(stage, stop_rank, tmp_path):
+    config = _config(stage)
+    whole = run_ranks(_train, 2, config, tmp_path / "whole")[0]
+    assert whole[0] and whole[2] == list(range(1, 9))
+    first = run_ranks(_train, 2, config, tmp_path / "cut", 4, stop_rank)[0]
+    # The signal comes while step 4 is logged; the ranks agree on it in step 5.
+    assert not first[0] and first[2] == [1, 2, 3, 4, 5]
+    second = run_ranks(_train, 2, config, tmp_path / "cut")[0]
+    assert second[0] and second[1] == 5 and second[2] == [6, 7, 8]
+    assert _equal(second[3], whole[3])
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "flip", "unsign", "remove"])
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, tmp_path):
+    config = _config()
+    whole = run_ranks(_train, 2, config, tmp_path)[0]
+    newest = sorted(tmp_path.glob("step-*"))[-1]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"]
+    file = next(path for path in sorted(newest.rglob("*")) if path.suffix == ".pt")
+    content = file.read_bytes()
+    if spoil == "truncate":
+        file.write_bytes(content[:-1])
+    elif spoil == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif spoil == "unsign":
+        (newest / "DONE").unlink()
+    else:
+        file.unlink()
+    again = run_ranks(_train, 2, config, tmp_path)[0]
+    assert again[1] == 4 and again[2] == [5, 6, 7, 8]
+    assert _equal(again[3], whole[3])
+
+
+def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
+    run_ranks(_train, 2, _config(), tmp_path)
+    with pytest.raises(AssertionError, match="was written by 2 ranks, this job has 1"):
+        run_ranks(_train, 1, _config(), tmp_path)
+
+
+def _flip_a_bit_on_rank_1():
+    student, _ = _models()
+    if dist.rank() == 1:
+        next(iter(sparse_linears(student).values())).bitmask[0, 0] ^= 1
+    try:
+        build_engines(student, None, _config())
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_bits_that_differ_between_ranks_stop_every_rank_and_name_the_tensor():
+    told = run_ranks(_flip_a_bit_on_rank_1, 2)
+    assert told[0] == told[1] and "transformer.blocks.0.attn.Wqkv on ranks [1]" in told[0]
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path):
+    plain = run_ranks(_train, 2, _config(steps=4), tmp_path / "a")[0]
+    less = run_ranks(_train, 2, _config(steps=4, activation_checkpointing=True), tmp_path / "b")[0]
+    for name, tensor in plain[3].items():
+        torch.testing.assert_close(less[3][name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_follows_fp32(stage, tmp_path):
+    fp32 = run_ranks(_train, 2, _config(stage), tmp_path / "a")[0]
+    bf16 = run_ranks(_train, 2, _config(stage, precision="bf16"), tmp_path / "b")[0]
+    for name, tensor in fp32[3].items():
+        if not name.endswith(".bitmask"):
+            error = (bf16[3][name].float() - tensor).norm() / tensor.norm().clamp(min=1e-3)
+            assert error < 0.05, f"{name}: {error:.3f}"
+
+
+def _explode(folder):
+    try:
+        _train(_config(learning_rate=1e30, clip=0.0), folder)
+    except FloatingPointError as error:
+        return str(error)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_step(tmp_path):
+    told = run_ranks(_explode, 2, tmp_path)
+    assert all(text and text.startswith("step ") and "lower the learning rate" in text for text in told)
+
+
+def _order(num_examples, steps, batch_size):
+    order = Order(num_examples, batch_size, 1, seed=4)
+    return [order.indices(step, 0) for step in range(steps)]
+
+
+def test_every_example_is_seen_once_per_epoch_whatever_the_number_of_ranks():
+    alone = _order(10, 10, 4)
+    epochs = [index for step in alone for index in step]
+    assert all(sorted(epochs[start:start + 10]) == list(range(10)) for start in range(0, 40, 10))
+    assert epochs[:10] != epochs[10:20]
+    ranks = run_ranks(_order, 3, 10, 10, 4)
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+    assert _order(None, 2, 3) == [[0, 1, 2], [3, 4, 5]]
