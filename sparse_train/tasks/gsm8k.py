@@ -48,7 +48,7 @@ def _read_lines(file: Path) -> list[Example]:
                 found.append(question_answer(row["question"], row["answer"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} line {len(found) + 1} is no JSON object with question and answer: {error}") from error
-    except OSError as error:
+    except (OSError, EOFError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     return found
 

@@ -1,0 +1,195 @@
+"""The command line from nothing to a report, on two ranks, then what users do next: rerun, change, look, break, stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_train import artifacts
+from sparse_train.sparse import TensorFolder
+
+RECIPE = Path(__file__).with_name("tiny.yaml")
+STAGES = ["dense", "prune", "finetune/ce", "finetune/squarehead", "evaluate", "compress", "benchmark", "report"]
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "launch.cli", *map(str, arguments)]
+
+
+def _cli(*arguments, code=0):
+    """(stdout, stderr) of the command line in a process of its own."""
+    done = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(runs folder, what the command printed) of one complete run; the path has a space, as users' paths do."""
+    folder = tmp_path_factory.mktemp("all runs")
+    return folder, _cli("run", RECIPE, f"folder='{folder}'")[0]
+
+
+def test_every_stage_is_signed_and_undamaged(run):
+    for stage in STAGES:
+        folder = run[0] / "tiny" / stage
+        assert artifacts.damage(folder) is None
+        assert artifacts.read_manifest(folder)["stage"] == stage
+    assert not list((run[0] / "tiny").rglob("*.partial"))
+    assert artifacts.read_manifest(run[0] / "tiny" / "dense")["num_ranks"] == 2
+
+
+def test_the_metrics_have_every_term_of_every_step(run):
+    lines = [json.loads(line) for line in (run[0] / "tiny/finetune/squarehead/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    for line in lines:
+        assert set(line["squarehead"]) == {"0", "1"}
+        assert line["loss"] == pytest.approx(line["task"] + sum(line["squarehead"].values()), rel=1e-5)
+        assert line["learning_rate"] > 0 and line["tokens_per_second"] > 0 and line["gradient_norm"] > 0
+
+
+def test_the_report_has_every_row_and_opens_offline(run):
+    report = run[0] / "tiny" / "report"
+    data = artifacts.read_json(report / "report.json")
+    assert {row["loss"] for row in data["scores"]} == {"dense", "one-shot", "ce", "squarehead"}
+    assert all(set(row) >= {"model", "loss", "sparsity", "metric", "value"} for row in data["scores"])
+    assert {row["sparsity"] for row in data["scores"] if row["loss"] != "dense"} == {0.75}
+    assert {(row["engine"], row["precision"]) for row in data["speed"]} == \
+        {("torch", "fp32"), ("sparse", "fp32"), ("sparse", "int8")}
+    assert all(row["milliseconds"] > 0 and 0 < row["fraction_of_byte_bound"] for row in data["speed"])
+    assert (report / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    page = (report / "report.html").read_text()
+    assert "squarehead" in page and "data:image/png;base64," in page and "http" not in page
+    assert "squarehead" in run[1] and f"report: {report / 'report.html'}" in run[1]
+
+
+def test_zeros_are_the_same_from_pruning_to_the_dense_export(run):
+    folder = run[0] / "tiny"
+    pruned = TensorFolder(folder / "prune")
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "compress" / "dense").state_dict()
+    for name in pruned.shapes:
+        keep = pruned.weight(name).keep
+        for made in ("finetune/ce", "finetune/squarehead", "compress/sparse-int8"):
+            assert torch.equal(TensorFolder(folder / made).weight(name).keep, keep), (made, name)
+        assert not theirs[f"{name}.weight"][~keep].any()
+
+
+def test_a_rerun_does_nothing_and_a_change_redoes_what_depends_on_it(run):
+    assert _cli("run", RECIPE, f"folder='{run[0]}'", "--dry-run")[0].split() == \
+        [word for stage in STAGES for word in (stage, "current")]
+    again, _ = _cli("run", RECIPE, f"folder='{run[0]}'")
+    assert [line.split() for line in again.splitlines()[:len(STAGES)]] == [[stage, "current"] for stage in STAGES]
+    plan, _ = _cli("run", RECIPE, f"folder='{run[0]}'", "finetune.losses.squarehead.feature_weight=2.0", "--dry-run")
+    state = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in plan.splitlines()}
+    assert [stage for stage in STAGES if state[stage] == "current"] == ["dense", "prune", "finetune/ce"]
+    assert state["finetune/squarehead"] == "its config or inputs changed"
+    assert state["evaluate"] == "finetune/squarehead will be new"
+
+
+def test_looking_at_a_run_and_its_models(run):
+    folder = run[0] / "tiny"
+    shown, _ = _cli("status", folder)
+    assert [line.split()[:2] for line in shown.splitlines()] == [[stage, "current"] for stage in STAGES]
+    shown, _ = _cli("inspect", folder / "compress" / "sparse-int8")
+    row = next(line.split() for line in shown.splitlines() if "blocks.0.ffn.up_proj" in line)
+    assert row[1:4] == ["128x32", "I8", "0.7500"]
+    assert row[4] == f"{128 * 32 // 4 + 128 * 8 + 128 * 4:,}"
+    shown, _ = _cli("inspect", folder / "compress" / "dense")
+    assert next(line.split()[3] for line in shown.splitlines() if "blocks.0.ffn.up_proj" in line) == "0.7500"
+    answers = {_cli("generate", folder / "compress" / name, "--prompt", "Question: Tom", "--max-new-tokens", "4")[0]
+               for name in ("dense", "sparse-fp32")}
+    assert len(answers) == 1
+
+
+def test_a_dense_model_from_outside_is_the_teacher_and_nothing_dense_is_trained(run, tmp_path):
+    shown, _ = _cli("run", RECIPE, f"folder={tmp_path}", f"dense.path='{run[0] / 'tiny' / 'dense'}'",
+                    "prune.pattern=2:4", "prune.sparsity=null", "prune.method=magnitude", "finetune.zero.stage=2",
+                    "compress.precisions=[fp32]")
+    assert not (tmp_path / "tiny" / "dense").exists()
+    data = artifacts.read_json(tmp_path / "tiny" / "report" / "report.json")
+    assert {(row["loss"], row["sparsity"]) for row in data["scores"]} == \
+        {("dense", 0.0), ("one-shot", 0.5), ("ce", 0.5), ("squarehead", 0.5)}
+
+
+def test_a_failed_stage_names_its_cause_and_its_log(tmp_path):
+    _, err = _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "dense", "dense.learning_rate=1e30",
+                  "dense.clip=0", "dense.warmup_steps=0", code=1)
+    assert "stage dense failed: FloatingPointError: step" in err and err.count("\n") == 1
+    log = Path(err.rpartition("log: ")[2].strip().rstrip(")"))
+    assert "FloatingPointError" in log.read_text()
+    shown, _ = _cli("status", tmp_path / "tiny")
+    assert shown.splitlines()[0].split()[:4] == ["dense", "not", "done", "yet"] and "logs:" in shown
+
+
+def test_a_damaged_input_is_refused_by_name(tmp_path):
+    _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "dense")
+    file = tmp_path / "tiny" / "dense" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    _, err = _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "prune", code=2)
+    assert "model.safetensors is not the file that was signed" in err
+
+
+_LONG = ("--stages", "dense", "dense.steps=120", "dense.checkpoint_every=20")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    _cli("run", RECIPE, f"folder={folder}", *_LONG)
+    return (folder / "tiny" / "dense" / "model.safetensors").read_bytes()
+
+
+def _started(folder):
+    """The command, at work beyond step 30; its first checkpoint is written."""
+    process = subprocess.Popen(_command("run", RECIPE, f"folder={folder}", *_LONG), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics, deadline = folder / "tiny" / "dense.partial" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_text().count("\n") < 30:
+        assert process.poll() is None and time.monotonic() < deadline, "training did not get to step 30"
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(tmp_path, undisturbed):
+    process = _started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    steps = [json.loads(line)["step"] for line in
+             (tmp_path / "tiny/dense.partial/metrics.jsonl").read_text().splitlines()]
+    assert (tmp_path / f"tiny/dense.partial/checkpoints/step-{steps[-1]:08d}/DONE").is_file()
+    _cli("run", RECIPE, f"folder={tmp_path}", *_LONG)
+    assert (tmp_path / "tiny" / "dense" / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_killed_rank_ends_the_stage_and_the_same_command_ends_with_the_same_bits(tmp_path, undisturbed):
+    process = _started(tmp_path)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True)
+             if "submitit.core._submit" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "stage dense failed" in err and "log:" in err
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    _cli("run", RECIPE, f"folder={tmp_path}", *_LONG)
+    assert (tmp_path / "tiny" / "dense" / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_two_commands_on_one_run_folder_do_not_meet(tmp_path):
+    process = _started(tmp_path)
+    try:
+        _, err = _cli("run", RECIPE, f"folder={tmp_path}", *_LONG, code=2)
+        assert "is in use by another sparse-train" in err
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=120)
