@@ -18,6 +18,7 @@ from sparse_train.config import RunConfig, dump_config
 from sparse_train.errors import UserError
 
 _STOP_PATIENCE_S = 120
+_NO_RESULT = "ended without a result; it was killed, or ran out of memory"
 
 
 class StageFailed(Exception):
@@ -139,25 +140,26 @@ def _stop(job: submitit.Job) -> None:
 
 
 def _ending(stage: Stage, job: submitit.Job, logs: Path) -> Ending:
-    """The most telling of the ranks' endings: one that broke, then a mistake, then the rest."""
-    endings = []
+    """The most telling of the ranks' endings: a mistake, then one that broke, then the rest."""
+    endings, broken = [], []
     for task in range(job.num_tasks):
-        log = logs / f"{job.job_id}_{task}_log.out"
         try:
             endings.append(job.task(task).result())
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
-            endings.append((log, _last_line(error)))
+        except submitit.core.utils.UncompletedJobError as error:  # a FailedJobError is one, with a traceback
+            broken.append((f"rank {task} {_cause(error)}", logs / f"{job.job_id}_{task}_log.out"))
     for ending in endings:
-        if isinstance(ending, Ending) and ending.status == "mistake":
+        if ending.status == "mistake":
             return ending
-    broken = [ending for ending in endings if not isinstance(ending, Ending)]
     if broken:
-        # Ranks that lost a peer complain about the connection; the first cause is the one that does not.
-        log, line = min(broken, key=lambda pair: "onnection" in pair[1])
+        # Ranks that lost a peer complain about the connection, or were ended with it; the first cause did neither.
+        line, log = min(broken, key=lambda pair: "onnection" in pair[0] or _NO_RESULT in pair[0])
         raise StageFailed(f"stage {stage.id} failed: {line} (log: {log})")
     return endings[0]
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip(" -\t")]
-    return lines[-1].strip() if lines else type(error).__name__
+def _cause(error: submitit.core.utils.UncompletedJobError) -> str:
+    """The traceback's last line, or that there is none."""
+    if not isinstance(error, submitit.core.utils.FailedJobError):
+        return _NO_RESULT
+    lines = str(error).partition("You can check full logs")[0].splitlines()
+    return [line.strip() for line in lines if line.strip(" -")][-1]
