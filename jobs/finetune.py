@@ -31,8 +31,7 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tok
     examples, num_left_out = training_examples(task, tokenizer, config.num_examples)
     tracker = None
     if dist.rank() == 0:
-        run_id = f"{run.name}-{job.out.stem.replace('/', '-')}-{job.loss}".rstrip("-")
-        tracker = Tracker(job.out, run_id, run.model_dump(mode="json"), run.tracking.wandb)
+        tracker = Tracker(job.out, f"{run.name}-{job.out.stem}", run.model_dump(mode="json"), run.tracking.wandb)
     outcome = train(
         student, teacher, lambda indices: task.batch([examples[i] for i in indices], tokenizer),
         Order(None if task.endless and config.num_examples is None else len(examples), config.batch_size,

@@ -39,7 +39,7 @@ def _collect(job: Job) -> dict[str, Any]:
     sparsity = artifacts.read_manifest(inputs["prune"])["metrics"]["sparsity"]
     scores = []
     for name, metrics in artifacts.read_json(inputs["evaluate"] / "scores.json").items():
-        is_dense = name == Path(inputs["dense"]).name
+        is_dense = name == "dense"
         loss = "dense" if is_dense else "one-shot" if name == "prune" else name
         scores += _score_rows(config.name, loss, "fp32", 0.0 if is_dense else sparsity, metrics)
     compressed = artifacts.read_json(inputs["compress"] / "scores.json")

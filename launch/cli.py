@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a stage failed (its log is named); 2 a mistake of the user
 """
 
 import argparse
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -83,6 +84,8 @@ def _run(options, console: Console) -> int:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
+    # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         runner.run(config, cluster, names, console)
     except runner.StageFailed as error:

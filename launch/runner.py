@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import submitit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -132,11 +133,19 @@ def _watch(stage: Stage, config: RunConfig, job: submitit.Job, console: Console)
 
 
 def _stop(job: submitit.Job) -> None:
+    """Let the ranks save; what still runs after the patience, or at a second Ctrl-C, is killed."""
     process = job._process  # submitit's cancel() sends SIGINT and kills a second later, in the middle of a save
+    everyone = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _STOP_PATIENCE_S
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        for one in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _ending(stage: Stage, job: submitit.Job, logs: Path) -> Ending:

@@ -81,7 +81,9 @@ def stage_key(stage: Stage, config: RunConfig) -> str | None:
     """None while an input is not finished."""
     tree = config.model_dump(mode="json")
     parts = {section: _part(tree, section) for section in stage.sections}
-    inputs = {**stage.external}
+    outside = [*stage.external.values(), *(tree[section]["path"] for section in ("task", "model")
+                                           if section in stage.sections)]
+    inputs: dict = {path: _fingerprint(Path(path)) for path in outside if path}
     for name in stage.inputs:
         manifest = artifacts.read_manifest(config.path / name)
         if manifest is None:
@@ -110,6 +112,12 @@ def log_folder(stage: Stage, config: RunConfig) -> Path:
 
 def progress_file(stage: Stage, config: RunConfig) -> Path:
     return log_folder(stage, config) / "progress.json"
+
+
+def _fingerprint(path: Path) -> list:
+    """Name, size and time of every file of a folder from outside: reading a large model to skip a stage is too much."""
+    return [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns)
+            for file in sorted(path.rglob("*")) if file.is_file()]
 
 
 def _part(tree: dict, section: str):

@@ -177,6 +177,9 @@ class FinetuneConfig(TrainConfig):
     def _at_least_one(cls, losses):
         if not losses:
             raise ValueError("losses is empty; name at least one, such as squarehead: {feature_weight: 1}")
+        taken = {"dense", "prune", "one-shot"} & set(losses)
+        if taken:
+            raise ValueError(f"a loss cannot be called {min(taken)}, which the report calls another model")
         return losses
 
 

@@ -6,11 +6,12 @@ Progress of long work stands in a small file, which the launcher shows.
 import contextlib
 import json
 import logging
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
-from sparse_train.artifacts import write_json
+from sparse_train.artifacts import write_json, write_text
 from sparse_train.config import WandbConfig
 
 log = logging.getLogger(__name__)
@@ -19,10 +20,11 @@ log = logging.getLogger(__name__)
 class Tracker:
     """Appends one line per logged step to `folder`/metrics.jsonl, and tells wandb when it is configured.
 
+    `name` is wandb's display name; the id is drawn once and kept in `folder`, so that a resumed job continues its run.
     A failing wandb is reported once and left alone; training goes on.
     """
 
-    def __init__(self, folder: Path, run_id: str, config: dict[str, Any] | None = None,
+    def __init__(self, folder: Path, name: str, config: dict[str, Any] | None = None,
                  wandb: WandbConfig | None = None):
         self.path = folder / "metrics.jsonl"
         self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
@@ -30,8 +32,9 @@ class Tracker:
         if wandb is not None:
             with self._guest():
                 import wandb as package
-                self._wandb = package.init(project=wandb.project, entity=wandb.entity, mode=wandb.mode, id=run_id,
-                                           name=run_id, resume="allow", dir=str(folder), config=config)
+                self._wandb = package.init(project=wandb.project, entity=wandb.entity, mode=wandb.mode, id=_kept_id(folder),
+                                           name=name, resume="allow",
+                                           dir=str(folder), config=config)
 
     def rewind(self, step: int) -> None:
         """Drop lines after `step`: a resumed job writes them again."""
@@ -68,6 +71,13 @@ class Tracker:
         except Exception as error:  # whatever wandb raises is not worth a training run
             log.warning("wandb failed and is left out from here on: %s", error)
             self._wandb = None
+
+
+def _kept_id(folder: Path) -> str:
+    file = folder / "wandb-id"
+    if not file.is_file():
+        write_text(file, secrets.token_hex(8))
+    return file.read_text()
 
 
 class Progress:

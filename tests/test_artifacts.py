@@ -97,8 +97,10 @@ def test_wandb_sees_nested_metrics_flat(tmp_path, monkeypatch):
     calls = _fake_wandb(monkeypatch, None)
     tracker = Tracker(tmp_path, "fixed", {"a": 1}, WandbConfig(mode="offline"))
     tracker.log(7, {"loss": 1.0, "squarehead": {"0": 0.25}})
-    assert calls[0][2]["id"] == "fixed" and calls[0][2]["mode"] == "offline"
+    assert calls[0][2]["name"] == "fixed" and calls[0][2]["mode"] == "offline"
     assert calls[1][1:] == (({"loss": 1.0, "squarehead/0": 0.25},), {"step": 7})
+    Tracker(tmp_path, "fixed", {}, WandbConfig())
+    assert calls[2][2]["id"] == calls[0][2]["id"] and calls[2][2]["resume"] == "allow"
 
 
 def test_wandb_itself_offline(tmp_path, monkeypatch):

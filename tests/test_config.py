@@ -27,7 +27,8 @@ def test_a_shipped_cluster_file_loads(path):
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path):
-    config = load_config(RunConfig, _DEMO, ["prune.pattern=2:4", "prune.sparsity=null", "tracking.wandb={mode: offline}"])
+    config = load_config(RunConfig, _DEMO, ["prune.pattern=2:4", "prune.sparsity=null",
+                                            "tracking.wandb={mode: offline}"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(RunConfig, tmp_path / "config.yaml") == config
     assert config.prune.sparsity == 0.5 and config.prune.group == (2, 4)
@@ -52,6 +53,7 @@ def test_overrides_are_typed_and_nested():
     ("prune.pattern=2to4", "neither unstructured nor N:M"),
     ("finetune.zero.stage=4", "there is no ZeRO stage 4; use 0, 1, 2 or 3"),
     ("finetune.losses={}", "losses is empty"),
+    ("finetune.losses.prune={}", "a loss cannot be called prune"),
     ("finetune.losses.ce.task_weight=0", "all loss weights are 0"),
     ("finetune.accumulation=7", "accumulation=7 must divide batch_size=64"),
     ("model.n_heads=3", "n_heads=3 must divide d_model=128"),

@@ -78,7 +78,7 @@ def test_sparsegpt_reconstructs_better_than_magnitude(pattern):
 def test_a_column_that_never_fires_is_pruned_first():
     weight, _, hessian = _problem()
     hessian[5] = hessian[:, 5] = 0
-    updated, keep = sparsegpt(weight * 100, hessian, PruneConfig(sparsity=0.5))
+    updated, _ = sparsegpt(weight * 100, hessian, PruneConfig(sparsity=0.5))
     assert not updated[:, 5].any() and torch.isfinite(updated).all()
 
 

@@ -1,7 +1,8 @@
-"""The command line from nothing to a report, on two ranks, then what users do next: rerun, change, look, break, stop."""
+"""The command line from nothing to a report on two ranks, then what users do next: rerun, look, break, stop."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_the_report_has_every_row_and_opens_offline(run):
     assert {row["sparsity"] for row in data["scores"] if row["loss"] != "dense"} == {0.75}
     assert {(row["engine"], row["precision"]) for row in data["speed"]} == \
         {("torch", "fp32"), ("sparse", "fp32"), ("sparse", "int8")}
-    assert all(row["milliseconds"] > 0 and 0 < row["fraction_of_byte_bound"] for row in data["speed"])
+    assert all(row["milliseconds"] > 0 and row["fraction_of_byte_bound"] > 0 for row in data["speed"])
     assert (report / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     page = (report / "report.html").read_text()
     assert "squarehead" in page and "data:image/png;base64," in page and "http" not in page
@@ -111,9 +112,10 @@ def test_looking_at_a_run_and_its_models(run):
 
 
 def test_a_dense_model_from_outside_is_the_teacher_and_nothing_dense_is_trained(run, tmp_path):
-    shown, _ = _cli("run", RECIPE, f"folder={tmp_path}", f"dense.path='{run[0] / 'tiny' / 'dense'}'",
-                    "prune.pattern=2:4", "prune.sparsity=null", "prune.method=magnitude", "finetune.zero.stage=2",
-                    "compress.precisions=[fp32]")
+    shutil.copytree(run[0] / "tiny" / "dense", tmp_path / "my model")
+    _cli("run", RECIPE, f"folder={tmp_path}", f"dense.path='{tmp_path / 'my model'}'",
+         "prune.pattern=2:4", "prune.sparsity=null", "prune.method=magnitude", "finetune.zero.stage=2",
+         "compress.precisions=[fp32]")
     assert not (tmp_path / "tiny" / "dense").exists()
     data = artifacts.read_json(tmp_path / "tiny" / "report" / "report.json")
     assert {(row["loss"], row["sparsity"]) for row in data["scores"]} == \

@@ -68,7 +68,7 @@ def test_what_stands_at_padding_changes_nothing():
 
 
 def test_weights_select_the_terms():
-    logits, labels, attend, features, taught, teacher_logits = _inputs()
+    logits, labels, attend, features, taught, _ = _inputs()
     plain = distillation_loss(LossConfig(), logits, labels, attend)
     assert plain.feature.numel() == 0 and plain.logit == 0
     torch.testing.assert_close(plain.loss, plain.task)
@@ -78,7 +78,7 @@ def test_weights_select_the_terms():
 
 
 def test_an_all_zero_teacher_makes_no_nan():
-    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
+    logits, labels, attend, _, taught, _ = _inputs(torch.float32)
     same = [torch.zeros_like(f) for f in taught]
     shares = distillation_loss(LossConfig(feature_weight=1.0), logits, labels, attend, same, same)
     assert torch.isfinite(shares.loss)
