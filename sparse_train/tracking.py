@@ -32,9 +32,9 @@ class Tracker:
         if wandb is not None:
             with self._guest():
                 import wandb as package
-                self._wandb = package.init(project=wandb.project, entity=wandb.entity, mode=wandb.mode, id=_kept_id(folder),
-                                           name=name, resume="allow",
-                                           dir=str(folder), config=config)
+                self._wandb = package.init(
+                    project=wandb.project, entity=wandb.entity, mode=wandb.mode, id=_kept_id(folder), name=name,
+                    resume="allow", dir=str(folder), config=config)
 
     def rewind(self, step: int) -> None:
         """Drop lines after `step`: a resumed job writes them again."""
