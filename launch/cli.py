@@ -109,6 +109,8 @@ def _status(options, console: Console) -> None:
     if not (options.run / CONFIG).is_file():
         raise UserError(f"{options.run} is no run folder: it has no {CONFIG}; give the folder that a run made")
     config = load_config(RunConfig, options.run / CONFIG)
+    # The folder may be looked at from elsewhere than where the run was started.
+    config = config.model_copy(update={"folder": str(options.run.absolute().parent)})
     for stage, reason in runner.plan(config, []):
         manifest = artifacts.read_manifest(config.path / stage.id)
         detail = f"{manifest['seconds']:.0f} s" if manifest else ""

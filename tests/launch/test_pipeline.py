@@ -96,9 +96,10 @@ def test_a_rerun_does_nothing_and_a_change_redoes_what_depends_on_it(run):
     assert state["evaluate"] == "finetune/squarehead will be new"
 
 
-def test_looking_at_a_run_and_its_models(run):
+def test_looking_at_a_run_and_its_models(run, monkeypatch):
     folder = run[0] / "tiny"
-    shown, _ = _cli("status", folder)
+    monkeypatch.chdir(folder)
+    shown, _ = _cli("status", ".")
     assert [line.split()[:2] for line in shown.splitlines()] == [[stage, "current"] for stage in STAGES]
     shown, _ = _cli("inspect", folder / "compress" / "sparse-int8")
     row = next(line.split() for line in shown.splitlines() if "blocks.0.ffn.up_proj" in line)

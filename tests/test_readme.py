@@ -1,0 +1,47 @@
+"""What the README names is there: every folder of its tree, every file, every command and option."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+
+TOP = Path(__file__).parents[1]
+TEXT = (TOP / "README.md").read_text()
+
+
+def _tree():
+    block = TEXT.partition("## The tree\n")[2]
+    parent = ""
+    for indent, name in re.findall(r"^( {4,})(\S+)/ ", block, re.MULTILINE):
+        if len(indent) == 4:
+            parent = name
+        yield name if len(indent) == 4 else f"{parent}/{name}"
+
+
+def test_the_tree_is_the_tree():
+    named = set(_tree())
+    assert {"jobs", "launch", "configs", "sparse_train", "tests", "slurm", "docs"} <= named
+    assert all((TOP / name).is_dir() for name in named)
+    rooms = {f"sparse_train/{path.parent.name}" for path in (TOP / "sparse_train").glob("*/__init__.py")}
+    assert rooms <= named
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|docs|sparse_train)/[\w/-]+\.\w+", TEXT))))
+def test_a_named_file_exists(path):
+    assert (TOP / path).is_file()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"sparse-train (run|status|inspect|generate)", TEXT))))
+def test_a_named_command_exists_with_its_options(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for line in re.findall(rf"^ +sparse-train {command} .*", TEXT, re.MULTILINE):
+        assert all(option in shown for option in re.findall(r"--[a-z-]+", line)), line
+
+
+def test_make_has_the_two_commands():
+    targets = re.findall(r"^(\w+):", (TOP / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
