@@ -18,6 +18,9 @@ def start(rank: int, world_size: int, local_rank: int, address: str, port: int,
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
                       LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
     accelerator = get_accelerator()
+    # Compiled at the first start on a CPU (20 s, and not at all below a folder with a space in its name), to serve
+    # inference only; training reduces through the process group.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(accelerator.communication_backend_name() if accelerator.device_name() != "cpu"
