@@ -154,8 +154,11 @@ def undisturbed(tmp_path_factory):
 
 def _started(folder):
     """The command, at work beyond step 30; its first checkpoint is written."""
-    process = subprocess.Popen(_command("run", RECIPE, f"folder={folder}", *_LONG), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        _command("run", RECIPE, f"folder={folder}", *_LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        # Where the tests run in a shell's background, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     metrics, deadline = folder / "tiny" / "dense.partial" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.is_file() or metrics.read_text().count("\n") < 30:
         assert process.poll() is None and time.monotonic() < deadline, "training did not get to step 30"
