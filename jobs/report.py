@@ -46,7 +46,7 @@ def _collect(job: Job) -> dict[str, Any]:
     for precision, metrics in compressed["scores"].items():
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
     benchmark = artifacts.read_json(inputs["benchmark"] / "rows.json")
-    return {"run": config.name, "task": config.task.name, "prune": config.prune.model_dump(mode="json"),
+    return {"run": config.name, "about": config.about, "task": config.task.name, "prune": config.prune.model_dump(mode="json"),
             "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
             "compressed_loss": compressed["loss"], "scores": scores, "speed": benchmark["rows"],
             "machine": benchmark["machine"], "num_bytes": compressed["num_bytes"],
@@ -88,6 +88,8 @@ def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
 def print_tables(path: Path, console: Console) -> None:
     """The tables of a report.json, for a terminal."""
     data = artifacts.read_json(path)
+    if data["about"]:
+        console.print(data["about"] + "\n", highlight=False, markup=False)
     for title, header, rows in _tables(data):
         console.print(title, style="bold")
         table = Table(box=None)
@@ -113,7 +115,7 @@ def _page(data: dict[str, Any], picture: Path) -> str:
     body = "".join(_html_table(*table) for table in tables)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"
             f"<style>{_STYLE}</style><h1>{escape(data['run'])}: {escape(data['task'])}, "
-            f"{data['prune']['sparsity']:.0%} sparse</h1><img alt='accuracy against sparsity and speed' "
+            f"{data['prune']['sparsity']:.0%} sparse</h1><p>{escape(data['about'])}</p><img alt='accuracy against sparsity and speed' "
             f"src='data:image/png;base64,{image}'>{body}</html>\n")
 
 

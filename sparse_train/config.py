@@ -216,6 +216,8 @@ class TrackingConfig(Section):
 
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    about: str = ""
+    """What the reader of the run's results should know; printed with them."""
     folder: str = "runs"
     """The run's files go to folder/name."""
     seed: int = 17

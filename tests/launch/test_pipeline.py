@@ -69,6 +69,7 @@ def test_the_report_has_every_row_and_opens_offline(run):
     assert all(row["milliseconds"] > 0 and row["fraction_of_byte_bound"] > 0 for row in data["speed"])
     assert (report / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     page = (report / "report.html").read_text()
+    assert "nothing learnt" in page and "nothing learnt" in run[1]
     assert "squarehead" in page and "data:image/png;base64," in page and "http" not in page
     assert "squarehead" in run[1] and f"report: {report / 'report.html'}" in run[1]
 
