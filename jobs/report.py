@@ -46,8 +46,8 @@ def _collect(job: Job) -> dict[str, Any]:
     for precision, metrics in compressed["scores"].items():
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
     benchmark = artifacts.read_json(inputs["benchmark"] / "rows.json")
-    return {"run": config.name, "about": config.about, "task": config.task.name, "prune": config.prune.model_dump(mode="json"),
-            "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
+    return {"run": config.name, "about": config.about, "task": config.task.name,
+            "prune": config.prune.model_dump(mode="json"), "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
             "compressed_loss": compressed["loss"], "scores": scores, "speed": benchmark["rows"],
             "machine": benchmark["machine"], "num_bytes": compressed["num_bytes"],
             "seconds": {stage: manifest["seconds"] for stage, path in inputs.items()
@@ -115,7 +115,8 @@ def _page(data: dict[str, Any], picture: Path) -> str:
     body = "".join(_html_table(*table) for table in tables)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"
             f"<style>{_STYLE}</style><h1>{escape(data['run'])}: {escape(data['task'])}, "
-            f"{data['prune']['sparsity']:.0%} sparse</h1><p>{escape(data['about'])}</p><img alt='accuracy against sparsity and speed' "
+            f"{data['prune']['sparsity']:.0%} sparse</h1><p>{escape(data['about'])}</p>"
+            f"<img alt='accuracy against sparsity and speed' "
             f"src='data:image/png;base64,{image}'>{body}</html>\n")
 
 

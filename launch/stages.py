@@ -62,8 +62,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
         Stage("compress", ("task", "evaluate", "compress"), losses[-1:]),
         Stage("benchmark", ("name", "task", "benchmark", "prune.sparsity"), (*dense, losses[-1], "compress"),
               external=external),
-        Stage("report", ("name", "about", "finetune.losses", "prune"), (*dense, "prune", *losses, "evaluate", "compress",
-                                                               "benchmark"), external=external),
+        Stage("report", ("name", "about", "finetune.losses", "prune"),
+              (*dense, "prune", *losses, "evaluate", "compress", "benchmark"), external=external),
     ]
     return stages[1:] if external else stages
 
