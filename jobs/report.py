@@ -47,7 +47,8 @@ def _collect(job: Job) -> dict[str, Any]:
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
     benchmark = artifacts.read_json(inputs["benchmark"] / "rows.json")
     return {"run": config.name, "about": config.about, "task": config.task.name,
-            "prune": config.prune.model_dump(mode="json"), "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
+            "prune": config.prune.model_dump(mode="json"),
+            "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
             "compressed_loss": compressed["loss"], "scores": scores, "speed": benchmark["rows"],
             "machine": benchmark["machine"], "num_bytes": compressed["num_bytes"],
             "seconds": {stage: manifest["seconds"] for stage, path in inputs.items()
