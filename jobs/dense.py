@@ -7,14 +7,15 @@ import torch
 from jobs.finetune import fine_tune
 from jobs.job import Job
 from sparse_train.config import LossConfig
-from sparse_train.models import build_model, load_model, load_tokenizer
+from sparse_train.models import build_model, load_tokenizer
 from sparse_train.tasks import build_task, build_tokenizer
+from sparse_train.training import load_student
 
 
 def run(job: Job) -> dict[str, Any]:
     config = job.config
     if config.model.path:
-        tokenizer, model = load_tokenizer(config.model.path), load_model(config.model.path)
+        tokenizer, model = load_tokenizer(config.model.path), load_student(config.model.path, config.dense)
     else:
         tokenizer = build_tokenizer(build_task(config.task), config.model.vocab_size)
         torch.manual_seed(config.seed)  # every rank builds the same model

@@ -1,5 +1,7 @@
 """finetune/LOSS: the pruned student trains its kept values; the dense teacher answers when the loss asks for it."""
 
+import math
+from collections import deque
 from typing import Any
 
 from torch import nn
@@ -7,24 +9,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.job import Job, Stopped
 from sparse_train import dist
-from sparse_train.config import LossConfig, TrainConfig
-from sparse_train.models import load_model, load_tokenizer, save_model
+from sparse_train.config import LossConfig, TeacherConfig, TrainConfig
+from sparse_train.models import load_tokenizer, own_tensors, save_model
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, training_examples
 from sparse_train.tracking import Tracker
-from sparse_train.training import gathered_tensors, train
+from sparse_train.training import audit, bits_digests, gathered_tensors, load_student, load_teacher, train
 from sparse_train.training.order import Order
 
 
 def run(job: Job) -> dict[str, Any]:
     loss = job.config.finetune.losses[job.loss]
-    student = load_model(job.inputs["prune"])
-    teacher = load_model(job.inputs["dense"]) if loss.needs_teacher else None
-    return fine_tune(job, student, teacher, load_tokenizer(job.inputs["prune"]), job.config.finetune, loss)
+    config = job.config.finetune
+    student = load_student(job.inputs["prune"], config)
+    teacher = load_teacher(job.inputs["dense"], config, config.teacher) if loss.needs_teacher else None
+    return fine_tune(job, student, teacher, load_tokenizer(job.inputs["prune"]), config, loss, config.teacher)
 
 
 def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase,
-              config: TrainConfig, loss: LossConfig) -> dict[str, Any]:
+              config: TrainConfig, loss: LossConfig, teacher_config: TeacherConfig | None = None) -> dict[str, Any]:
     """Train `student` on the task and write it to job.out, with metrics.jsonl. Collective; raises Stopped."""
     run = job.config
     task = build_task(run.task)
@@ -36,17 +39,23 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tok
         student, teacher, lambda indices: task.batch([examples[i] for i in indices], tokenizer),
         Order(None if task.endless and config.num_examples is None else len(examples), config.batch_size,
               config.accumulation, run.seed),
-        config, loss, job.out / "checkpoints", tracker, job.progress if dist.rank() == 0 else None, run.seed)
+        config, loss, job.out / "checkpoints", tracker, job.progress if dist.rank() == 0 else None, run.seed,
+        teacher_config)
     if tracker:
         tracker.close()
     if not outcome.finished:
         raise Stopped
-    tensors = dict(gathered_tensors(outcome.engine))
+    tensors = gathered_tensors(outcome.engine)
+    bits = bits_digests(outcome.engine.module)
     if dist.rank() == 0:
         save_model(job.out, student, tokenizer, tensors)
+        audit(job.out, bits)
+    else:
+        deque(tensors, maxlen=0)  # every rank takes part in gathering
+    sizes = {name: math.prod(getattr(t, "ds_shape", t.shape)) for name, t in own_tensors(student).items()}
     linears = sparse_linears(student).values()
     return {
         "loss": outcome.metrics["loss"], "num_examples_left_out": num_left_out,
-        "num_parameters": sum(t.numel() for n, t in tensors.items() if not n.endswith(".bitmask")),
+        "num_parameters": sum(size for name, size in sizes.items() if not name.endswith(".bitmask")),
         "num_prunable": sum(linear.in_features * linear.out_features for linear in linears),
     }

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,32 +53,32 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative path -> {"sha256", "bytes"} of every file below `folder`, manifest and DONE left out."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        relative = str(path.relative_to(folder))
-        if path.is_file() and relative not in (MANIFEST, DONE):
-            with open(path, "rb") as file:
-                found[relative] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                                   "bytes": path.stat().st_size}
-    return found
+def digest_file(path: Path) -> dict[str, Any]:
+    """{"sha256", "bytes"} of a file."""
+    with open(path, "rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def sign(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest` with the digests of all files, then DONE."""
-    write_json(folder / MANIFEST, {**manifest, "versions": _versions(), "host": platform.node(),
-                                   "files": digest_files(folder)})
+def _files(folder: Path) -> list[str]:
+    """Relative paths of the files below `folder`, manifest and DONE left out."""
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return [name for name in found if name not in (MANIFEST, DONE)]
+
+
+def sign(folder: Path, manifest: dict[str, Any], files: dict[str, dict] | None = None) -> None:
+    """Write `manifest` with the digests of all files, then DONE. `files` gives the digests where they are known."""
+    files = files or {name: digest_file(folder / name) for name in _files(folder)}
+    write_json(folder / MANIFEST, {**manifest, "versions": _versions(), "host": platform.node(), "files": files})
     (folder / DONE).touch()
 
 
-def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+def publish(partial: Path, final: Path, manifest: dict[str, Any], files: dict[str, dict] | None = None) -> None:
     """Rename a finished `partial` folder to `final`, replacing what was there, then sign it."""
     if final.exists():
         (final / DONE).unlink(missing_ok=True)
         shutil.rmtree(final)
     os.replace(partial, final)
-    sign(final, manifest)
+    sign(final, manifest, files)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -85,16 +86,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / MANIFEST) if (folder / DONE).is_file() else None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a signed folder's files (one line), None when each has its recorded digest."""
-    manifest = read_manifest(folder)
+def damage(folder: Path, share: Callable[[list[str]], list[str]] = lambda names: names) -> str | None:
+    """What is wrong with a signed folder's files (one line), None when each has its recorded digest.
+
+    `share` picks the files to look at, for ranks that divide the work.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return str(error)
     if manifest is None:
         return f"{folder} is not signed"
-    recorded, found = manifest["files"], digest_files(folder)
-    for name in recorded:
+    recorded, found = manifest["files"], set(_files(folder))
+    for name in share(sorted(recorded)):
         if name not in found:
             return f"{folder / name} is missing"
-        if recorded[name] != found[name]:
+        if recorded[name] != digest_file(folder / name):
             return f"{folder / name} is not the file that was signed"
     return None
 

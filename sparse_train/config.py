@@ -54,6 +54,8 @@ class ZeroConfig(Section):
     """DeepSpeed's ZeRO stage of the student: 0 replicates, 1 partitions the optimizer, 2 gradients, 3 parameters."""
     persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
     """Stage 3 keeps parameters with fewer elements than this whole on every rank."""
+    offload_optimizer: bool = False
+    """Keep master values and moments in the hosts' memory and step there (stages 1 to 3)."""
 
     @field_validator("stage")
     @classmethod
@@ -61,6 +63,23 @@ class ZeroConfig(Section):
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"there is no ZeRO stage {stage}; use 0, 1, 2 or 3")
         return stage
+
+    @model_validator(mode="after")
+    def _something_to_offload(self):
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs a ZeRO stage that partitions the optimizer; use 1, 2 or 3")
+        return self
+
+
+class TeacherConfig(Section):
+    """The frozen teacher's own engine: ZeRO-3 without an optimizer."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """None: the student's."""
+    offload: bool = False
+    """Keep its parameters in the hosts' memory until a layer runs."""
+    persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
+    """Parameters with fewer elements than this stay whole on every rank."""
 
 
 class TrainConfig(Section):
@@ -88,6 +107,8 @@ class TrainConfig(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint_every: Positive = 100
     """Steps between checkpoints from which a stopped job goes on."""
+    checkpoints_kept: Positive = 2
+    """The newest this many stay on disk."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
 
@@ -147,18 +168,52 @@ class PruneConfig(Section):
         return self
 
 
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper-mpt": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 2.0**-7, "final_feature": "norm",
+                  "logit_tokens": "labelled"},
+    "paper-t5": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-9, "epsilon_per": "position"},
+    "paper-whisper": {"task_weight": 0.5, "feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-8,
+                      "epsilon_per": "position", "encoder_padding": True, "layers": tuple(range(10))},
+    "sparseml": {"feature_weight": 1.0, "normalise": "micro_batch"},
+}
+
+
 class LossConfig(Section):
     """total = task_weight * CE + logit_weight * KL(teacher || student) * T^2 + feature_weight * SquareHead."""
 
+    preset: Literal["paper-mpt", "paper-t5", "paper-whisper", "sparseml"] | None = None
+    """Start from the formulas of that code; keys given beside it win."""
     task_weight: Weight = 1.0
     logit_weight: Weight = 0.0
     feature_weight: Weight = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    normalise: Literal["global", "micro_batch"] = "global"
+    """What a ratio is formed over: all ranks of the micro-step, or each rank's micro-batch with a mean over ranks."""
+    epsilon: Weight = 0.0
+    """Added to the teacher's mean square in SquareHead's denominator."""
+    epsilon_per: Literal["token", "position"] = "token"
+    """That mean is over real tokens, or over all positions, padding counted as zeros."""
+    final_feature: Literal["block", "norm"] = "block"
+    """The last feature: the last block's output, or the final norm's."""
+    encoder_padding: bool = False
+    """Count padded positions of an encoder's features."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Blocks of each stack whose outputs are compared; None takes all."""
+    logit_tokens: Literal["predicted", "labelled"] = "predicted"
+    """KL at the positions that predict a target, or at the targets' own positions (off by one in a decoder)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given):
+        chosen = given.get("preset") if isinstance(given, dict) else None
+        return {**_PRESETS.get(chosen, {}), **given} if chosen else given
 
     @model_validator(mode="after")
     def _something_to_learn(self):
         if self.task_weight == self.logit_weight == self.feature_weight == 0:
             raise ValueError("all loss weights are 0; give task_weight, logit_weight or feature_weight")
+        if self.layers == ():
+            raise ValueError("layers is empty; name blocks, or leave it out for all of them")
         return self
 
     @property
@@ -171,6 +226,7 @@ class FinetuneConfig(TrainConfig):
         "squarehead": LossConfig(feature_weight=1.0)
     }
     """One fine-tune per entry, all with the same budget; the name is the folder's and the report's."""
+    teacher: TeacherConfig = TeacherConfig()
 
     @field_validator("losses")
     @classmethod

@@ -5,6 +5,7 @@ A rank is a process of the training job. The device is what DeepSpeed's accelera
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -56,6 +57,14 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_objects(mine: Any) -> list[Any]:
+    """`mine` of every rank, in the order of ranks; for small plain data."""
+    everyone = [mine] * world_size()
+    if world_size() > 1:
+        distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
 def share(items: list, of_rank: int | None = None) -> list:
     """This rank's contiguous part of `items`; parts differ in length by at most one and may be empty."""
     r, n = rank() if of_rank is None else of_rank, world_size()
@@ -64,10 +73,7 @@ def share(items: list, of_rank: int | None = None) -> list:
 
 def require_agreement(what: str, digests: dict[str, str]) -> None:
     """Stop every rank when a digest differs between ranks; the message names the entries and the ranks."""
-    if world_size() == 1:
-        return
-    everyone: list[dict[str, str]] = [{}] * world_size()
-    distributed.all_gather_object(everyone, digests)
+    everyone = gather_objects(digests)
     for name in {name: None for digests in everyone for name in digests}:
         odd = [r for r, theirs in enumerate(everyone) if theirs.get(name) != everyone[0].get(name)]
         if odd:

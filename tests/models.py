@@ -1,7 +1,12 @@
 """Models small enough for tests."""
 
+import functools
+
 import torch
 from transformers import MptConfig, MptForCausalLM
+
+from sparse_train.config import TaskConfig
+from sparse_train.tasks import build_task, build_tokenizer
 
 
 def tiny_mpt(d_model=32, n_layers=2, vocab_size=50, **extra):
@@ -13,3 +18,8 @@ def tiny_mpt(d_model=32, n_layers=2, vocab_size=50, **extra):
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model
+
+
+@functools.cache
+def tiny_tokenizer():
+    return build_tokenizer(build_task(TaskConfig()), 300)

@@ -1,26 +1,18 @@
 """Exports and the runtime: the compressed folder answers as the dense one, and from_pretrained sees every zero."""
 
-import functools
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts, kernels
 from sparse_train.compress import dequantise, export_dense, export_sparse, quantise_rows, unpruned_zeros
-from sparse_train.config import PruneConfig, TaskConfig
+from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import load
 from sparse_train.models import load_model, load_tokenizer, own_tensors, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify
-from sparse_train.tasks import build_task, build_tokenizer
-from tests.models import tiny_mpt
-
-
-@functools.cache
-def _tokenizer():
-    return build_tokenizer(build_task(TaskConfig()), 300)
+from tests.models import tiny_mpt, tiny_tokenizer
 
 
 def _sparse_model():
@@ -48,7 +40,7 @@ def test_int8_codes_are_within_half_a_step_and_rows_have_their_own_scale():
 def test_the_dense_export_is_read_by_from_pretrained_with_every_zero_in_place(tmp_path):
     model = _sparse_model()
     weights = _weights(model)
-    export_dense(model, _tokenizer(), tmp_path)
+    export_dense(model, tiny_tokenizer(), tmp_path)
     assert unpruned_zeros(tmp_path, weights) == []
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -65,14 +57,14 @@ def test_the_audit_names_a_weight_that_came_back_or_changed(spoil, tmp_path):
     name = "transformer.blocks.1.ffn.up_proj"
     place = (~weights[name].keep if spoil == "alive" else weights[name].keep).nonzero()[0]
     dense.get_submodule(name).weight.data[*place] += 1
-    save_model(tmp_path, dense, _tokenizer())
+    save_model(tmp_path, dense, tiny_tokenizer())
     assert unpruned_zeros(tmp_path, weights) == [name]
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 6e-2)])
 def test_the_runtime_computes_what_the_model_does(precision, tolerance, tmp_path):
     model = _sparse_model()
-    export_sparse(model, _tokenizer(), precision, tmp_path)
+    export_sparse(model, tiny_tokenizer(), precision, tmp_path)
     assert artifacts.damage(tmp_path) is None
     runtime = load(tmp_path).model
     ids = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -91,8 +83,8 @@ def test_the_runtime_computes_what_the_model_does(precision, tolerance, tmp_path
 @pytest.mark.parametrize("backend", ["portable", kernels.backend()])
 def test_generation_is_that_of_the_dense_model(backend, tmp_path):
     model = _sparse_model()
-    export_sparse(model, _tokenizer(), "fp32", tmp_path / "sparse")
-    export_dense(model, _tokenizer(), tmp_path / "dense")
+    export_sparse(model, tiny_tokenizer(), "fp32", tmp_path / "sparse")
+    export_dense(model, tiny_tokenizer(), tmp_path / "dense")
     with kernels.use_backend(backend):
         assert load(tmp_path / "sparse").complete("Question: Tom", 20) == \
             load(tmp_path / "dense").complete("Question: Tom", 20)
@@ -101,16 +93,16 @@ def test_generation_is_that_of_the_dense_model(backend, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_sparse_folder_trains_on(precision, tmp_path):
     model = _sparse_model()
-    export_sparse(model, _tokenizer(), precision, tmp_path)
+    export_sparse(model, tiny_tokenizer(), precision, tmp_path)
     again = load_model(tmp_path)
     for name, tensor in model.state_dict().items():
         expected = tensor if precision == "fp32" or not tensor.is_floating_point() else tensor.bfloat16().float()
         assert torch.equal(again.state_dict()[name], expected), name
-    assert load_tokenizer(tmp_path).encode("Tom 12") == _tokenizer().encode("Tom 12")
+    assert load_tokenizer(tmp_path).encode("Tom 12") == tiny_tokenizer().encode("Tom 12")
 
 
 def test_a_quantised_folder_does_not_train_and_an_empty_prompt_does_not_run(tmp_path):
-    export_sparse(_sparse_model(), _tokenizer(), "int8", tmp_path)
+    export_sparse(_sparse_model(), tiny_tokenizer(), "int8", tmp_path)
     with pytest.raises(UserError, match="is quantised; it runs"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="the prompt is empty"):
@@ -120,19 +112,19 @@ def test_a_quantised_folder_does_not_train_and_an_empty_prompt_does_not_run(tmp_
 def test_missing_weights_are_refused_dense_and_sparse(tmp_path):
     model = _sparse_model()
     tensors = {name: tensor for name, tensor in own_tensors(model).items() if "norm_2" not in name}
-    save_model(tmp_path / "sparse", model, _tokenizer(), tensors)
+    save_model(tmp_path / "sparse", model, tiny_tokenizer(), tensors.items())
     for read in (load_model, load):
         with pytest.raises(UserError, match="norm_2"):
             read(tmp_path / "sparse")
     dense = densify(model)
-    save_model(tmp_path / "dense", dense, _tokenizer(),
-               {name: t for name, t in own_tensors(dense).items() if "norm_2" not in name})
+    save_model(tmp_path / "dense", dense, tiny_tokenizer(),
+               [(name, t) for name, t in own_tensors(dense).items() if "norm_2" not in name])
     with pytest.raises(UserError, match="lacks 2 tensors of a mpt model"):
         load_model(tmp_path / "dense")
 
 
 def test_sizes_follow_the_format(tmp_path):
-    export_sparse(_sparse_model(), _tokenizer(), "int8", tmp_path)
+    export_sparse(_sparse_model(), tiny_tokenizer(), "int8", tmp_path)
     folder = TensorFolder(tmp_path)
     for name, (rows, columns) in folder.shapes.items():
         assert folder.spec(f"{name}.values") == ((round(rows * columns / 4),), "I8")

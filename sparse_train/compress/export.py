@@ -27,7 +27,7 @@ def export_sparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     else:
         tensors = {name: tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
                    for name, tensor in tensors.items()}
-    save_model(folder, model, tokenizer, tensors)
+    save_model(folder, model, tokenizer, tensors.items())
     artifacts.sign(folder, {"precision": precision, "sparse_weights": {
         name: {"shape": list(linear.weight.shape), "sparsity": linear.weight.sparsity}
         for name, linear in sparse_linears(model).items()}})

@@ -3,10 +3,11 @@
 A folder from outside is read through transformers (hub names included); nothing of it is unpickled or executed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from transformers import (
 
 from sparse_train.config import ModelConfig
 from sparse_train.errors import UserError
-from sparse_train.sparse import TensorFolder, sparse_linears, sparsify, write_tensors
+from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -73,35 +74,60 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
 
 
 def _load_sparse(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {name: folder.weight(name) for name in folder.shapes}
-    quantised = next((name for name, weight in weights.items() if not weight.values.is_floating_point()), None)
-    if quantised:
-        raise UserError(f"{folder.folder}: {quantised} is quantised; it runs (sparse-train generate) but does not "
-                        "train, so give the fp32 or bf16 folder here")
-    sparsify(model, weights)
-    stored = {name: folder.get(name) for name in folder.names}
-    wrong = model.load_state_dict(stored, strict=False, assign=True).unexpected_keys
+    model = _skeleton(folder, config, dtype)
+    sparsify(model, {name: folder.weight(name) for name in folder.shapes})
+    model.load_state_dict({name: folder.get(name) for name in folder.names}, strict=False, assign=True)
     model.tie_weights()
-    wrong += [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if wrong:
-        raise UserError(f"{folder.folder}: {wrong[0]} is missing from the checkpoint or not part of its model")
     return model.to(dtype)
 
 
+def open_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, TensorFolder]:
+    """A model without data (meta device), dense or with SparseLinears, and the folder to read its tensors from.
+
+    For who loads tensors in parts. A hub name is downloaded first. Raises UserError where the folder lacks a tensor of
+    the model or holds one too many.
+    """
+    if not Path(path).is_dir():
+        try:
+            path = snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"])
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot download {path}: {_first_line(error)}; give a folder or a hub name") from error
+    folder = TensorFolder(Path(path))
+    return _skeleton(folder, read_config(path), dtype), folder
+
+
+def _skeleton(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, shape in folder.shapes.items():
+        (num_values,), stored = folder.spec(f"{name}.values")
+        if stored == "I8":
+            raise UserError(f"{folder.folder}: {name} is quantised; it runs (sparse-train generate) but does not "
+                            "train, so give the fp32 or bf16 folder here")
+        bitmask = torch.empty(folder.spec(f"{name}.bitmask")[0], dtype=torch.uint8, device="meta")
+        sparsify(model, {name: BitmaskTensor(torch.empty(num_values, dtype=dtype, device="meta"), bitmask, shape)})
+    model.tie_weights()
+    needed = own_tensors(model)
+    stored = [*folder.names, *(f"{name}.{part}" for name in folder.shapes for part in ("values", "bitmask"))]
+    # A tied tensor may be stored under its other name as well.
+    wrong = [name for name in needed if name not in stored] + sorted(set(stored) - set(model.state_dict()))
+    if wrong:
+        raise UserError(f"{folder.folder}: {wrong[0]} is missing from the checkpoint or not part of its model")
+    return model
+
+
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-               tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+               tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
     """Write config, tokenizer and tensors of `model`; a model with SparseLinears is stored compressed.
 
-    `tensors` replaces the model's own, for models whose parameters are partitioned over ranks.
+    `tensors` (name, tensor) replaces the model's own, for models whose parameters are partitioned over ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()}
-    write_tensors(folder, own_tensors(model) if tensors is None else tensors, shapes)
+    write_tensors(folder, own_tensors(model).items() if tensors is None else tensors, shapes)
 
 
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

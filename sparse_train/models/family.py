@@ -14,11 +14,19 @@ class Family:
     """`config.model_type` of transformers."""
     blocks: str
     """Dotted name of the ModuleList of blocks. Block outputs are the feature points of SquareHead."""
+    final_norm: str
+    """Dotted name of the norm between the last block and the head."""
     prunable: tuple[str, ...]
     """Linears of a block that are pruned, by their names below it."""
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         return model.get_submodule(self.blocks)
+
+    def feature_points(self, model: nn.Module, last: str = "block") -> list[nn.Module]:
+        """The modules whose outputs are SquareHead's features: all blocks; `last` "norm" puts the final norm's output
+        in the place of the last block's."""
+        blocks = list(self.block_list(model))
+        return blocks if last == "block" else [*blocks[:-1], model.get_submodule(self.final_norm)]
 
     def prunable_linears(self, model: nn.Module) -> dict[str, nn.Linear | SparseLinear]:
         """Full module name -> linear, in the order in which the model runs them."""
@@ -31,7 +39,8 @@ class Family:
 
 # MPT (MosaicML 2023): embeddings are tied to the head and stay dense, as in the paper (PAPER: Wqkv, out_proj, ffn).
 _FAMILIES = {
-    "mpt": Family("mpt", "transformer.blocks", ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")),
+    "mpt": Family("mpt", "transformer.blocks", "transformer.norm_f",
+                  ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")),
 }
 
 

@@ -13,12 +13,13 @@ model.safetensors because other loaders would skip the names they do not know an
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from sparse_train import kernels
 from sparse_train.errors import UserError
@@ -27,17 +28,43 @@ from sparse_train.sparse.bitmask import BitmaskTensor
 _HEADER = "sparse_train"
 _VERSION = 1
 _SPARSE, _DENSE = "sparse", "model"
+_FILE_BYTES = 1_000_000_000
 PARTS = ("values", "bitmask", "scale")
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Write a model's tensors; `shapes` gives (R, C) of each sparse weight and is empty for a dense model."""
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
+                  shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Write a model's tensors as they come, holding one file's worth (1 GB or the largest tensor) at a time.
+
+    `shapes` gives (R, C) of each sparse weight and is empty for a dense model.
+    """
     metadata = {"format": "pt"}
     if shapes:
         metadata[_HEADER] = json.dumps({"version": _VERSION, "shapes": {name: list(s) for name, s in shapes.items()}})
     stem = _SPARSE if shapes else _DENSE
-    save_torch_state_dict({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder,
-                          filename_pattern=f"{stem}{{suffix}}.safetensors", metadata=metadata)
+    parts: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush():
+        parts.append(list(pending))
+        save_file(pending, folder / f"{stem}.{len(parts)}.part", metadata)
+        pending.clear()
+
+    total = 0
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > _FILE_BYTES:
+            flush()
+        pending[name] = tensor.detach().cpu().contiguous()
+        total += tensor.nbytes
+    flush()
+    files = [f"{stem}.safetensors" if len(parts) == 1 else f"{stem}-{i:05}-of-{len(parts):05}.safetensors"
+             for i in range(1, len(parts) + 1)]
+    for number, file in enumerate(files, 1):
+        (folder / f"{stem}.{number}.part").rename(folder / file)
+    if len(parts) > 1:
+        weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
 
 
 class TensorFolder:
@@ -97,6 +124,16 @@ class TensorFolder:
     def get(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], "pt") as opened:
             return opened.get_tensor(name)
+
+    def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries start..stop-1 of the flattened tensor, read without the rest of it (whole rows of it apart)."""
+        with safe_open(self._files[name], "pt") as opened:
+            view = opened.get_slice(name)
+            shape = view.get_shape()
+            row = math.prod(shape[1:])
+            first = start // row
+            rows = view[first:-(-stop // row)] if start < stop else view[0:0]
+            return rows.flatten()[start - first * row:stop - first * row].clone()
 
     def weight(self, name: str) -> BitmaskTensor:
         """The sparse weight `name`; its bits and its values are checked against each other and the shape."""

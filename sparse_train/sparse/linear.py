@@ -1,4 +1,4 @@
-"""SparseLinear: the layer of sparse training. Its parameter is `values`; its bits are a frozen buffer.
+"""SparseLinear: the layer of sparse training. Its parameter is `values`; its bits are a frozen parameter.
 
 The dense weight exists only while the layer runs: forward expands it, multiplies and drops it; backward expands it
 again for the input's gradient, and compacts the dense weight gradient to the kept positions. Because a pruned position
@@ -49,12 +49,13 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.values = nn.Parameter(weight.values.detach().clone())
-        self.register_buffer("bitmask", weight.bitmask.detach().clone())
+        # A parameter and no buffer: ZeRO-3 partitions frozen parameters and gathers them with the values.
+        self.bitmask = nn.Parameter(weight.bitmask.detach().clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @property
     def weight(self) -> BitmaskTensor:
-        return BitmaskTensor(self.values.detach(), self.bitmask, (self.out_features, self.in_features))
+        return BitmaskTensor(self.values.detach(), self.bitmask.detach(), (self.out_features, self.in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = _ExpandedLinear.apply(x, self.values, self.bitmask)

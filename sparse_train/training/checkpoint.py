@@ -1,51 +1,107 @@
-"""Checkpoints of a training job: written by all ranks aside, renamed, signed; the newest sound one is resumed from.
+"""Checkpoints of a training job: each rank writes what it owns, aside; the whole is renamed, then signed.
 
-    FOLDER/step-000100/engine/...      DeepSpeed's files, one set per rank: parameters, bits, optimizer
-    FOLDER/step-000100/manifest.json   step, world size, digests of all files; then DONE
+    FOLDER/step-00000100/rank-00000.safetensors    KIND/START/NAME: entries START ... of a flattened parameter, fp32
+    FOLDER/step-00000100/manifest.json             step, sizes, the bits' digests, digests of all files; then DONE
 
-Only files that this job signed are read back.
+KIND is master, exp_avg or exp_avg_sq. Ranges, not ranks, are what is stored: another number of ranks, or another ZeRO
+stage, reads the ranges it needs. The bits are not in it: they never change in a job and come with the pruned model;
+their digests must be the same.
 """
 
 import logging
+import math
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from sparse_train import artifacts, dist
 from sparse_train.errors import UserError
+from sparse_train.training.engine import bits_digests
+from sparse_train.training.fragments import own_fragments, restore
 
 log = logging.getLogger(__name__)
-_KEEP = 2
-_ENGINE = "engine"
 
 
-def save(engine, folder: Path, step: int) -> None:
-    """Collective. Keeps the newest two checkpoints."""
+def save(engine, folder: Path, step: int, num_kept: int = 2) -> None:
+    """Collective. Keeps the newest `num_kept` checkpoints."""
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
     if dist.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    bits = bits_digests(engine.module)
+    dist.require_agreement("the bits of sparse weights", bits)  # also: the folder is there
     dist.barrier()
-    engine.save_checkpoint(str(partial), tag=_ENGINE, save_latest=False)
-    dist.barrier()
+    file = partial / f"rank-{dist.rank():05d}.safetensors"
+    save_file({f"{kind}/{fragment.start}/{fragment.name}": tensor.contiguous()
+               for fragment in own_fragments(engine) for kind, tensor in fragment.tensors.items()}, file)
+    written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
-        artifacts.publish(partial, final, {"step": step, "world_size": dist.world_size()})
-        for old in _signed(folder)[:-_KEEP]:
-            shutil.rmtree(old)
+        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits}, dict(written))
+        kept = _signed(folder)[-num_kept:]
+        for old in folder.glob("step-*"):  # unsigned ones, of a job killed in a save, too
+            if old not in kept:
+                shutil.rmtree(old)
     dist.barrier()
 
 
 def resume(engine, folder: Path) -> int:
-    """Collective. Load the newest sound checkpoint into `engine`; returns its step, 0 when there is none."""
+    """Collective. Load the newest sound checkpoint into `engine`; returns its step, 0 when there is none.
+
+    Raises UserError when it is of a model with other parameters or other bits.
+    """
     newest = next((path for path in reversed(_signed(folder)) if _is_sound(path)), None)
     if newest is None:
         return 0
     manifest = artifacts.read_manifest(newest)
-    if manifest["world_size"] != dist.world_size():
-        raise UserError(f"{newest} was written by {manifest['world_size']} ranks, this job has {dist.world_size()}; "
-                        "use as many ranks, or delete the stage's .partial folder to start it again")
-    engine.load_checkpoint(str(newest), tag=_ENGINE)
+    _check_same_model(engine, newest, manifest)
+    restore(engine, _Reader(newest, manifest["sizes"]).read, manifest["step"])
     return manifest["step"]
+
+
+def _check_same_model(engine, path: Path, manifest: dict) -> None:
+    other = [name for mine, theirs in ((_sizes(engine), manifest["sizes"]),
+                                       (bits_digests(engine.module), manifest["bits"]))
+             for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    if other:
+        raise UserError(f"{path} was written for another model: {other[0]} differs; delete the stage's .partial folder "
+                        "to start it again")
+
+
+def _sizes(engine) -> dict[str, int]:
+    """Entries of each trained parameter."""
+    return {name: math.prod(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
+class _Reader:
+    """Ranges of the parameters of a checkpoint, put together from whichever files hold them."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int]):
+        self._held: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}
+        for file in sorted(folder.glob("rank-*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - it is no dict
+                    kind, start, name = key.split("/", 2)
+                    stop = int(start) + opened.get_slice(key).get_shape()[0]
+                    self._held.setdefault((kind, name), []).append((int(start), stop, file))
+        for (_, name), ranges in self._held.items():
+            ranges.sort()
+            edges = [0, *(stop for _, stop, _ in ranges)]
+            if [start for start, _, _ in ranges] != edges[:-1] or edges[-1] != sizes[name]:
+                raise UserError(f"{folder}: the parts of {name} do not make up its {sizes[name]} entries")
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        parts = [torch.empty(0)]
+        for first, last, file in self._held[kind, name]:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                with safe_open(file, "pt") as opened:
+                    parts.append(opened.get_slice(f"{kind}/{first}/{name}")[low - first:high - first])
+        return torch.cat(parts)
 
 
 def _signed(folder: Path) -> list[Path]:
@@ -54,7 +110,9 @@ def _signed(folder: Path) -> list[Path]:
 
 
 def _is_sound(path: Path) -> bool:
-    damage = artifacts.damage(path)
-    if damage:
+    """Collective: the ranks share the work of reading, and the verdict."""
+    mine = artifacts.damage(path, dist.share)
+    damage = next((found for found in dist.gather_objects(mine) if found), None)
+    if damage and dist.rank() == 0:
         log.warning("checkpoint left out: %s", damage)
     return damage is None

@@ -6,46 +6,77 @@ sharded over the same ranks, gathered layer by layer during its forward, never t
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sparse_train import dist
-from sparse_train.config import TrainConfig
-from sparse_train.models import family_of, own_tensors
-from sparse_train.models.family import block_output
-from sparse_train.sparse import sparse_linears
+from sparse_train.config import TeacherConfig, TrainConfig
+from sparse_train.models import load_model, open_model, own_tensors
+from sparse_train.sparse import TensorFolder, sparse_linears
 
 _BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 reserves 2 GB per rank in fp32
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_engines(student: nn.Module, teacher: nn.Module | None, config: TrainConfig):
-    """(student engine, teacher engine or None), partitioned as `config` says. Digests of the bits must agree."""
-    dist.require_agreement("the bits of sparse weights", bits_digests(student))
+def load_student(path: str | Path, config: TrainConfig) -> PreTrainedModel:
+    """The model to train: partitioned while it is read under ZeRO-3, whole otherwise. Collective."""
+    if config.zero.stage < 3:
+        return load_model(path)
+    return _load_partitioned(path, _DTYPES[config.precision], _student_settings(config))
+
+
+def load_teacher(path: str | Path, config: TrainConfig, teacher: TeacherConfig) -> PreTrainedModel:
+    """The frozen model, partitioned while it is read. Collective."""
+    return _load_partitioned(path, _DTYPES[teacher.precision or config.precision], _teacher_settings(config, teacher))
+
+
+def build_student(model: nn.Module, config: TrainConfig):
+    """The training engine. Digests of the bits must agree over ranks."""
+    require_equal_bits(model)
     if config.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    student_engine = deepspeed.initialize(
-        model=student, optimizer=_optimizer(student, config),
-        config=_deepspeed_config(config, config.zero.stage, accumulation=config.accumulation,
-                                 gradient_clipping=config.clip))[0]
-    if teacher is None:
-        return student_engine, None
-    teacher.eval().requires_grad_(False)
-    return student_engine, deepspeed.initialize(model=teacher, config=_deepspeed_config(config, stage=3))[0]
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return deepspeed.initialize(model=model, optimizer=_optimizer(model, config), config=_student_settings(config))[0]
 
 
-def _deepspeed_config(config: TrainConfig, stage: int, accumulation: int = 1, gradient_clipping: float = 0.0) -> dict:
+def build_teacher(model: nn.Module, config: TrainConfig, teacher: TeacherConfig):
+    """The answering engine. The model stays in eval mode whatever is asked of the engine."""
+    model.eval().requires_grad_(False)
+    model.train = lambda mode=True: model
+    return deepspeed.initialize(model=model, config=_teacher_settings(config, teacher))[0]
+
+
+def _student_settings(config: TrainConfig) -> dict[str, Any]:
+    settings = _settings(config.precision, config.zero.stage, config.zero.persistence_threshold)
+    settings |= {"gradient_accumulation_steps": config.accumulation,
+                 # Always said: the default became 1.0 in 0.19.3.
+                 "gradient_clipping": config.clip}
+    if config.zero.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW steps on the CPU without a compiler
+    return settings
+
+
+def _teacher_settings(config: TrainConfig, teacher: TeacherConfig) -> dict[str, Any]:
+    settings = _settings(teacher.precision or config.precision, 3, teacher.persistence_threshold)
+    if teacher.offload:
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    return settings
+
+
+def _settings(precision: str, stage: int, persistence_threshold: int) -> dict[str, Any]:
     return {
         # Batches are ours to split, unevenly too: the losses are normalised over ranks, and DeepSpeed never counts.
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        # Always said: the default became 1.0 in 0.19.3.
-        "gradient_clipping": gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # A bad step is to be seen, not skipped: the loop stops at a norm that is not finite.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "zero_optimization": {
             "stage": stage,
-            "stage3_param_persistence_threshold": config.zero.persistence_threshold,
+            "stage3_param_persistence_threshold": persistence_threshold,
             "reduce_bucket_size": _BUCKET,
             "allgather_bucket_size": _BUCKET,
             "stage3_prefetch_bucket_size": _BUCKET,
@@ -57,61 +88,95 @@ def _deepspeed_config(config: TrainConfig, stage: int, accumulation: int = 1, gr
 def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with decay on matrices and kept values, none on norms and biases."""
     values = {id(linear.values) for linear in sparse_linears(student).values()}
-    parameters = list(student.parameters())
-    decayed = [p for p in parameters if p.ndim > 1 or id(p) in values]
-    others = [p for p in parameters if not (p.ndim > 1 or id(p) in values)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    trained = [p for p in student.parameters() if p.requires_grad]
+    decayed = {id(p) for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1} | values
+    groups = [{"params": [p for p in trained if id(p) in decayed], "weight_decay": config.weight_decay},
+              {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
-                             betas=config.betas)
+                             betas=config.betas, fused=True)
+
+
+def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
+    """A model under ZeRO-3 of which this rank has read its own slices and nothing else.
+
+    The memory of a whole tensor is reserved while its slice is copied, but its other pages are never touched.
+    """
+    model, folder = open_model(path, dtype)
+    partitioner = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+    made: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for short, empty in list(module.named_parameters(recurse=False)):
+            if id(empty) not in made:
+                name = f"{module_name}.{short}" if module_name else short
+                made[id(empty)] = _read_slice(partitioner, folder, name, empty)
+            setattr(module, short, made[id(empty)])
+    left = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
+    if left:
+        raise NotImplementedError(f"{path}: buffer {left} is computed by its module and cannot be read in slices")
+    require_equal_bits(model)
+    return model
+
+
+def _read_slice(partitioner, folder, name: str, empty: nn.Parameter) -> nn.Parameter:
+    whole = torch.empty(empty.shape, dtype=empty.dtype, device=dist.device())
+    parameter = nn.Parameter(whole, requires_grad=empty.requires_grad)
+    partitioner._convert_to_deepspeed_param(parameter)
+    size = parameter.aligned_size() // dist.world_size()
+    start, stop = (min(parameter.ds_numel, size * r) for r in (dist.rank(), dist.rank() + 1))
+    whole.view(-1)[start:stop] = folder.get_range(name, start, stop).to(whole)
+    parameter.partition()
+    return parameter
+
+
+def require_equal_bits(model: nn.Module) -> None:
+    """Collective. Raises RuntimeError, on every rank, where ranks differ in a sparse weight's bits."""
+    dist.require_agreement("the bits of sparse weights", bits_digests(model))
 
 
 def bits_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of each sparse weight's bits, by module name."""
-    return {name: hashlib.sha256(linear.bitmask.cpu().numpy().tobytes()).hexdigest()
-            for name, linear in sparse_linears(model).items()}
+    """sha256 of each sparse weight's bits, by module name. Collective where they are partitioned."""
+    found = {}
+    for name, linear in sparse_linears(model).items():
+        with gathered(linear.bitmask):
+            found[name] = _digest(linear.bitmask)
+    return found
+
+
+def audit(path: Path, bits: dict[str, str]) -> None:
+    """Raises RuntimeError where the sparse weights in the folder `path` are not those with the digests `bits`, or a
+    value is not finite. Counts of bits and values are compared in reading."""
+    folder = TensorFolder(path)
+    if folder.shapes.keys() != bits.keys():
+        raise RuntimeError(f"{path} holds {len(folder.shapes)} sparse weights, the model {len(bits)}")
+    for name in folder.shapes:
+        weight = folder.weight(name)
+        if _digest(weight.bitmask) != bits[name]:
+            raise RuntimeError(f"{path}: the bits of {name} are not those that were trained with")
+        if not torch.isfinite(weight.values).all():
+            raise RuntimeError(f"{path}: {name} has values that are not finite")
+
+
+def _digest(bitmask: torch.Tensor) -> str:
+    return hashlib.sha256(bitmask.detach().cpu().numpy().tobytes()).hexdigest()
+
+
+def gathered(parameter: torch.Tensor):
+    """A context in which a parameter is whole, for reading. Collective where it is partitioned."""
+    return deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id"))
+
+
+def gathered_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the engine's model, whole on the CPU, gathered one by one. Every rank must iterate."""
+    for name, tensor in own_tensors(engine.module).items():
+        with gathered(tensor):
+            yield name, tensor.detach().cpu().clone()
 
 
 def step_engine(engine) -> torch.Tensor | float | None:
     """One `engine.step()`; returns the norm of the whole gradient before clipping, None between boundaries."""
     norm = None
     if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization():
-        # DeepSpeed keeps no norm in plain fp32, and drops the gradients in step().
+        # DeepSpeed keeps no norm without ZeRO, and drops the gradients in step().
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return engine.get_global_grad_norm() if norm is None else norm
-
-
-def gathered_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the engine's model, whole on the CPU, gathered one by one. Every rank must iterate."""
-    for name, tensor in own_tensors(engine.module).items():
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            yield name, tensor.detach().cpu().clone()
-
-
-class FeatureTap:
-    """Collects the block outputs (B, T, D) of a forward pass run inside `with tap:`, for one take().
-
-    Outside of it the hooks do nothing: activation checkpointing runs the blocks again in the backward pass.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._features: list[torch.Tensor] = []
-        self._open = False
-        for block in family_of(model).block_list(model):
-            block.register_forward_hook(self._record)
-
-    def _record(self, module, inputs, output):
-        if self._open:
-            self._features.append(block_output(output))
-
-    def __enter__(self) -> "FeatureTap":
-        self._features, self._open = [], True
-        return self
-
-    def __exit__(self, *exception):
-        self._open = False
-
-    def take(self) -> list[torch.Tensor]:
-        """One per block; the tap lets go of them."""
-        taken, self._features = self._features, []
-        return taken

@@ -3,11 +3,11 @@
 A stop signal sets a flag; the ranks agree on it at a logged step, save together and return unfinished.
 """
 
+import contextlib
 import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from sparse_train import dist
-from sparse_train.config import LossConfig, TrainConfig
+from sparse_train.config import LossConfig, TeacherConfig, TrainConfig
+from sparse_train.models import family_of
 from sparse_train.tasks import Batch
 from sparse_train.tracking import Tracker
 from sparse_train.training import checkpoint
-from sparse_train.training.engine import FeatureTap, build_engines, step_engine
-from sparse_train.training.losses import Shares, distillation_loss
+from sparse_train.training.engine import build_student, build_teacher, step_engine
+from sparse_train.training.features import FiniteCheck, Tap
+from sparse_train.training.losses import FeatureSums, Shares, distillation_loss, next_tokens
 from sparse_train.training.order import Order
 
 Progress = Callable[[int, int, str], None]
@@ -38,13 +40,14 @@ class Outcome:
 
 def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[int]], Batch], order: Order,
           config: TrainConfig, loss: LossConfig, folder: Path, tracker: Tracker | None = None,
-          progress: Progress | None = None, seed: int = 0) -> Outcome:
+          progress: Progress | None = None, seed: int = 0, teacher_config: TeacherConfig | None = None) -> Outcome:
     """Train `student` for config.steps optimizer steps, from the newest checkpoint below `folder` if there is one.
 
     `fetch` turns this rank's example indices into a batch (an empty list into a row of padding). `tracker` and
-    `progress` are rank 0's. Raises FloatingPointError, on every rank, when a logged loss or gradient is not finite.
+    `progress` are rank 0's. Raises FloatingPointError, on every rank and in the step where it happens, when a gradient
+    is not finite.
     """
-    trainer = _Trainer(student, teacher, fetch, order, config, loss, seed)
+    trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
     start = checkpoint.resume(trainer.engine, folder)
     if tracker:
         tracker.rewind(start)
@@ -60,7 +63,7 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
                 if progress:
                     progress(step, config.steps, f"loss {metrics['loss']:.3f}")
             if step < config.steps and (stopping or step % config.checkpoint_every == 0):
-                checkpoint.save(trainer.engine, folder, step)
+                checkpoint.save(trainer.engine, folder, step, config.checkpoints_kept)
             if stopping and step < config.steps:
                 return Outcome(trainer.engine, finished=False, metrics=metrics)
     return Outcome(trainer.engine, finished=True, metrics=metrics)
@@ -73,19 +76,29 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * min(1.0, warm, left)
 
 
-class _Trainer:
+class Trainer:
     """Engines, taps and running sums of one job; step() advances, metrics() reports since the last report."""
 
-    def __init__(self, student, teacher, fetch, order, config, loss, seed):
+    def __init__(self, student, teacher, fetch, order, config: TrainConfig, loss: LossConfig, seed: int,
+                 teacher_config: TeacherConfig):
         self._config, self._loss, self._fetch, self._order, self._seed = config, loss, fetch, order, seed
-        wants_features = loss.feature_weight > 0
+        self._finite, self._learnt, self._features = FiniteCheck(), {}, None
         # Taps come before DeepSpeed's own hooks, which wrap the outputs.
-        self._student_tap = FeatureTap(student) if wants_features else None
-        self._teacher_tap = FeatureTap(teacher) if wants_features else None
-        self.engine, self._teacher = build_engines(student, teacher if loss.needs_teacher else None, config)
+        self._taps = [Tap(list(family_of(student).block_list(student)), self._finite.watch)]
+        self._teacher, self._teacher_tap = None, None
+        if loss.feature_weight:
+            self._taps.append(Tap(self._feature_points(student), self._learnt.__setitem__))
+            self._teacher_tap = Tap(self._feature_points(teacher), self._compare)
+        self.engine = build_student(student, config)
+        if loss.needs_teacher:
+            self._teacher = build_teacher(teacher, config, teacher_config)
         self.engine.train()
         self._norm: torch.Tensor | float | None = None
         self._reset()
+
+    def _feature_points(self, model):
+        points = family_of(model).feature_points(model, self._loss.final_feature)
+        return points if self._loss.layers is None else [points[i] for i in self._loss.layers if i < len(points)]
 
     def _reset(self):
         self._terms, self._num_tokens, self._num_micro_steps, self._since = 0, 0, 0, time.perf_counter()
@@ -93,6 +106,7 @@ class _Trainer:
     def step(self, step: int) -> None:
         # Dropout, where a model has it, depends on the step alone: a resumed job draws what an unbroken one does.
         torch.manual_seed((self._seed * 1_000_003 + step) * dist.world_size() + dist.rank())
+        self._finite.clear()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self._config, step)
         for micro_step in range(self._config.accumulation):
@@ -104,15 +118,37 @@ class _Trainer:
             self._terms = self._terms + shares.detached()
             self._num_tokens = self._num_tokens + batch.attend.sum()
             self._num_micro_steps += 1
+        # The one number per step that the host waits for: the norm is the same on all ranks.
+        self._norm = float(self._norm)
+        if not math.isfinite(self._norm):
+            raise FloatingPointError(f"step {step}: the gradient's norm is {self._norm}; {self._finite.first_bad()}. "
+                                     "Lower the learning rate or use fp32; the checkpoints are from before")
 
     def _shares(self, batch: Batch) -> Shares:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attend.long(), "use_cache": False}
-        teacher_logits, taught = None, []
+        with contextlib.ExitStack() as open_taps:
+            for tap in self._taps:
+                open_taps.enter_context(tap)
+            logits = self.engine(**inputs).logits
+        teacher_logits, self._features = None, None
         if self._teacher is not None:
-            with torch.no_grad():
-                teacher_logits, taught = _run(self._teacher, self._teacher_tap, inputs)
-        logits, learnt = _run(self.engine, self._student_tap, inputs)
-        return distillation_loss(self._loss, logits, batch.labels, batch.attend, learnt, taught, teacher_logits)
+            teacher_logits = self._teach(inputs, batch.attend)
+        return distillation_loss(self._loss, logits, next_tokens(batch.labels), self._features, teacher_logits,
+                                 batch.labels)
+
+    def _teach(self, inputs: dict, attend: torch.Tensor) -> torch.Tensor | None:
+        """The teacher's logits where the loss wants them; its features are compared as they come and let go."""
+        with torch.no_grad():
+            if self._teacher_tap is None:
+                return self._teacher(**inputs).logits
+            self._features, self._attend = FeatureSums(self._loss), attend
+            with self._teacher_tap:
+                # Without a logit loss the head works on one token, as little as the model allows.
+                return self._teacher(**inputs, logits_to_keep=0 if self._loss.logit_weight else 1).logits
+
+    def _compare(self, index: int, taught: torch.Tensor) -> None:
+        with torch.enable_grad():
+            self._features.add(self._learnt.pop(index), taught, self._attend)
 
     def metrics(self, step: int, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         """Collective. Means since the last call, and whether any rank was asked to stop."""
@@ -122,20 +158,10 @@ class _Trainer:
         loss, task, logit, *feature = (term / self._num_micro_steps for term in terms)
         found = {"loss": loss, "task": task, "logit": logit, "feature": sum(feature),
                  "squarehead": {str(layer): term for layer, term in enumerate(feature)},
-                 "learning_rate": learning_rate(self._config, step), "gradient_norm": float(self._norm),
+                 "learning_rate": learning_rate(self._config, step), "gradient_norm": self._norm,
                  "tokens_per_second": num_tokens / (time.perf_counter() - self._since)}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(found[name]):
-                raise FloatingPointError(f"step {step}: {name} is {found[name]}; lower the learning rate or use fp32")
         self._reset()
         return found, num_stops > 0
-
-
-def _run(model, tap: FeatureTap | None, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(logits, block outputs or nothing)."""
-    with tap or nullcontext():
-        logits = model(**inputs).logits
-    return logits, tap.take() if tap else []
 
 
 class _StopSignal:

@@ -127,7 +127,8 @@ def test_a_dense_model_from_outside_is_the_teacher_and_nothing_dense_is_trained(
 def test_a_failed_stage_names_its_cause_and_its_log(tmp_path):
     _, err = _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "dense", "dense.learning_rate=1e30",
                   "dense.clip=0", "dense.warmup_steps=0", code=1)
-    assert "stage dense failed: rank 0 FloatingPointError: step 2: loss is nan" in err and err.count("\n") == 1
+    assert "stage dense failed: rank 0 FloatingPointError: step 2: the gradient's norm is" in err
+    assert err.count("\n") == 1
     log = Path(err.rpartition("log: ")[2].strip().rstrip(")"))
     assert "FloatingPointError" in log.read_text()
     shown, _ = _cli("status", tmp_path / "tiny")

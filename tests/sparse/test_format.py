@@ -62,7 +62,7 @@ def test_shapes_that_make_no_weight(dense, keep):
 def _stored(folder, dtype=torch.float32):
     dense, keep = _weight((5, 70), dtype)
     weight = BitmaskTensor.from_dense(dense, keep)
-    write_tensors(folder, {"a.values": weight.values, "a.bitmask": weight.bitmask, "b.weight": torch.ones(3)},
+    write_tensors(folder, {"a.values": weight.values, "a.bitmask": weight.bitmask, "b.weight": torch.ones(3)}.items(),
                   {"a": weight.shape})
     return weight
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_train.config import LossConfig
-from sparse_train.training.losses import distillation_loss, squarehead
+from sparse_train.training.losses import FeatureSums, distillation_loss, next_tokens, squarehead
 from tests.ranks import run_ranks
 
 B, T, D, V, L = 4, 6, 8, 11, 3
@@ -23,6 +23,14 @@ def _inputs(dtype=torch.float64):
     logits, teacher_logits = (torch.randn(B, T, V, generator=g).to(dtype) for _ in range(2))
     features, taught = ([torch.randn(B, T, D, generator=g).to(dtype) for _ in range(L)] for _ in range(2))
     return logits, labels, attend, features, taught, teacher_logits
+
+
+def _loss(config, logits, labels, attend, features=(), taught=(), teacher_logits=None):
+    sums = FeatureSums(config) if config.feature_weight else None
+    if sums:
+        for s, t in zip(features, taught, strict=True):
+            sums.add(s, t, attend)
+    return distillation_loss(config, logits, next_tokens(labels), sums, teacher_logits, labels)
 
 
 def _by_hand(logits, labels, attend, features, taught, teacher_logits):
@@ -51,7 +59,7 @@ def _by_hand(logits, labels, attend, features, taught, teacher_logits):
 def test_the_terms_are_the_equations():
     inputs = _inputs()
     task, logit, terms = _by_hand(*inputs)
-    shares = distillation_loss(_LOSS, *inputs)
+    shares = _loss(_LOSS, *inputs)
     assert shares.task.item() == pytest.approx(task, rel=1e-5)
     assert shares.logit.item() == pytest.approx(logit, rel=1e-5)
     assert shares.feature.tolist() == pytest.approx(terms, rel=1e-5)
@@ -62,17 +70,17 @@ def test_the_terms_are_the_equations():
 def test_what_stands_at_padding_changes_nothing():
     logits, labels, attend, features, taught, teacher_logits = _inputs()
     spoilt = [torch.where(attend[..., None], f, torch.full_like(f, 1e6)) for f in features]
-    before = distillation_loss(_LOSS, logits, labels, attend, features, taught, teacher_logits)
-    after = distillation_loss(_LOSS, logits, labels, attend, spoilt, taught, teacher_logits)
+    before = _loss(_LOSS, logits, labels, attend, features, taught, teacher_logits)
+    after = _loss(_LOSS, logits, labels, attend, spoilt, taught, teacher_logits)
     assert torch.equal(before.loss, after.loss)
 
 
 def test_weights_select_the_terms():
     logits, labels, attend, features, taught, _ = _inputs()
-    plain = distillation_loss(LossConfig(), logits, labels, attend)
+    plain = _loss(LossConfig(), logits, labels, attend)
     assert plain.feature.numel() == 0 and plain.logit == 0
     torch.testing.assert_close(plain.loss, plain.task)
-    assert distillation_loss(LossConfig(task_weight=0, feature_weight=1.0), logits, labels, attend, features,
+    assert _loss(LossConfig(task_weight=0, feature_weight=1.0), logits, labels, attend, features,
                              taught).loss.item() == pytest.approx(
         squarehead(features, taught, attend).sum().item(), rel=1e-6)
 
@@ -80,7 +88,7 @@ def test_weights_select_the_terms():
 def test_an_all_zero_teacher_makes_no_nan():
     logits, labels, attend, _, taught, _ = _inputs(torch.float32)
     same = [torch.zeros_like(f) for f in taught]
-    shares = distillation_loss(LossConfig(feature_weight=1.0), logits, labels, attend, same, same)
+    shares = _loss(LossConfig(feature_weight=1.0), logits, labels, attend, same, same)
     assert torch.isfinite(shares.loss)
 
 
@@ -96,10 +104,10 @@ def _share(splits):
     leaf = logits.clone().requires_grad_()
     rows = splits[dist.rank()]
     if rows:
-        shares = distillation_loss(_LOSS, leaf[rows], labels[rows], attend[rows], [f[rows] for f in features],
+        shares = _loss(_LOSS, leaf[rows], labels[rows], attend[rows], [f[rows] for f in features],
                                    [f[rows] for f in taught], teacher_logits[rows])
     else:  # a row of padding, as an empty batch is collated
-        shares = distillation_loss(_LOSS, leaf[:1], torch.full_like(labels[:1], -100),
+        shares = _loss(_LOSS, leaf[:1], torch.full_like(labels[:1], -100),
                                    torch.zeros_like(attend[:1]), [f[:1] for f in features],
                                    [f[:1] for f in taught], teacher_logits[:1])
     shares.loss.backward()
@@ -110,7 +118,7 @@ def _share(splits):
 def test_shares_over_ranks_add_up_to_the_whole_batch(splits):
     inputs = _inputs()
     leaf = inputs[0].clone().requires_grad_()
-    whole = distillation_loss(_LOSS, leaf, *inputs[1:])
+    whole = _loss(_LOSS, leaf, *inputs[1:])
     whole.loss.backward()
     ranks = run_ranks(_share, 2, splits)
     torch.testing.assert_close(sum(terms for terms, _ in ranks), whole.detached(), rtol=1e-6, atol=1e-7)
