@@ -40,7 +40,11 @@ def build_student(model: nn.Module, config: TrainConfig):
     require_equal_bits(model)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return deepspeed.initialize(model=model, optimizer=_optimizer(model, config), config=_student_settings(config))[0]
+    engine = deepspeed.initialize(model=model, optimizer=_optimizer(model, config), config=_student_settings(config))[0]
+    if not engine.zero_optimization():
+        # In bf16 DeepSpeed has taken a step to make the moments: at rate 0, but Adam's count would be one ahead.
+        engine.basic_optimizer.state.clear()
+    return engine
 
 
 def build_teacher(model: nn.Module, config: TrainConfig, teacher: TeacherConfig):
@@ -86,14 +90,13 @@ def _settings(precision: str, stage: int, persistence_threshold: int) -> dict[st
 
 
 def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices and kept values, none on norms and biases."""
+    """AdamW with decay on matrices and kept values, none on norms and biases. The loop sets its learning rate."""
     values = {id(linear.values) for linear in sparse_linears(student).values()}
     trained = [p for p in student.parameters() if p.requires_grad]
     decayed = {id(p) for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1} | values
     groups = [{"params": [p for p in trained if id(p) in decayed], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
-                             betas=config.betas, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=config.betas, fused=True)
 
 
 def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
