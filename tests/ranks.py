@@ -9,15 +9,15 @@ import traceback
 
 from launch.runner import free_port
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # The fork server imports once what every rank needs; a spawned rank would take seconds longer.
-_CONTEXT.set_forkserver_preload(["deepspeed", "sparse_train.training", "sparse_train.models"])
+CONTEXT.set_forkserver_preload(["deepspeed", "sparse_train.training", "sparse_train.models"])
 
 
 def run_ranks(function, world, *arguments, timeout_s=180):
     """[function(*arguments) of rank 0, of rank 1, ...]; `function` is module-level. A failed rank fails all."""
-    port, results = free_port(), _CONTEXT.Queue()
-    processes = [_CONTEXT.Process(target=_rank, args=(function, rank, world, port, results, arguments), daemon=True)
+    port, results = free_port(), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_rank, args=(function, rank, world, port, results, arguments), daemon=True)
                  for rank in range(world)]
     for process in processes:
         process.start()
