@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launch.bench import add_commands as add_bench_commands
 from sparse_train.errors import UserError
 
 
@@ -61,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="tensors, shapes, sparsity and bytes of a checkpoint folder")
     inspect.add_argument("folder", type=Path, metavar="FOLDER")
     inspect.set_defaults(command=_inspect)
+
+    bench = commands.add_parser("bench", help="measure kernels and training steps on this machine")
+    add_bench_commands(bench)
 
     generate = commands.add_parser("generate", help="generate text with a dense or sparse model folder")
     generate.add_argument("folder", type=Path, metavar="FOLDER")

@@ -96,14 +96,19 @@ def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console:
 
 
 def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path) -> submitit.Job:
+    return start_processes(cluster, cluster.ranks if stage.distributed else 1, logs, _process, str(config.path),
+                           stage.id, free_port())
+
+
+def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function, *arguments) -> submitit.Job:
+    """`function(*arguments)` on as many processes as ranks."""
     executor = submitit.LocalExecutor(logs)
-    executor.update_parameters(tasks_per_node=cluster.ranks if stage.distributed else 1,
-                               gpus_per_node=cluster.visible_gpus(), timeout_min=cluster.timeout_min,
-                               stderr_to_stdout=True)
+    executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(),
+                               timeout_min=cluster.timeout_min, stderr_to_stdout=True)
     # A terminal's Ctrl-C reaches the whole process group; the ranks shall hear of it from us, as SIGTERM.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return executor.submit(_process, str(config.path), stage.id, free_port())
+        return executor.submit(function, *arguments)
     finally:
         signal.signal(signal.SIGINT, before)
 

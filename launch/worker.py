@@ -22,17 +22,15 @@ def work(run_folder: str, stage_id: str, port: int) -> Ending:
     """Run one stage of the run in `run_folder`; each rank calls this. Anything but a UserError propagates."""
     # submitit ignores SIGTERM; until training takes it over, it should end the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    environment = submitit.JobEnvironment()
     config = load_config(RunConfig, Path(run_folder) / CONFIG)
     stage = next(stage for stage in build_stages(config) if stage.id == stage_id)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.num_tasks))
+    num_ranks = submitit.JobEnvironment().num_tasks
     try:
         if stage.distributed:
-            dist.start(environment.global_rank, environment.num_tasks, environment.local_rank,
-                       environment.hostnames[0], port)
+            join_ranks(port)
         metrics, started = _run_job(stage, config)
         if dist.rank() == 0:
-            _publish(stage, config, metrics, time.time() - started, environment.num_tasks)
+            _publish(stage, config, metrics, time.time() - started, num_ranks)
         dist.barrier()
         return Ending("finished")
     except Stopped:
@@ -41,6 +39,13 @@ def work(run_folder: str, stage_id: str, port: int) -> Ending:
         return Ending("mistake", str(error))
     finally:
         dist.stop()
+
+
+def join_ranks(port: int) -> None:
+    """Make this process the rank that submitit started it as."""
+    environment = submitit.JobEnvironment()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.num_tasks))
+    dist.start(environment.global_rank, environment.num_tasks, environment.local_rank, environment.hostnames[0], port)
 
 
 def _run_job(stage: Stage, config: RunConfig):

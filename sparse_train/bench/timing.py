@@ -8,11 +8,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median, and the first and third quartile."""
+    """Seconds of a call, or ratios of two calls, round by round."""
 
-    median: float
-    low: float
-    high: float
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def low(self) -> float:
+        """First quartile."""
+        return self._quartile(0)
+
+    @property
+    def high(self) -> float:
+        """Third quartile."""
+        return self._quartile(2)
+
+    def _quartile(self, which: int) -> float:
+        if len(self.rounds) == 1:
+            return self.rounds[0]
+        return statistics.quantiles(self.rounds, n=4, method="inclusive")[which]
+
+    def over(self, other: "Timing") -> "Timing":
+        """The ratio to `other` in each round: both saw the same noise."""
+        return Timing(tuple(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True)))
+
+    def plain(self) -> dict[str, float]:
+        return {"median": self.median, "low": self.low, "high": self.high}
 
 
 def interleave(candidates: dict[str, Callable[[], object]], repeats: int,
@@ -27,11 +51,4 @@ def interleave(candidates: dict[str, Callable[[], object]], repeats: int,
                 seconds[name].append(time.perf_counter() - start)
         if progress:
             progress(round_, repeats)
-    return {name: Timing(statistics.median(found), *_quartiles(found)) for name, found in seconds.items()}
-
-
-def _quartiles(found: list[float]) -> tuple[float, float]:
-    if len(found) == 1:
-        return found[0], found[0]
-    first, _, third = statistics.quantiles(found, n=4, method="inclusive")
-    return first, third
+    return {name: Timing(tuple(found)) for name, found in seconds.items()}

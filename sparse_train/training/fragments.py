@@ -56,6 +56,20 @@ def own_fragments(engine) -> Iterator[Fragment]:
                                      **{kind: state[kind].flatten() for kind in MOMENTS}})
 
 
+def state_bytes(engine) -> int:
+    """Bytes that this rank holds between steps: parameters, bits, buffers, masters, moments and gradients."""
+    held = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    held += engine.module.buffers()
+    masters = _flat_masters(engine)
+    held += masters
+    held += [value for master in masters for value in engine.basic_optimizer.state[master].values()
+             if torch.is_tensor(value)]
+    if engine.zero_optimization_partition_weights():
+        held.append(engine.optimizer.grad_partitions_flat_buffer)
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in held}
+    return sum(held.values())
+
+
 @torch.no_grad()
 def restore(engine, read: Read, num_steps: int) -> None:
     """Set master values, moments and the model's own parameters to what `read` gives; `num_steps` is Adam's count."""

@@ -1,0 +1,126 @@
+"""sparse-train bench: measurements that need no run. Each prints a table, and JSON as its last line."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.runner import StageFailed, free_port, start_processes
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+
+    layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, dense and sparse, one token at a time")
+    layers.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
+    layers.add_argument("--repeats", type=int, default=15)
+    layers.set_defaults(command=_layers)
+
+    moves = kinds.add_parser("moves", help="expanding and compacting a 4096 x 4096 weight against copying it")
+    moves.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
+    moves.add_argument("--repeats", type=int, default=30)
+    moves.set_defaults(command=_moves)
+
+    train = kinds.add_parser("train", help="a training step: ours and the usual masked way, relative to dense")
+    train.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
+    train.add_argument("--sparsity", type=_sparsity, default=0.75)
+    train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    train.add_argument("--d-model", type=int, default=768, help="a multiple of 64")
+    train.add_argument("--n-layers", type=int, default=6)
+    train.add_argument("--num-tokens", type=int, default=512, help="per rank and step")
+    train.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    train.add_argument("--repeats", type=int, default=7)
+    train.add_argument("--json", action="store_true", help="only the last line")
+    train.set_defaults(command=_train)
+
+
+def _sparsity(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
+    return value
+
+
+def _layers(options, console: Console) -> None:
+    import torch
+
+    from sparse_train import kernels
+    from sparse_train.bench.layers import MPT_7B_BLOCK, layer_rows, print_rows, random_weights
+
+    bandwidth, rows = kernels.read_bandwidth(), []
+    for sparsity in options.sparsity:
+        rows += layer_rows("mpt-7b block", random_weights(MPT_7B_BLOCK, sparsity), options.repeats, bandwidth)
+    print_rows(rows, Console(width=140))
+    print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
+                      "rows": rows}))
+
+
+def _moves(options, console: Console) -> None:
+    from sparse_train.bench.moves import move_rows
+
+    rows = move_rows(options.sparsity, options.repeats)
+    keys = ("kernel", "dtype", "backend", "sparsity", "milliseconds", "fraction_of_copy")
+    _print_table(console, keys, [[row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys]
+                                 for row in rows])
+    print(json.dumps({"rows": rows}))
+
+
+def _train(options, console: Console) -> int:
+    from launch.cluster import load_cluster
+
+    cluster = load_cluster(options.on)
+    given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
+                                                    "checkpointing", "repeats")}
+    with tempfile.TemporaryDirectory() as logs:
+        job = start_processes(cluster, cluster.ranks, Path(logs), _train_rank, given, free_port())
+        try:
+            found = job.results()[0]
+        except Exception as error:
+            raise StageFailed(f"bench train failed: {str(error).strip().splitlines()[-1]}") from error
+    if not options.json:
+        _print_train(found, console)
+    print(json.dumps(found))
+    return 0
+
+
+def _train_rank(given: dict[str, Any], port: int) -> dict[str, Any]:
+    from launch.worker import join_ranks
+    from sparse_train import dist
+    from sparse_train.bench.train import TrainBench, train_bench
+
+    join_ranks(port)
+    try:
+        return train_bench(TrainBench(**given))
+    finally:
+        dist.stop()
+
+
+def _print_train(found: dict[str, Any], console: Console) -> None:
+    measured = found["measured"]
+    console.print(f"{found['ranks']} ranks on {found['device']}, ZeRO-3; relative to the dense step; "
+                  "arithmetic alone makes 1.333", highlight=False)
+    rows = []
+    for name, values in measured.items():
+        seconds = values["seconds"]
+        step = found["step_time"].get(name, {"median": 1.0, "low": 1.0, "high": 1.0})
+        rows.append([name, f"{1e3 * seconds['median']:.0f}",
+                     f"{step['median']:.2f} ({step['low']:.2f}-{step['high']:.2f})",
+                     *(f"{values[key] / 1e6:.0f} ({values[key] / measured['dense'][key]:.2f})"
+                       for key in ("peak_memory", "traffic_bytes", "state_bytes"))])
+    _print_table(console, ("step", "ms", "time (quartiles)", "peak MB", "moved MB", "state MB per rank"), rows)
+    groups = list(measured["dense"]["milliseconds_of"])
+    _print_table(console, ("where it goes, ms", *measured), [
+        [group, *(f"{values['milliseconds_of'][group]:.0f}" for values in measured.values())] for group in groups])
+
+
+def _print_table(console: Console, titles, rows) -> None:
+    table = Table(box=None, header_style="bold")
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,179 @@
+"""A training step of sparse fine-tuning with a teacher, against the plain dense step and against the usual way.
+
+    dense     the dense model, cross-entropy alone
+    masked    what peers do: dense weights times a stored mask, SquareHead over kept lists of hidden states
+    ours      values as parameters, SquareHead layer by layer
+
+All three under ZeRO-3 on the same ranks, same model, same batch, taking turns. With a teacher's forward (1) beside the
+student's forward and backward (1 + 2), arithmetic alone makes the ratio to the dense step 4 / 3.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.comm.comm import comms_logger
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import MptConfig, MptForCausalLM
+
+from sparse_train import dist
+from sparse_train.bench.timing import interleave
+from sparse_train.config import LossConfig, TeacherConfig, TrainConfig, ZeroConfig
+from sparse_train.models import family_of
+from sparse_train.sparse import BitmaskTensor, replace_module, sparsify
+from sparse_train.tasks import Batch
+from sparse_train.training.engine import build_student, build_teacher, step_engine
+from sparse_train.training.fragments import state_bytes
+from sparse_train.training.loop import Trainer
+from sparse_train.training.losses import distillation_loss, next_tokens
+from sparse_train.training.order import Order
+
+_SQUAREHEAD = LossConfig(feature_weight=1.0)
+_GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "expand and compact": ("_ExpandedLinear", "_ExpandedLinearBackward"),
+    "optimizer": ("aten::_fused_adamw_", "Optimizer.step#AdamW.step"),
+}
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    d_model: int = 768
+    n_layers: int = 6
+    vocab_size: int = 8192
+    num_tokens: int = 512
+    """Per rank and step, one sequence."""
+    sparsity: float = 0.75
+    precision: str = "fp32"
+    checkpointing: bool = False
+    repeats: int = 7
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return MptForCausalLM(MptConfig(d_model=self.d_model, n_layers=self.n_layers, n_heads=self.d_model // 64,
+                                        vocab_size=self.vocab_size, max_seq_len=self.num_tokens, use_cache=False))
+
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(batch_size=dist.world_size(), precision=self.precision, zero=ZeroConfig(stage=3),
+                           activation_checkpointing=self.checkpointing)
+
+    def batch(self, indices: list[int]) -> Batch:
+        ids = torch.randint(self.vocab_size, (1, self.num_tokens), generator=torch.Generator().manual_seed(indices[0]))
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids)
+
+    def keep(self, linear: nn.Linear) -> torch.Tensor:
+        """(R, C) bool, drawn at random: speed does not depend on which positions survive."""
+        return torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(1)) >= self.sparsity
+
+
+def train_bench(bench: TrainBench, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Collective. {"step_time", "peak_memory", "traffic_bytes", "state_bytes"}: {"masked", "ours"} relative to dense
+    (step_time with its quartiles over rounds), and under "measured" what they are made of, this rank's."""
+    candidates = {"dense": _trainer(bench, sparse=False), "masked": _Masked(bench),
+                  "ours": _trainer(bench, sparse=True)}
+    steps = {name: functools.partial(_step, candidate) for name, candidate in candidates.items()}
+    timings = interleave(steps, bench.repeats, progress)
+    measured: dict[str, dict[str, Any]] = {}
+    for name, candidate in candidates.items():
+        held = state_bytes(candidate.engine)
+        peak, parts = _profile(steps[name])
+        measured[name] = {"seconds": timings[name].plain(), "state_bytes": held, "peak_memory": held + peak,
+                          "traffic_bytes": _traffic(steps[name]), "milliseconds_of": parts}
+    others = ("masked", "ours")
+    return {"step_time": {name: timings[name].over(timings["dense"]).plain() for name in others},
+            **{key: {name: measured[name][key] / measured["dense"][key] for name in others}
+               for key in ("peak_memory", "traffic_bytes", "state_bytes")},
+            "measured": measured, "bench": vars(bench), "ranks": dist.world_size(), "device": str(dist.device())}
+
+
+def _trainer(bench: TrainBench, sparse: bool) -> Trainer:
+    student = bench.model()
+    if sparse:
+        sparsify(student, {name: BitmaskTensor.from_dense(linear.weight.detach(), bench.keep(linear))
+                           for name, linear in family_of(student).prunable_linears(student).items()})
+    return Trainer(student, bench.model() if sparse else None, bench.batch, Order(None, dist.world_size(), 1, 0),
+                   bench.train_config(), _SQUAREHEAD if sparse else LossConfig(), 0, TeacherConfig())
+
+
+class _MaskedLinear(nn.Module):
+    def __init__(self, linear: nn.Linear, keep: torch.Tensor):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("mask", keep)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class _Masked:
+    """The usual way, written as its users write it: masks as buffers, all hidden states kept until the loss."""
+
+    def __init__(self, bench: TrainBench):
+        student, config = bench.model(), bench.train_config()
+        for name, linear in family_of(student).prunable_linears(student).items():
+            replace_module(student, name, _MaskedLinear(linear, bench.keep(linear)))
+        self._bench = bench
+        self.engine = build_student(student, config)
+        self._teacher = build_teacher(bench.model(), config, TeacherConfig())
+        self.engine.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = config.learning_rate
+
+    def step(self, step: int) -> None:
+        batch = self._bench.batch([step + dist.rank()]).to(dist.device())
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attend.long(), "output_hidden_states": True}
+        with torch.no_grad():
+            taught = self._teacher(**inputs)
+        learnt = self.engine(**inputs)
+        loss = distillation_loss(LossConfig(), learnt.logits, next_tokens(batch.labels)).loss
+        for s, t in zip(learnt.hidden_states[1:], taught.hidden_states[1:], strict=True):
+            s, t = s[batch.attend].float(), t[batch.attend].float()
+            loss = loss + (s - t).square().mean() / t.square().mean() / dist.world_size()
+        self.engine.backward(loss * dist.world_size())
+        float(step_engine(self.engine))
+
+
+def _step(candidate) -> None:
+    candidate.step(1)
+    if dist.device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _traffic(step: Callable[[], None]) -> int:
+    """Bytes of the collectives of one step, from DeepSpeed's communication log."""
+    comms_logger.enabled = comms_logger.prof_all = True
+    comms_logger.verbose = False
+    comms_logger.reset_data()
+    try:
+        step()
+        return sum(size * found[0] for sizes in comms_logger.comms_dict.values() for size, found in sizes.items())
+    finally:
+        comms_logger.enabled = False
+
+
+def _profile(step: Callable[[], None]) -> tuple[int, dict[str, float]]:
+    """(bytes that one step allocates at its peak above what was there, milliseconds by kind of work)."""
+    on_gpu = dist.device().type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities, profile_memory=not on_gpu) as profiler:
+        step()
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        level = peak = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                level += event.nbytes()
+                peak = max(peak, level)
+    times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+             for event in profiler.key_averages()}
+    parts = {group: sum(times.get(name, 0) for name in names) for group, names in _GROUPS.items()}
+    parts["collectives"] = sum(t for name, t in times.items() if name.startswith(("c10d::", "gloo:", "nccl:")))
+    parts["everything else"] = sum(times.values()) - sum(parts.values())
+    return peak, parts
