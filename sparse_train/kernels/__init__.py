@@ -23,10 +23,15 @@ except ImportError as error:
     raise ImportError("the native kernels are not built; run `make setup`, or pip install --no-build-isolation -e . "
                       f"in the repository ({error})") from error
 
-__all__ = ["PackedMatrix", "backend", "compact", "expand", "pack", "read_bandwidth", "unpack", "use_backend"]
+__all__ = ["PackedMatrix", "backend", "backends", "compact", "expand", "pack", "read_bandwidth", "unpack", "use_backend"]
 
 _BACKENDS = ("avx512", "portable") if _native.has_avx512() else ("portable",)
 _MOVED = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+def backends() -> tuple[str, ...]:
+    """What this CPU can run, fastest first."""
+    return _BACKENDS
 
 
 def backend() -> str:
@@ -54,34 +59,40 @@ if "SPARSE_TRAIN_ISA" in os.environ:
     _set_backend(os.environ["SPARSE_TRAIN_ISA"])
 
 
-def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int) -> torch.Tensor:
+def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
+           out: torch.Tensor | None = None) -> torch.Tensor:
     """(values (nnz,), bitmask (R, 8 * ceil(C / 64))) -> dense (R, C) of the values' dtype, +0 where pruned.
 
-    Raises ValueError when bits and values do not belong together.
+    `out` is a contiguous tensor to write to. Raises ValueError when bits and values do not belong together.
     """
     if values.device.type != "cpu" or values.dtype not in _MOVED:
-        return reference.expand(values, bitmask, num_columns)
+        dense = reference.expand(values, bitmask, num_columns)
+        return dense if out is None else out.copy_(dense)
     _check_bits(bitmask, num_columns)
     values, bitmask = values.contiguous(), bitmask.contiguous()
-    dense = torch.empty(len(bitmask), num_columns, dtype=values.dtype)
+    dense = _target(out, (len(bitmask), num_columns), values.dtype)
     _native.expand(values.data_ptr(), bitmask.data_ptr(), dense.data_ptr(), len(bitmask), num_columns, values.numel(),
                    values.element_size(), torch.get_num_threads())
     return dense
 
 
-def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None) -> torch.Tensor:
+def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None,
+            out: torch.Tensor | None = None) -> torch.Tensor:
     """Dense (R, C) -> its entries at the kept positions, row-major (nnz,).
 
-    `num_values` is nnz where the caller knows it. Raises ValueError when it is not what the bits say.
+    `num_values` is nnz where the caller knows it, `out` (nnz,) a contiguous tensor to write to. Raises ValueError when
+    they do not fit what the bits say.
     """
     if dense.device.type != "cpu" or dense.dtype not in _MOVED:
-        return reference.compact(dense, bitmask)
+        values = reference.compact(dense, bitmask)
+        return values if out is None else out.copy_(values)
     num_rows, num_columns = dense.shape
     _check_bits(bitmask, num_columns, num_rows)
     dense, bitmask = dense.contiguous(), bitmask.contiguous()
-    if num_values is None:
+    if num_values is None and out is None:
         num_values = _native.count_kept(bitmask.data_ptr(), bitmask.numel())
-    values = torch.empty(num_values, dtype=dense.dtype)
+    values = _target(out, (num_values if out is None else out.numel(),), dense.dtype)
+    num_values = values.numel()
     _native.compact(dense.data_ptr(), bitmask.data_ptr(), values.data_ptr(), num_rows, num_columns, num_values,
                     dense.element_size(), torch.get_num_threads())
     return values
@@ -140,6 +151,15 @@ def read_bandwidth(num_bytes: int = 1 << 29, num_threads: int | None = None, rep
     Take a size well above the last-level cache. It is the bound for a kernel whose every byte is read once.
     """
     return _native.read_bandwidth(num_bytes, num_threads or torch.get_num_threads(), repeats)
+
+
+def _target(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    if out.shape != shape or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be contiguous {dtype} {shape} "
+                         "on the cpu")
+    return out
 
 
 def _check_bits(bitmask: torch.Tensor, num_columns: int, num_rows: int | None = None) -> None:

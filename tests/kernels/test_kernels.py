@@ -52,6 +52,19 @@ def test_expand_and_compact_move_every_bit(backend, shape, density, dtype):
     assert torch.equal(reference.compact(dense, bits), values)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.6])
+def test_a_weight_larger_than_the_caches_and_given_targets(backend, density):
+    dense, keep = _weight((4096, 1088), density)
+    bits, values = kernels.pack(keep), dense[keep]
+    expanded, compacted = torch.full_like(dense, 7), torch.full_like(values, 7)
+    assert kernels.expand(values, bits, 1088, out=expanded) is expanded and torch.equal(expanded, dense)
+    assert kernels.compact(dense, bits, out=compacted) is compacted and torch.equal(compacted, values)
+    with pytest.raises(ValueError, match="out is"):
+        kernels.expand(values, bits, 1088, out=expanded.t())
+    with pytest.raises(ValueError, match="positions, but there are"):
+        kernels.compact(dense, bits, out=compacted[:-1])
+
+
 def test_odd_values_survive(backend):
     keep = torch.ones(2, 70, dtype=torch.bool)
     dense = torch.tensor([float("nan"), -0.0, float("inf"), 1e-42]).repeat(35).view(2, 70)

@@ -12,6 +12,7 @@ namespace sparse_train {
 namespace {
 
 constexpr int64_t kAhead = 1024;  // bytes; the hardware streamer stops at each 4 KiB page
+constexpr int64_t kStreamed = 16 << 20;  // bytes of a dense weight that would push everything else out of the caches
 
 inline __m512i in_register(__m512i v) {
     asm volatile("" : "+v"(v));  // keeps gcc from folding the load into the expand
@@ -92,23 +93,23 @@ SPARSE_TRAIN_LANES(4, uint32_t, __mmask16, 32)
 
 template <class Mask>
 inline Mask first_lanes(int64_t count) {
+    if (count <= 0) return 0;
     return count >= int64_t(8 * sizeof(Mask)) ? Mask(~Mask(0)) : Mask((uint64_t(1) << count) - 1);
 }
 
-// Visits a row register by register: visit(kept lanes, existing lanes, column). Lanes past the last column do not exist.
+// Visits a word register by register: visit(kept lanes, column, kept positions before them in the
+// word). The counts come from the word's bits alone, so registers do not wait for each other.
 template <int Element, class Visit>
-inline void for_each_register(const Rows& rows, int64_t row, Visit visit) {
+inline int64_t for_each_register(uint64_t word, int64_t column, Visit visit) {
     using Mask = typename Lanes<Element>::Mask;
     constexpr int64_t kLanes = 64 / Element;
-    for (int64_t w = 0; w < rows.num_words; ++w) {
-        const uint64_t word = rows.word(row, w);
-        const int64_t end = rows.num_columns - 64 * w < 64 ? rows.num_columns - 64 * w : 64;
-        for (int64_t lane = 0; lane < end; lane += kLanes)
-            visit(Mask(word >> lane), first_lanes<Mask>(end - lane), 64 * w + lane);
-    }
+    for (int64_t lane = 0; lane < 64; lane += kLanes)
+        visit(Mask(word >> lane), column + lane, _mm_popcnt_u64(word & ((uint64_t(1) << lane) - 1)));
+    return _mm_popcnt_u64(word);
 }
 
-template <int Element>
+// With kStream whole registers bypass the caches: a line that is written whole need not be read first.
+template <int Element, bool kStream>
 void expand_as(const Rows& rows, const void* values, void* dense, int64_t first, int64_t last) {
     using L = Lanes<Element>;
     using Mask = typename L::Mask;
@@ -116,14 +117,31 @@ void expand_as(const Rows& rows, const void* values, void* dense, int64_t first,
     const auto* end = (const typename L::Type*)values + rows.offsets[rows.num_rows];
     for (int64_t r = first; r < last; ++r) {
         auto* row = (typename L::Type*)dense + r * rows.num_columns;
-        for_each_register<Element>(rows, r, [&](Mask kept, Mask exists, int64_t column) {
-            // Near the end of the values a whole register would read past them.
-            const __m512i loaded = end - next >= 64 / Element ? in_register(_mm512_loadu_si512(next))
-                                                              : L::load(first_lanes<Mask>(end - next), next);
-            L::store(row + column, exists, L::expand(kept, loaded));
-            next += _mm_popcnt_u64(kept);
-        });
+        for (int64_t w = 0; w < rows.num_words; ++w) {
+            const int64_t left = rows.num_columns - 64 * w;
+            if (left >= 64 && end - next >= 128) {
+                next += for_each_register<Element>(rows.word(r, w), 64 * w, [&](Mask kept, int64_t column, int64_t at) {
+                    const __m512i expanded = L::expand(kept, in_register(_mm512_loadu_si512(next + at)));
+                    if (kStream) _mm512_stream_si512((__m512i*)(row + column), expanded);
+                    else _mm512_storeu_si512(row + column, expanded);
+                });
+            } else {  // whole registers would read or write past what is there
+                next += for_each_register<Element>(rows.word(r, w), 64 * w, [&](Mask kept, int64_t column, int64_t at) {
+                    const __m512i loaded = L::load(first_lanes<Mask>(end - next - at), next + at);
+                    L::store(row + column, first_lanes<Mask>(rows.num_columns - column), L::expand(kept, loaded));
+                });
+            }
+        }
     }
+}
+
+template <int Element>
+void expand_of(const Rows& rows, const void* values, void* dense, int64_t first, int64_t last) {
+    const int64_t row_bytes = rows.num_columns * Element;
+    if (uintptr_t(dense) % 64 || row_bytes % 64 || rows.num_rows * row_bytes < kStreamed)
+        return expand_as<Element, false>(rows, values, dense, first, last);
+    expand_as<Element, true>(rows, values, dense, first, last);
+    _mm_sfence();
 }
 
 template <int Element>
@@ -134,27 +152,38 @@ void compact_as(const Rows& rows, const void* dense, void* values, int64_t first
     auto* end = (typename L::Type*)values + rows.offsets[last];
     for (int64_t r = first; r < last; ++r) {
         const auto* row = (const typename L::Type*)dense + r * rows.num_columns;
-        for_each_register<Element>(rows, r, [&](Mask kept, Mask exists, int64_t column) {
-            const __m512i packed = L::compress(kept, L::load(exists, row + column));
-            const int64_t count = _mm_popcnt_u64(kept);
-            // A whole register may be stored while what it spills over is still this thread's to write.
-            if (end - next >= 64 / Element) _mm512_storeu_si512(next, packed);
-            else L::store(next, first_lanes<Mask>(count), packed);
-            next += count;
-        });
+        for (int64_t w = 0; w < rows.num_words; ++w) {
+            // Whole registers may be stored while what they spill over is still this thread's to write.
+            if (rows.num_columns - 64 * w >= 64 && end - next >= 128) {
+                next += for_each_register<Element>(rows.word(r, w), 64 * w, [&](Mask kept, int64_t column, int64_t at) {
+                    _mm512_storeu_si512(next + at, L::compress(kept, _mm512_loadu_si512(row + column)));
+                });
+            } else {
+                next += for_each_register<Element>(rows.word(r, w), 64 * w, [&](Mask kept, int64_t column, int64_t at) {
+                    const __m512i loaded = L::load(first_lanes<Mask>(rows.num_columns - column), row + column);
+                    L::store(next + at, first_lanes<Mask>(_mm_popcnt_u64(kept)), L::compress(kept, loaded));
+                });
+            }
+        }
     }
 }
 
 void expand(const Rows& rows, int size, const void* values, void* dense, int64_t first, int64_t last) {
-    if (size == 1) expand_as<1>(rows, values, dense, first, last);
-    if (size == 2) expand_as<2>(rows, values, dense, first, last);
-    if (size == 4) expand_as<4>(rows, values, dense, first, last);
+    if (size == 1) expand_of<1>(rows, values, dense, first, last);
+    if (size == 2) expand_of<2>(rows, values, dense, first, last);
+    if (size == 4) expand_of<4>(rows, values, dense, first, last);
 }
 
 void compact(const Rows& rows, int size, const void* dense, void* values, int64_t first, int64_t last) {
     if (size == 1) compact_as<1>(rows, dense, values, first, last);
     if (size == 2) compact_as<2>(rows, dense, values, first, last);
     if (size == 4) compact_as<4>(rows, dense, values, first, last);
+}
+
+int64_t count(const Rows& rows, int64_t row) {
+    int64_t found = 0;
+    for (int64_t w = 0; w < rows.num_words; ++w) found += _mm_popcnt_u64(rows.word(row, w));
+    return found;
 }
 
 uint64_t read(const void* data, int64_t num_bytes) {
@@ -169,7 +198,7 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier avx512 = {matvec_f32, matvec_i8, expand, compact, read};
+const Tier avx512 = {matvec_f32, matvec_i8, expand, compact, count, read};
 
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -74,11 +74,7 @@ void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work
 // offsets[r] = kept positions before row r.
 void count_rows(const Rows& rows, int64_t* offsets, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (rows.num_rows * rows.num_words > 16384)
-    for (int64_t r = 0; r < rows.num_rows; ++r) {
-        int64_t count = 0;
-        for (int64_t w = 0; w < rows.num_words; ++w) count += __builtin_popcountll(rows.word(r, w));
-        offsets[r + 1] = count;
-    }
+    for (int64_t r = 0; r < rows.num_rows; ++r) offsets[r + 1] = tier->count(rows, r);
     offsets[0] = 0;
     for (int64_t r = 0; r < rows.num_rows; ++r) offsets[r + 1] += offsets[r];
 }

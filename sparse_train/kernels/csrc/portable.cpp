@@ -30,9 +30,11 @@ void matvec_i8(const Rows& rows, const int8_t* values, const uint8_t* x, int32_t
 
 template <class T>
 void expand_as(const Rows& rows, const T* values, T* dense, int64_t first, int64_t last) {
-    std::memset(dense + first * rows.num_columns, 0, size_t(last - first) * rows.num_columns * sizeof(T));
-    for (int64_t r = first; r < last; ++r)
-        for_each_kept(rows, r, [&](int64_t column, int64_t i) { dense[r * rows.num_columns + column] = values[i]; });
+    for (int64_t r = first; r < last; ++r) {
+        T* row = dense + r * rows.num_columns;
+        std::memset(row, 0, rows.num_columns * sizeof(T));  // row by row: it is still in the cache when values come
+        for_each_kept(rows, r, [&](int64_t column, int64_t i) { row[column] = values[i]; });
+    }
 }
 
 template <class T>
@@ -54,6 +56,12 @@ void compact(const Rows& rows, int size, const void* dense, void* values, int64_
     if (size == 4) compact_as(rows, (const uint32_t*)dense, (uint32_t*)values, first, last);
 }
 
+int64_t count(const Rows& rows, int64_t row) {
+    int64_t found = 0;
+    for (int64_t w = 0; w < rows.num_words; ++w) found += __builtin_popcountll(rows.word(row, w));
+    return found;
+}
+
 uint64_t read(const void* data, int64_t num_bytes) {
     const uint64_t* words = (const uint64_t*)data;
     uint64_t sum = 0;
@@ -63,6 +71,6 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier portable = {matvec_f32, matvec_i8, expand, compact, read};
+const Tier portable = {matvec_f32, matvec_i8, expand, compact, count, read};
 
 }  // namespace sparse_train

@@ -25,6 +25,8 @@ struct Tier {
     // dense (num_rows, num_columns) <- values, and back; `size` is an element's bytes: 1, 2 or 4.
     void (*expand)(const Rows&, int size, const void* values, void* dense, int64_t first, int64_t last);
     void (*compact)(const Rows&, int size, const void* dense, void* values, int64_t first, int64_t last);
+    // Kept positions of a row.
+    int64_t (*count)(const Rows&, int64_t row);
     // Reads num_bytes (a multiple of 512) once; the result only keeps the reads alive.
     uint64_t (*read)(const void* data, int64_t num_bytes);
 };
