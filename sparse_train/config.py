@@ -173,7 +173,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
                   "logit_tokens": "labelled"},
     "paper-t5": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-9, "epsilon_per": "position"},
     "paper-whisper": {"task_weight": 0.5, "feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-8,
-                      "epsilon_per": "position", "encoder_padding": True, "layers": tuple(range(10))},
+                      "epsilon_per": "position", "layers": tuple(range(10))},
     "sparseml": {"feature_weight": 1.0, "normalise": "micro_batch"},
 }
 
@@ -195,8 +195,6 @@ class LossConfig(Section):
     """That mean is over real tokens, or over all positions, padding counted as zeros."""
     final_feature: Literal["block", "norm"] = "block"
     """The last feature: the last block's output, or the final norm's."""
-    encoder_padding: bool = False
-    """Count padded positions of an encoder's features."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Blocks of each stack whose outputs are compared; None takes all."""
     logit_tokens: Literal["predicted", "labelled"] = "predicted"

@@ -23,7 +23,9 @@ except ImportError as error:
     raise ImportError("the native kernels are not built; run `make setup`, or pip install --no-build-isolation -e . "
                       f"in the repository ({error})") from error
 
-__all__ = ["PackedMatrix", "backend", "backends", "compact", "expand", "pack", "read_bandwidth", "unpack", "use_backend"]
+__all__ = [
+    "PackedMatrix", "backend", "backends", "compact", "expand", "pack", "read_bandwidth", "unpack", "use_backend",
+]
 
 _BACKENDS = ("avx512", "portable") if _native.has_avx512() else ("portable",)
 _MOVED = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -157,8 +159,8 @@ def _target(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     if out is None:
         return torch.empty(shape, dtype=dtype)
     if out.shape != shape or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be contiguous {dtype} {shape} "
-                         "on the cpu")
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be a contiguous {dtype} "
+                         f"{shape} on the cpu")
     return out
 
 

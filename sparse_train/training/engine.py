@@ -18,6 +18,7 @@ from sparse_train import dist
 from sparse_train.config import TeacherConfig, TrainConfig
 from sparse_train.models import load_model, open_model, own_tensors
 from sparse_train.sparse import TensorFolder, sparse_linears
+from sparse_train.training.partition import part
 
 _BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 reserves 2 GB per rank in fp32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -124,8 +125,7 @@ def _read_slice(partitioner, folder, name: str, empty: nn.Parameter) -> nn.Param
     whole = torch.empty(empty.shape, dtype=empty.dtype, device=dist.device())
     parameter = nn.Parameter(whole, requires_grad=empty.requires_grad)
     partitioner._convert_to_deepspeed_param(parameter)
-    size = parameter.aligned_size() // dist.world_size()
-    start, stop = (min(parameter.ds_numel, size * r) for r in (dist.rank(), dist.rank() + 1))
+    start, stop = part(parameter.ds_numel, dist.rank(), dist.world_size())
     whole.view(-1)[start:stop] = folder.get_range(name, start, stop).to(whole)
     parameter.partition()
     return parameter

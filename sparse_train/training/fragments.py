@@ -16,6 +16,7 @@ from deepspeed.utils import (
 )
 
 from sparse_train import dist
+from sparse_train.training.partition import part
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,8 +40,8 @@ def own_fragments(engine) -> Iterator[Fragment]:
     """What this rank owns. After the first optimizer step: before it there are no moments."""
     for name, parameter in _trained(engine):
         if engine.zero_optimization_partition_weights():
-            start, size = _partition_start(parameter), parameter.ds_tensor.numel()
-            size = max(0, min(size, parameter.ds_numel - start))
+            start, stop = part(parameter.ds_numel, dist.rank(), dist.world_size())
+            size = stop - start
             if size:
                 yield Fragment(name, start, {
                     MASTER: safe_get_local_fp32_param(parameter)[:size],
@@ -99,8 +100,7 @@ def restore(engine, read: Read, num_steps: int) -> None:
 
 
 def _restore_partition(name: str, parameter: torch.Tensor, read: Read) -> None:
-    start = min(_partition_start(parameter), parameter.ds_numel)
-    stop = min(start + parameter.ds_tensor.numel(), parameter.ds_numel)
+    start, stop = part(parameter.ds_numel, dist.rank(), dist.world_size())
     for kind in KINDS:
         padded = torch.zeros(parameter.ds_tensor.numel())
         padded[:stop - start] = read(kind, name, start, stop)
@@ -135,10 +135,6 @@ def _flat_masters(engine) -> list[torch.Tensor]:
 
 def _trained(engine) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-
-
-def _partition_start(parameter: torch.Tensor) -> int:
-    return dist.rank() * parameter.ds_tensor.numel()
 
 
 def _master_of(engine, parameter: torch.Tensor) -> torch.Tensor:

@@ -123,3 +123,81 @@ def test_shares_over_ranks_add_up_to_the_whole_batch(splits):
     ranks = run_ranks(_share, 2, splits)
     torch.testing.assert_close(sum(terms for terms, _ in ranks), whole.detached(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(sum(grad for _, grad in ranks), leaf.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("preset", "epsilon", "over", "task_weight"), [
+    ("paper-mpt", torch.finfo(torch.bfloat16).eps, "gathered", 1.0), ("paper-t5", 1e-9, "masked", 1.0),
+    ("paper-whisper", 1e-8, "masked", 0.5), ("sparseml", 0.0, "gathered", 1.0)])
+def test_presets_are_the_formulas_of_their_codes(preset, epsilon, over, task_weight):
+    config = LossConfig(preset=preset)
+    logits, labels, attend, features, taught, teacher_logits = _inputs(torch.float32)
+    small = [t * 1e-2 for t in taught]  # where an epsilon counts
+    for teacher in (taught, small):
+        shares = _loss(config, logits, labels, attend, features, teacher, teacher_logits)
+        mask = attend.float()
+        expected = 0.0
+        for s, t in zip(features, teacher, strict=True):
+            if over == "gathered":
+                error, energy = ((s[attend] - t[attend]) ** 2).mean(), (t[attend] ** 2).mean()
+            else:
+                error, energy = (mask[..., None] * (s - t) ** 2).mean(), (mask[..., None] * t**2).mean()
+            expected = expected + error / (energy + epsilon)
+        torch.testing.assert_close(shares.feature.sum(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shares.loss, task_weight * shares.task + expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_paper_compares_logits_at_the_labelled_positions():
+    logits, labels, attend, _, _, teacher_logits = _inputs(torch.float32)
+    config = LossConfig(preset="paper-mpt", feature_weight=0, logit_weight=1.0)
+    chosen = labels != -100
+    s, t = logits[chosen].log_softmax(-1), teacher_logits[chosen].log_softmax(-1)
+    expected = (t.exp() * (t - s)).sum() / chosen.sum()
+    torch.testing.assert_close(_loss(config, logits, labels, attend, teacher_logits=teacher_logits).logit, expected)
+
+
+def test_keys_beside_a_preset_win():
+    config = LossConfig(preset="paper-whisper", task_weight=0.9, layers=[1, 2])
+    assert config.task_weight == 0.9 and config.layers == (1, 2) and config.epsilon == 1e-8
+
+
+def _micro_batch_share(splits):
+    from sparse_train import dist
+    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
+    rows = splits[dist.rank()]
+    shares = _loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows],
+                   [f[rows] for f in features], [f[rows] for f in taught])
+    return shares.detached()
+
+
+def test_micro_batch_means_the_ranks_own_ratios():
+    """Which is not the ratio over all ranks: that is why it is not the default."""
+    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
+    alone = [_loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows], [f[rows] for f in features],
+                   [f[rows] for f in taught]).detached() for rows in ([0], [1, 2, 3])]
+    ranks = run_ranks(_micro_batch_share, 2, ([0], [1, 2, 3]))
+    torch.testing.assert_close(sum(ranks), sum(alone) / 2)
+    whole = _loss(LossConfig(feature_weight=1.0), logits, labels, attend, features, taught).detached()
+    assert not torch.allclose(sum(ranks), whole, rtol=1e-3)
+
+
+def test_encoder_and_decoder_features_have_their_own_masks():
+    """Two stacks of different lengths in one loss: each feature counts where its own mask says."""
+    _, _, attend, features, taught, _ = _inputs(torch.float32)
+    sums = FeatureSums(LossConfig(feature_weight=1.0))
+    encoder, taught_encoder = torch.randn(B, 9, D), torch.randn(B, 9, D)
+    real = torch.arange(9) < torch.tensor([9, 2, 5, 1])[:, None]
+    sums.add(encoder, taught_encoder, real)
+    sums.add(features[0], taught[0], attend)
+    for (error, energy), (s, t, mask) in zip(zip(sums.errors, sums.energies, strict=True),
+                                             [(encoder, taught_encoder, real), (features[0], taught[0], attend)],
+                                             strict=True):
+        torch.testing.assert_close(error / energy, ((s - t)[mask] ** 2).sum() / (t[mask] ** 2).sum())
+
+
+def test_the_features_gradient_is_autograds():
+    _, _, attend, features, taught, _ = _inputs(torch.float32)
+    mine, theirs = features[0].clone().requires_grad_(), features[0].clone().requires_grad_()
+    squarehead([mine], [taught[0]], attend).sum().backward()
+    ((((theirs - taught[0])[attend]) ** 2).sum() / (taught[0][attend] ** 2).sum()).backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    assert not mine.grad[~attend].any()
