@@ -38,7 +38,7 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tok
     outcome = train(
         student, teacher, lambda indices: task.batch([examples[i] for i in indices], tokenizer),
         Order(None if task.endless and config.num_examples is None else len(examples), config.batch_size,
-              config.accumulation, run.seed),
+              config.accumulation, run.seed, config.sequence_parallel),
         config, loss, job.out / "checkpoints", tracker, job.progress if dist.rank() == 0 else None, run.seed,
         teacher_config)
     if tracker:

@@ -104,6 +104,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest of it again in the backward pass."""
+    sequence_parallel: Positive = 1
+    """This many consecutive ranks share the tokens of an example; must divide the ranks and the attention heads."""
     zero: ZeroConfig = ZeroConfig()
     checkpoint_every: Positive = 100
     """Steps between checkpoints from which a stopped job goes on."""

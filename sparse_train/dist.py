@@ -12,6 +12,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
+from sparse_train.errors import UserError
+
 
 def start(rank: int, world_size: int, local_rank: int, address: str, port: int,
           timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -65,10 +67,21 @@ def gather_objects(mine: Any) -> list[Any]:
     return everyone
 
 
-def share(items: list, of_rank: int | None = None) -> list:
-    """This rank's contiguous part of `items`; parts differ in length by at most one and may be empty."""
-    r, n = rank() if of_rank is None else of_rank, world_size()
-    return items[len(items) * r // n:len(items) * (r + 1) // n]
+def share(items: list, num_sharing: int = 1) -> list:
+    """This rank's contiguous part of `items`; parts differ in length by at most one and may be empty.
+
+    `num_sharing` consecutive ranks get the same part.
+    """
+    part, num_parts = rank() // num_sharing, world_size() // num_sharing
+    return items[len(items) * part // num_parts:len(items) * (part + 1) // num_parts]
+
+
+def group_of_neighbours(size: int):
+    """This rank's process group, of `size` consecutive ranks. Raises UserError where they do not divide all ranks."""
+    if world_size() % size:
+        raise UserError(f"sequence_parallel={size} does not divide {world_size()} ranks; use a divisor")
+    groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
+    return groups[rank() // size]
 
 
 def require_agreement(what: str, digests: dict[str, str]) -> None:

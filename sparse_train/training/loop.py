@@ -25,6 +25,7 @@ from sparse_train.training.engine import build_student, build_teacher, step_engi
 from sparse_train.training.features import FiniteCheck, Tap
 from sparse_train.training.losses import FeatureSums, Shares, distillation_loss, next_tokens
 from sparse_train.training.order import Order
+from sparse_train.training.sequence import parallelise_attention, split_tokens
 
 Progress = Callable[[int, int, str], None]
 
@@ -83,6 +84,11 @@ class Trainer:
                  teacher_config: TeacherConfig):
         self._config, self._loss, self._fetch, self._order, self._seed = config, loss, fetch, order, seed
         self._finite, self._learnt, self._features = FiniteCheck(), {}, None
+        self._group = None
+        if config.sequence_parallel > 1:
+            self._group = dist.group_of_neighbours(config.sequence_parallel)
+            for model in (student, teacher) if loss.needs_teacher else (student,):
+                parallelise_attention(model, self._group)
         # Taps come before DeepSpeed's own hooks, which wrap the outputs.
         self._taps = [Tap(list(family_of(student).block_list(student)), self._finite.watch)]
         self._teacher, self._teacher_tap = None, None
@@ -111,7 +117,12 @@ class Trainer:
             group["lr"] = learning_rate(self._config, step)
         for micro_step in range(self._config.accumulation):
             batch = self._fetch(self._order.indices(step - 1, micro_step)).to(dist.device())
-            shares = self._shares(batch)
+            targets = next_tokens(batch.labels)  # before the tokens are split: the next one may be another rank's
+            if self._group is not None:
+                batch = Batch(*(split_tokens(tensor, self._group, fill) for tensor, fill in (
+                    (batch.input_ids, 0), (batch.attend, False), (batch.labels, -100))))
+                targets = split_tokens(targets, self._group, -100)
+            shares = self._shares(batch, targets)
             # DeepSpeed averages gradients over ranks; shares add up.
             self.engine.backward(shares.loss * dist.world_size())
             self._norm = step_engine(self.engine)
@@ -124,7 +135,7 @@ class Trainer:
             raise FloatingPointError(f"step {step}: the gradient's norm is {self._norm}; {self._finite.first_bad()}. "
                                      "Lower the learning rate or use fp32; the checkpoints are from before")
 
-    def _shares(self, batch: Batch) -> Shares:
+    def _shares(self, batch: Batch, targets: torch.Tensor) -> Shares:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attend.long(), "use_cache": False}
         with contextlib.ExitStack() as open_taps:
             for tap in self._taps:
@@ -133,8 +144,7 @@ class Trainer:
         teacher_logits, self._features = None, None
         if self._teacher is not None:
             teacher_logits = self._teach(inputs, batch.attend)
-        return distillation_loss(self._loss, logits, next_tokens(batch.labels), self._features, teacher_logits,
-                                 batch.labels)
+        return distillation_loss(self._loss, logits, targets, self._features, teacher_logits, batch.labels)
 
     def _teach(self, inputs: dict, attend: torch.Tensor) -> torch.Tensor | None:
         """The teacher's logits where the loss wants them; its features are compared as they come and let go."""

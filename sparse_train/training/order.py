@@ -12,16 +12,16 @@ from sparse_train import dist
 
 
 class Order:
-    def __init__(self, num_examples: int | None, batch_size: int, accumulation: int, seed: int):
-        """`num_examples` None: endless, every example is seen once."""
-        self._num_examples, self._seed = num_examples, seed
+    def __init__(self, num_examples: int | None, batch_size: int, accumulation: int, seed: int, num_sharing: int = 1):
+        """`num_examples` None: endless, every example is seen once. `num_sharing` consecutive ranks share examples."""
+        self._num_examples, self._seed, self._num_sharing = num_examples, seed, num_sharing
         self._micro_size, self._accumulation = batch_size // accumulation, accumulation
 
     def indices(self, step: int, micro_step: int) -> list[int]:
         """This rank's examples of a micro-step; may be empty."""
         start = (step * self._accumulation + micro_step) * self._micro_size
         positions = range(start, start + self._micro_size)
-        return dist.share([self._example(position) for position in positions])
+        return dist.share([self._example(position) for position in positions], self._num_sharing)
 
     def _example(self, position: int) -> int:
         if self._num_examples is None:
