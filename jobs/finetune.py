@@ -14,7 +14,7 @@ from sparse_train.models import load_tokenizer, own_tensors, save_model
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, training_examples
 from sparse_train.tracking import Tracker
-from sparse_train.training import audit, bits_digests, gathered_tensors, load_student, load_teacher, train
+from sparse_train.training import audit, gathered_tensors, load_student, load_teacher, train
 from sparse_train.training.order import Order
 
 
@@ -46,10 +46,9 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tok
     if not outcome.finished:
         raise Stopped
     tensors = gathered_tensors(outcome.engine)
-    bits = bits_digests(outcome.engine.module)
     if dist.rank() == 0:
         save_model(job.out, student, tokenizer, tensors)
-        audit(job.out, bits)
+        audit(job.out, outcome.bits.digests)
     else:
         deque(tensors, maxlen=0)  # every rank takes part in gathering
     sizes = {name: math.prod(getattr(t, "ds_shape", t.shape)) for name, t in own_tensors(student).items()}

@@ -19,28 +19,27 @@ from safetensors.torch import save_file
 
 from sparse_train import artifacts, dist
 from sparse_train.errors import UserError
-from sparse_train.training.engine import bits_digests
+from sparse_train.training.engine import FrozenBits
 from sparse_train.training.fragments import own_fragments, restore
 
 log = logging.getLogger(__name__)
 
 
-def save(engine, folder: Path, step: int, num_kept: int = 2) -> None:
+def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2) -> None:
     """Collective. Keeps the newest `num_kept` checkpoints."""
+    bits.check()
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
     if dist.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    bits = bits_digests(engine.module)
-    dist.require_agreement("the bits of sparse weights", bits)  # also: the folder is there
     dist.barrier()
     file = partial / f"rank-{dist.rank():05d}.safetensors"
     save_file({f"{kind}/{fragment.start}/{fragment.name}": tensor.contiguous()
                for fragment in own_fragments(engine) for kind, tensor in fragment.tensors.items()}, file)
     written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
-        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits}, dict(written))
+        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests}, dict(written))
         kept = _signed(folder)[-num_kept:]
         for old in folder.glob("step-*"):  # unsigned ones, of a job killed in a save, too
             if old not in kept:
@@ -48,7 +47,7 @@ def save(engine, folder: Path, step: int, num_kept: int = 2) -> None:
     dist.barrier()
 
 
-def resume(engine, folder: Path) -> int:
+def resume(engine, bits: FrozenBits, folder: Path) -> int:
     """Collective. Load the newest sound checkpoint into `engine`; returns its step, 0 when there is none.
 
     Raises UserError when it is of a model with other parameters or other bits.
@@ -57,14 +56,13 @@ def resume(engine, folder: Path) -> int:
     if newest is None:
         return 0
     manifest = artifacts.read_manifest(newest)
-    _check_same_model(engine, newest, manifest)
+    _check_same_model(engine, bits, newest, manifest)
     restore(engine, _Reader(newest, manifest["sizes"]).read, manifest["step"])
     return manifest["step"]
 
 
-def _check_same_model(engine, path: Path, manifest: dict) -> None:
-    other = [name for mine, theirs in ((_sizes(engine), manifest["sizes"]),
-                                       (bits_digests(engine.module), manifest["bits"]))
+def _check_same_model(engine, bits: FrozenBits, path: Path, manifest: dict) -> None:
+    other = [name for mine, theirs in ((_sizes(engine), manifest["sizes"]), (bits.digests, manifest["bits"]))
              for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
     if other:
         raise UserError(f"{path} was written for another model: {other[0]} differs; delete the stage's .partial folder "

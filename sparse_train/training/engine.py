@@ -37,8 +37,7 @@ def load_teacher(path: str | Path, config: TrainConfig, teacher: TeacherConfig) 
 
 
 def build_student(model: nn.Module, config: TrainConfig):
-    """The training engine. Digests of the bits must agree over ranks."""
-    require_equal_bits(model)
+    """The training engine."""
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=model, optimizer=_optimizer(model, config), config=_student_settings(config))[0]
@@ -117,7 +116,6 @@ def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, 
     left = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
     if left:
         raise NotImplementedError(f"{path}: buffer {left} is computed by its module and cannot be read in slices")
-    require_equal_bits(model)
     return model
 
 
@@ -131,18 +129,35 @@ def _read_slice(partitioner, folder, name: str, empty: nn.Parameter) -> nn.Param
     return parameter
 
 
-def require_equal_bits(model: nn.Module) -> None:
-    """Collective. Raises RuntimeError, on every rank, where ranks differ in a sparse weight's bits."""
-    dist.require_agreement("the bits of sparse weights", bits_digests(model))
+class FrozenBits:
+    """The bits of a model's sparse weights as they were at the start, the same on all ranks. Collective.
 
+    `digests`: module name -> sha256. Raises RuntimeError, on every rank, where ranks differ.
+    """
 
-def bits_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of each sparse weight's bits, by module name. Collective where they are partitioned."""
-    found = {}
-    for name, linear in sparse_linears(model).items():
-        with gathered(linear.bitmask):
-            found[name] = _digest(linear.bitmask)
-    return found
+    def __init__(self, model: nn.Module):
+        self._linears, self.digests = sparse_linears(model), {}
+        for name, linear in self._linears.items():
+            with gathered(linear.bitmask):
+                self.digests[name] = _digest(linear.bitmask)
+        dist.require_agreement("the bits of sparse weights", self.digests)
+
+    def settle(self) -> None:
+        """To be called when the engine has partitioned the model: what this rank holds from now on shall not change."""
+        self._own = self._digest_own()
+
+    def check(self) -> None:
+        """Collective. Raises RuntimeError, on every rank, with the tensor and the ranks that hold other bits by now."""
+        now = self._digest_own()
+        everyone = dist.gather_objects([name for name, digest in self._own.items() if now[name] != digest])
+        for name in self._linears:
+            ranks = [rank for rank, changed in enumerate(everyone) if name in changed]
+            if ranks:
+                raise RuntimeError(f"the bits of {name} have changed since the start on ranks {ranks}")
+
+    def _digest_own(self) -> dict[str, str]:
+        return {name: _digest(getattr(linear.bitmask, "ds_tensor", linear.bitmask))
+                for name, linear in self._linears.items()}
 
 
 def audit(path: Path, bits: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from sparse_train.models import family_of
 from sparse_train.tasks import Batch
 from sparse_train.tracking import Tracker
 from sparse_train.training import checkpoint
-from sparse_train.training.engine import build_student, build_teacher, step_engine
+from sparse_train.training.engine import FrozenBits, build_student, build_teacher, step_engine
 from sparse_train.training.features import FiniteCheck, Tap
 from sparse_train.training.losses import FeatureSums, Shares, distillation_loss, next_tokens
 from sparse_train.training.order import Order
@@ -33,6 +33,7 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class Outcome:
     engine: Any
+    bits: FrozenBits
     finished: bool
     """False when a stop signal ended the job early; run it again to go on from its checkpoint."""
     metrics: dict[str, Any]
@@ -49,7 +50,7 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
     is not finite.
     """
     trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
-    start = checkpoint.resume(trainer.engine, folder)
+    start = checkpoint.resume(trainer.engine, trainer.bits, folder)
     if tracker:
         tracker.rewind(start)
     metrics: dict[str, Any] = {}
@@ -64,10 +65,11 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
                 if progress:
                     progress(step, config.steps, f"loss {metrics['loss']:.3f}")
             if step < config.steps and (stopping or step % config.checkpoint_every == 0):
-                checkpoint.save(trainer.engine, folder, step, config.checkpoints_kept)
+                checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept)
             if stopping and step < config.steps:
-                return Outcome(trainer.engine, finished=False, metrics=metrics)
-    return Outcome(trainer.engine, finished=True, metrics=metrics)
+                return Outcome(trainer.engine, trainer.bits, finished=False, metrics=metrics)
+    trainer.bits.check()
+    return Outcome(trainer.engine, trainer.bits, finished=True, metrics=metrics)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -95,7 +97,9 @@ class Trainer:
         if loss.feature_weight:
             self._taps.append(Tap(self._feature_points(student), self._learnt.__setitem__))
             self._teacher_tap = Tap(self._feature_points(teacher), self._compare)
+        self.bits = FrozenBits(student)
         self.engine = build_student(student, config)
+        self.bits.settle()
         if loss.needs_teacher:
             self._teacher = build_teacher(teacher, config, teacher_config)
         self.engine.train()

@@ -1,5 +1,6 @@
 """Stopping, resuming and damage: what comes out is to the bit what an undisturbed training makes."""
 
+import json
 import os
 import signal
 
@@ -11,7 +12,6 @@ from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.models import family_of
 from sparse_train.sparse import sparse_linears
 from sparse_train.training import gathered_tensors, train
-from sparse_train.training.engine import build_student
 from sparse_train.training.order import Order
 from tests.ranks import run_ranks
 from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
@@ -96,19 +96,39 @@ def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(stages
         assert error <= (1e-6 if precision == "fp32" else 2e-2), f"{name}: {error}"
 
 
-def _flip_a_bit_on_rank_1():
-    student, _ = _models()
-    if dist.rank() == 1:
-        next(iter(sparse_linears(student).values())).bitmask[0, 0] ^= 1
+def _flip_a_bit_on_rank_1(when, stage, folder):
+    student, teacher = _models()
+    linear = next(iter(sparse_linears(student).values()))
+
+    class Log(_Log):
+        def log(self, step, metrics):
+            if step == 4:  # before its save
+                getattr(linear.bitmask, "ds_tensor", linear.bitmask).view(-1)[0] ^= 1
+
+    if when == "start" and dist.rank() == 1:
+        linear.bitmask[0, 0] ^= 1
+    log = Log() if when == "save" and dist.rank() == 1 else None
     try:
-        build_student(student, _config())
+        train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _config(stage), _LOSS, folder, log)
     except RuntimeError as error:
         return str(error)
 
 
-def test_bits_that_differ_between_ranks_stop_every_rank_and_name_the_tensor():
-    told = run_ranks(_flip_a_bit_on_rank_1, 2)
-    assert told[0] == told[1] and "transformer.blocks.0.attn.Wqkv on ranks [1]" in told[0]
+@pytest.mark.parametrize(("when", "stage"), [("start", 1), ("start", 3), ("save", 1), ("save", 3)])
+def test_bits_that_differ_stop_every_rank_and_name_the_tensor_and_the_ranks(when, stage, tmp_path):
+    told = run_ranks(_flip_a_bit_on_rank_1, 2, when, stage, tmp_path)
+    assert told[0] == told[1] and "transformer.blocks.0.attn.Wqkv" in told[0] and "ranks [1]" in told[0], told
+    saved = [path.name for path in tmp_path.iterdir()]
+    assert saved == ([] if when == "start" else ["step-00000002"])
+
+
+def test_a_checkpoint_of_other_bits_is_refused(tmp_path):
+    run_ranks(_train, 1, _config(), tmp_path)
+    manifest = json.loads((newest := sorted(tmp_path.glob("step-*"))[-1] / "manifest.json").read_text())
+    manifest["bits"]["transformer.blocks.1.ffn.up_proj"] = "0" * 64
+    newest.write_text(json.dumps(manifest))
+    with pytest.raises(AssertionError, match=r"for another model: transformer.blocks.1.ffn.up_proj differs"):
+        run_ranks(_train, 1, _config(), tmp_path)
 
 
 def test_activation_checkpointing_changes_no_bit(tmp_path):
