@@ -27,6 +27,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     train = kinds.add_parser("train", help="a training step: ours and the usual masked way, relative to dense")
     train.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
+    train.add_argument("--ranks", type=int, help="processes; the cluster file's number where not given")
     train.add_argument("--sparsity", type=_sparsity, default=0.75)
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     train.add_argument("--d-model", type=int, default=768, help="a multiple of 64")
@@ -76,7 +77,7 @@ def _train(options, console: Console) -> int:
     given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
                                                     "checkpointing", "repeats")}
     with tempfile.TemporaryDirectory() as logs:
-        job = start_processes(cluster, cluster.ranks, Path(logs), _train_rank, given, free_port())
+        job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, given, free_port())
         try:
             found = job.results()[0]
         except Exception as error:

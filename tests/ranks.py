@@ -14,11 +14,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["deepspeed", "sparse_train.training", "sparse_train.models"])
 
 
-def run_ranks(function, world, *arguments, timeout_s=180):
+def run_ranks(function, world, *arguments, timeout_s=180, accelerator="cpu"):
     """[function(*arguments) of rank 0, of rank 1, ...]; `function` is module-level. A failed rank fails all."""
-    port, results = free_port(), CONTEXT.Queue()
-    processes = [CONTEXT.Process(target=_rank, args=(function, rank, world, port, results, arguments), daemon=True)
-                 for rank in range(world)]
+    # The fork server has already chosen the CPU.
+    context = CONTEXT if accelerator == "cpu" else multiprocessing.get_context("spawn")
+    port, results = free_port(), context.Queue()
+    processes = [context.Process(target=_rank, args=(accelerator, function, rank, world, port, results, arguments),
+                                 daemon=True) for rank in range(world)]
     for process in processes:
         process.start()
     try:
@@ -47,7 +49,8 @@ def _collect(processes, results, world, deadline):
     return [found[rank] for rank in range(world)]
 
 
-def _rank(function, rank, world, port, results, arguments):
+def _rank(accelerator, function, rank, world, port, results, arguments):
+    os.environ["DS_ACCELERATOR"] = accelerator
     import torch
 
     from sparse_train import dist

@@ -1,0 +1,37 @@
+"""sparse-train bench train: what is printed is whole, and what does not depend on the machine is right."""
+
+import json
+
+import pytest
+import torch
+
+from tests.launch.test_pipeline import _cli
+
+_SIZE = ("--d-model", "128", "--n-layers", "2", "--num-tokens", "32", "--repeats", "1")
+
+
+def _found(*arguments):
+    return json.loads(_cli("bench", "train", "--json", *_SIZE, *arguments)[0].splitlines()[-1])
+
+
+def _check(found):
+    for name in ("masked", "ours"):
+        assert found["step_time"][name]["median"] > 0
+    assert found["state_bytes"]["ours"] < 1 < found["state_bytes"]["masked"]
+    assert found["peak_memory"]["ours"] < found["peak_memory"]["masked"]
+
+
+def test_ours_holds_and_moves_less_than_the_masked_way():
+    found = _found()
+    assert found["ranks"] == 2
+    _check(found)
+    assert found["traffic_bytes"]["ours"] < found["traffic_bytes"]["masked"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
+def test_one_gpu_measures_its_step(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    found = _found("--ranks", "1", "--precision", "bf16")
+    assert found["device"].startswith("cuda")
+    _check(found)
