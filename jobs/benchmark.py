@@ -40,8 +40,8 @@ def _decode(job: Job, bandwidth: float, sparsity: float) -> list[dict[str, Any]]
     for precision in job.config.compress.precisions:
         if precision != "bf16":  # computed in fp32, so it would be the same row twice
             runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
-    prompt = build_task(job.config.task).examples("test", 1)[0].prompt
-    return decode_rows(job.config.name, runtimes, prompt, spec.new_tokens, spec.repeats, bandwidth,
+    example = build_task(job.config.task).examples("test", 1)[0]
+    return decode_rows(job.config.name, runtimes, example, spec.new_tokens, spec.repeats, bandwidth,
                        _stage(job, 1, "decode"))
 
 

@@ -10,7 +10,7 @@ from jobs.job import Job
 from sparse_train import artifacts
 from sparse_train.compress import export_dense, export_sparse, unpruned_zeros
 from sparse_train.inference import load
-from sparse_train.models import load_model, load_tokenizer
+from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task
 
@@ -18,20 +18,20 @@ from sparse_train.tasks import build_task
 def run(job: Job) -> dict[str, Any]:
     config = job.config
     ((stage, source),) = job.inputs.items()
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model, processor = load_model(source), load_processor(source)
     weights = {name: linear.weight for name, linear in sparse_linears(model).items()}
     task = build_task(config.task)
     examples = task.examples("test", config.evaluate.num_examples)
     scores = {}
     for index, precision in enumerate(config.compress.precisions):
         folder = job.out / f"sparse-{precision}"
-        export_sparse(model, tokenizer, precision, folder)
+        export_sparse(model, processor, precision, folder)
         # The runtime that will answer is the one that is scored.
         scores[precision] = task.score(
-            load(folder).model, tokenizer, examples, config.evaluate.batch_size, config.evaluate.max_new_tokens,
+            load(folder).model, processor, examples, config.evaluate,
             lambda done, total, index=index, precision=precision: job.progress(
                 index * total + done, len(config.compress.precisions) * total, precision)).metrics
-    export_dense(model, tokenizer, job.out / "dense")
+    export_dense(model, processor, job.out / "dense")
     wrong = unpruned_zeros(job.out / "dense", weights)
     if wrong:
         raise RuntimeError(f"the dense export differs from the sparse weights in {', '.join(wrong)}")

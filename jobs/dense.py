@@ -7,7 +7,7 @@ import torch
 from jobs.finetune import fine_tune
 from jobs.job import Job
 from sparse_train.config import LossConfig
-from sparse_train.models import build_model, load_tokenizer
+from sparse_train.models import build_model, build_processor, load_processor
 from sparse_train.tasks import build_task, build_tokenizer
 from sparse_train.training import load_student
 
@@ -15,9 +15,9 @@ from sparse_train.training import load_student
 def run(job: Job) -> dict[str, Any]:
     config = job.config
     if config.model.path:
-        tokenizer, model = load_tokenizer(config.model.path), load_student(config.model.path, config.dense)
+        processor, model = load_processor(config.model.path), load_student(config.model.path, config.dense)
     else:
-        tokenizer = build_tokenizer(build_task(config.task), config.model.vocab_size)
+        processor = build_processor(config.model, build_tokenizer(build_task(config.task), config.model.vocab_size))
         torch.manual_seed(config.seed)  # every rank builds the same model
-        model = build_model(config.model, tokenizer)
-    return fine_tune(job, model, None, tokenizer, config.dense, LossConfig())
+        model = build_model(config.model, processor)
+    return fine_tune(job, model, None, processor, config.dense, LossConfig())

@@ -6,7 +6,7 @@ from typing import Any
 from jobs.job import Job
 from sparse_train import dist
 from sparse_train.artifacts import write_json
-from sparse_train.models import load_model, load_tokenizer
+from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import densify
 from sparse_train.tasks import build_task
 
@@ -20,7 +20,7 @@ def run(job: Job) -> dict[str, Any]:
         # Batches of many tokens are what dense matrix products are for; the score does not depend on it.
         model = densify(load_model(folder)).to(dist.device())
         score = task.score(
-            model, load_tokenizer(folder), examples, spec.batch_size, spec.max_new_tokens,
+            model, load_processor(folder), examples, spec,
             lambda done, total, index=index, name=name: job.progress(
                 index * total + done, len(job.inputs) * total, name))
         metrics[name] = score.metrics

@@ -5,12 +5,12 @@ from collections import deque
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from jobs.job import Job, Stopped
 from sparse_train import dist
 from sparse_train.config import LossConfig, TeacherConfig, TrainConfig
-from sparse_train.models import load_tokenizer, own_tensors, save_model
+from sparse_train.models import Processor, load_processor, own_tensors, save_model
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, training_examples
 from sparse_train.tracking import Tracker
@@ -23,20 +23,20 @@ def run(job: Job) -> dict[str, Any]:
     config = job.config.finetune
     student = load_student(job.inputs["prune"], config)
     teacher = load_teacher(job.inputs["dense"], config, config.teacher) if loss.needs_teacher else None
-    return fine_tune(job, student, teacher, load_tokenizer(job.inputs["prune"]), config, loss, config.teacher)
+    return fine_tune(job, student, teacher, load_processor(job.inputs["prune"]), config, loss, config.teacher)
 
 
-def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase,
+def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, processor: Processor,
               config: TrainConfig, loss: LossConfig, teacher_config: TeacherConfig | None = None) -> dict[str, Any]:
     """Train `student` on the task and write it to job.out, with metrics.jsonl. Collective; raises Stopped."""
     run = job.config
     task = build_task(run.task)
-    examples, num_left_out = training_examples(task, tokenizer, config.num_examples)
+    examples, num_left_out = training_examples(task, processor, config.num_examples)
     tracker = None
     if dist.rank() == 0:
         tracker = Tracker(job.out, f"{run.name}-{job.out.stem}", run.model_dump(mode="json"), run.tracking.wandb)
     outcome = train(
-        student, teacher, lambda indices: task.batch([examples[i] for i in indices], tokenizer),
+        student, teacher, lambda indices: task.batch([examples[i] for i in indices], processor),
         Order(None if task.endless and config.num_examples is None else len(examples), config.batch_size,
               config.accumulation, run.seed, config.sequence_parallel),
         config, loss, job.out / "checkpoints", tracker, job.progress if dist.rank() == 0 else None, run.seed,
@@ -47,7 +47,7 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, tok
         raise Stopped
     tensors = gathered_tensors(outcome.engine)
     if dist.rank() == 0:
-        save_model(job.out, student, tokenizer, tensors)
+        save_model(job.out, student, processor, tensors)
         audit(job.out, outcome.bits.digests)
     else:
         deque(tensors, maxlen=0)  # every rank takes part in gathering

@@ -4,7 +4,7 @@ from typing import Any
 
 from jobs.job import Job
 from sparse_train import dist
-from sparse_train.models import load_model, load_tokenizer, save_model
+from sparse_train.models import load_model, load_processor, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import build_task, training_examples
@@ -12,14 +12,14 @@ from sparse_train.tasks import build_task, training_examples
 
 def run(job: Job) -> dict[str, Any]:
     spec = job.config.prune
-    tokenizer, model = load_tokenizer(job.inputs["dense"]), load_model(job.inputs["dense"]).to(dist.device())
+    processor, model = load_processor(job.inputs["dense"]), load_model(job.inputs["dense"]).to(dist.device())
     task = build_task(job.config.task)
-    examples, _ = training_examples(task, tokenizer, spec.num_calibration)
+    examples, _ = training_examples(task, processor, spec.num_calibration)
     batches = (task.batch([examples[i] for i in range(start, min(start + spec.batch_size, len(examples)))],
-                          tokenizer).to(dist.device())
+                          processor).to(dist.device())
                for start in range(0, len(examples), spec.batch_size))
     weights = prune(model, batches, spec, job.progress)
-    save_model(job.out, sparsify(model, weights), tokenizer)
+    save_model(job.out, sparsify(model, weights), processor)
     num_kept = sum(weight.values.numel() for weight in weights.values())
     num_weights = sum(rows * columns for rows, columns in (weight.shape for weight in weights.values()))
     return {"sparsity": 1 - num_kept / num_weights, "num_prunable": num_weights,

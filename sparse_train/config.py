@@ -34,18 +34,33 @@ class TaskConfig(Section):
 
 class ModelConfig(Section):
     path: str | None = None
-    """A local folder or hub name to start from; None initialises a new model of the size below."""
+    """A local folder or hub name to start from; None initialises a new model of the size below. With a path, the size
+    only says what to expect where the hub cannot be reached (--dry-run)."""
+    family: Literal["mpt", "t5", "t5-gated", "whisper", "llama", "mistral", "qwen3", "olmo2", "gpt_neox", "opt"] = "mpt"
     d_model: Positive = 128
     n_layers: Positive = 4
+    """Of each stack, where there is an encoder and a decoder."""
     n_heads: Positive = 4
+    n_kv_heads: Positive | None = None
+    """Heads of keys and values, where a family shares them; None: as many as n_heads."""
+    d_ff: Positive | None = None
+    """Width of the FFN; None: 4 * d_model."""
     max_seq_len: Positive = 512
     vocab_size: Positive = 512
     """Upper bound on the vocabulary of the tokenizer trained on the task's own text (new models only)."""
+    window_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """whisper: the length of sound that the encoder takes, a multiple of 0.02."""
+
+    @property
+    def ffn_width(self) -> int:
+        return self.d_ff or 4 * self.d_model
 
     @model_validator(mode="after")
     def _heads_divide(self):
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
+        if self.family == "mpt" and self.ffn_width != 4 * self.d_model:
+            raise ValueError(f"d_ff={self.d_ff}: the FFN of mpt is 4 * d_model = {4 * self.d_model} wide; leave it out")
         return self
 
 
@@ -175,7 +190,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
                   "logit_tokens": "labelled"},
     "paper-t5": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-9, "epsilon_per": "position"},
     "paper-whisper": {"task_weight": 0.5, "feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-8,
-                      "epsilon_per": "position", "layers": tuple(range(10))},
+                      "epsilon_per": "position", "layers": tuple(range(10)), "encoder_padding": True},
     "sparseml": {"feature_weight": 1.0, "normalise": "micro_batch"},
 }
 
@@ -199,6 +214,8 @@ class LossConfig(Section):
     """The last feature: the last block's output, or the final norm's."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Blocks of each stack whose outputs are compared; None takes all."""
+    encoder_padding: bool = False
+    """Count an encoder's padding as tokens in SquareHead."""
     logit_tokens: Literal["predicted", "labelled"] = "predicted"
     """KL at the positions that predict a target, or at the targets' own positions (off by one in a decoder)."""
 
@@ -244,6 +261,8 @@ class EvaluateConfig(Section):
     """Test examples that are generated for and scored."""
     batch_size: Positive = 50
     max_new_tokens: Positive = 256
+    num_beams: Positive = 1
+    """1 is greedy."""
 
 
 class CompressConfig(Section):

@@ -9,7 +9,7 @@ from sparse_train.compress import dequantise, export_dense, export_sparse, quant
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import load
-from sparse_train.models import load_model, load_tokenizer, own_tensors, save_model
+from sparse_train.models import load_model, load_processor, own_tensors, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify
 from tests.models import tiny_mpt, tiny_tokenizer
@@ -98,7 +98,7 @@ def test_a_sparse_folder_trains_on(precision, tmp_path):
     for name, tensor in model.state_dict().items():
         expected = tensor if precision == "fp32" or not tensor.is_floating_point() else tensor.bfloat16().float()
         assert torch.equal(again.state_dict()[name], expected), name
-    assert load_tokenizer(tmp_path).encode("Tom 12") == tiny_tokenizer().encode("Tom 12")
+    assert load_processor(tmp_path).tokenizer.encode("Tom 12") == tiny_tokenizer().encode("Tom 12")
 
 
 def test_a_quantised_folder_does_not_train_and_an_empty_prompt_does_not_run(tmp_path):

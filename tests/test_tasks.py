@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sparse_train.config import TaskConfig
+from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.errors import UserError
-from sparse_train.tasks import build_task, build_tokenizer, training_examples
+from sparse_train.models import Processor
+from sparse_train.tasks import build_task, build_tokenizer, generate, training_examples
 from sparse_train.tasks.batch import Example, collate, encode
-from sparse_train.tasks.task import _generate, final_number, last_number
+from sparse_train.tasks.gsm8k import final_number, last_number
 from tests.models import tiny_mpt
 
 _GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -23,7 +24,7 @@ _GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 @functools.cache
 def _arithmetic():
     task = build_task(TaskConfig())
-    return task, build_tokenizer(task, 320)
+    return task, Processor(build_tokenizer(task, 320))
 
 
 def test_arithmetic_is_gsm8k_shaped_and_every_step_is_true():
@@ -48,7 +49,7 @@ def test_arithmetic_is_seeded_endless_and_its_splits_are_disjoint():
 
 
 def test_a_tokenizer_loses_nothing_and_splits_digits():
-    _, tokenizer = _arithmetic()
+    tokenizer = _arithmetic()[1].tokenizer
     text = "Tom has 127 ünïcode 苹果;\n  <<2*3=6>>6"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert [tokenizer.decode([i]) for i in tokenizer.encode("127")] == ["1", "2", "7"]
@@ -56,15 +57,16 @@ def test_a_tokenizer_loses_nothing_and_splits_digits():
 
 
 def test_a_batch_labels_the_answer_and_the_end_only():
-    _, tokenizer = _arithmetic()
+    _, processor = _arithmetic()
     examples = [Example("Question: a\nAnswer:", " 12"), Example("Q", " 3")]
-    batch = collate(examples, tokenizer)
+    batch = collate(examples, processor)
     for row, example in enumerate(examples):
-        prompt, answer = encode(example, tokenizer)
+        prompt, answer = encode(example, processor)
         length = len(prompt) + len(answer)
         assert batch.attend[row].tolist() == [i < length for i in range(batch.attend.shape[1])]
         assert batch.input_ids[row, :length].tolist() == prompt + answer
-        assert batch.labels[row, len(prompt):length].tolist() == answer and answer[-1] == tokenizer.eos_token_id
+        assert batch.labels[row, len(prompt):length].tolist() == answer
+        assert answer[-1] == processor.tokenizer.eos_token_id
         assert (batch.labels[row] != -100).sum() == len(answer)
 
 
@@ -87,22 +89,23 @@ def _padded_model():
 
 
 def test_generation_with_left_padding_is_generation_one_at_a_time():
-    task, tokenizer = _arithmetic()
+    task, processor = _arithmetic()
     examples = [task.examples("test")[0], Example("Question: 1\nAnswer:", " 1"), Example("A", " 1")]
-    model = _padded_model()
-    together = _generate(model, tokenizer, examples, 12)
-    assert together == [_generate(model, tokenizer, [example], 12)[0] for example in examples]
+    model, spec = _padded_model(), EvaluateConfig(max_new_tokens=12)
+    together = generate(model, processor, examples, spec)
+    assert together == [generate(model, processor, [example], spec)[0] for example in examples]
 
 
 def test_the_score_counts_right_answers_and_real_target_tokens():
-    task, tokenizer = _arithmetic()
+    task, processor = _arithmetic()
     model = _padded_model()
     examples = [Example(f"Question: {'x' * n}\nAnswer:", f" {n}") for n in (1, 5, 3)]
     done = []
-    score = task.score(model, tokenizer, examples, 2, 8, lambda *state: done.append(state))
+    spec = EvaluateConfig(batch_size=2, max_new_tokens=8)
+    score = task.score(model, processor, examples, spec, lambda *state: done.append(state))
     total = count = 0
     for example in examples:
-        prompt, answer = encode(example, tokenizer)
+        prompt, answer = encode(example, processor)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
         total += functional.cross_entropy(logits[len(prompt) - 1:-1], torch.tensor(answer), reduction="sum").item()

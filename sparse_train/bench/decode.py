@@ -6,17 +6,19 @@ from typing import Any
 import torch
 
 from sparse_train.bench.timing import interleave
+from sparse_train.config import EvaluateConfig
 from sparse_train.inference import PackedLinear, Runtime
+from sparse_train.tasks import Example, generate
 
 
-def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], prompt: str, new_tokens: int,
+def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], example: Example, new_tokens: int,
                 repeats: int, bandwidth: float,
                 progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """`runtimes`: (engine, precision, sparsity) -> model, the dense one first. milliseconds are per token, medians.
 
     The byte bound counts every weight once per token, tied embeddings once; `bandwidth` in bytes per second.
     """
-    timings = interleave({key: (lambda runtime=runtime: _decode(runtime, prompt, new_tokens))
+    timings = interleave({key: (lambda runtime=runtime: _decode(runtime, example, new_tokens))
                           for key, runtime in runtimes.items()}, repeats, progress)
     dense = next(iter(timings.values())).median
     rows = []
@@ -32,13 +34,10 @@ def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], prom
     return rows
 
 
-def _decode(runtime: Runtime, prompt: str, new_tokens: int) -> None:
-    inputs = runtime.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    runtime.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
-                           use_cache=True, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-                           pad_token_id=runtime.tokenizer.pad_token_id)
+def _decode(runtime: Runtime, example: Example, new_tokens: int) -> None:
+    generate(runtime.model, runtime.processor, [example], EvaluateConfig(max_new_tokens=new_tokens), new_tokens)
 
 
 def _bytes_per_token(model: torch.nn.Module) -> int:
-    packed = sum(module.packed.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    packed = sum(module.weight.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
     return packed + sum(parameter.nbytes for parameter in model.parameters())

@@ -28,7 +28,7 @@ from sparse_train.tasks import Batch
 from sparse_train.training.engine import build_student, build_teacher, step_engine
 from sparse_train.training.fragments import state_bytes
 from sparse_train.training.loop import Trainer
-from sparse_train.training.losses import distillation_loss, next_tokens
+from sparse_train.training.losses import distillation_loss
 from sparse_train.training.order import Order
 
 _SQUAREHEAD = LossConfig(feature_weight=1.0)
@@ -128,7 +128,7 @@ class _Masked:
         with torch.no_grad():
             taught = self._teacher(**inputs)
         learnt = self.engine(**inputs)
-        loss = distillation_loss(LossConfig(), learnt.logits, next_tokens(batch.labels)).loss
+        loss = distillation_loss(LossConfig(), learnt.logits, batch.targets).loss
         for s, t in zip(learnt.hidden_states[1:], taught.hidden_states[1:], strict=True):
             s, t = s[batch.attend].float(), t[batch.attend].float()
             loss = loss + (s - t).square().mean() / t.square().mean() / dist.world_size()

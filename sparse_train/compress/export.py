@@ -7,17 +7,17 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sparse_train import artifacts
 from sparse_train.compress.quantise import quantise_rows
-from sparse_train.models import own_tensors, save_model
+from sparse_train.models import Processor, own_tensors, save_model
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_sparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str, folder: Path) -> None:
+def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, folder: Path) -> None:
     """Write `model` (with SparseLinears) at `precision`; int8 quantises the sparse weights and leaves the rest fp32."""
     tensors = dict(own_tensors(model))
     if precision == "int8":
@@ -27,15 +27,15 @@ def export_sparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     else:
         tensors = {name: tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
                    for name, tensor in tensors.items()}
-    save_model(folder, model, tokenizer, tensors.items())
+    save_model(folder, model, processor, tensors.items())
     artifacts.sign(folder, {"precision": precision, "sparse_weights": {
         name: {"shape": list(linear.weight.shape), "sparsity": linear.weight.sparsity}
         for name, linear in sparse_linears(model).items()}})
 
 
-def export_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export_dense(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
     """Write `model` in Hugging Face's layout; its SparseLinears become linears in place."""
-    save_model(folder, densify(model), tokenizer)
+    save_model(folder, densify(model), processor)
 
 
 def unpruned_zeros(folder: Path, weights: dict[str, BitmaskTensor]) -> list[str]:

@@ -3,31 +3,31 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError
 from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.kernels import PackedMatrix
-from sparse_train.models import load_model, load_tokenizer, read_config
+from sparse_train.models import Processor, empty_model, load_model, load_processor, read_config
 from sparse_train.sparse import TensorFolder, replace_module
+from sparse_train.tasks import Example, generate
 
 
 @dataclass(frozen=True)
 class Runtime:
     model: PreTrainedModel
     """`model.generate(...)` is Hugging Face's."""
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
 
     def complete(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy continuation of `prompt`, without it."""
-        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        if not inputs["input_ids"].numel():
+        """The greedy continuation of `prompt`, or an encoder-decoder's answer to it."""
+        if not prompt:
             raise UserError("the prompt is empty; give at least one character")
-        made = self.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                                   do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
-                                   eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id)
-        return self.tokenizer.decode(made[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        if self.processor.features is not None:
+            raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
+        return generate(self.model, self.processor, [Example(prompt, "")],
+                        EvaluateConfig(max_new_tokens=max_new_tokens))[0]
 
 
 def load(folder: str | Path) -> Runtime:
@@ -37,12 +37,11 @@ def load(folder: str | Path) -> Runtime:
     """
     tensors = TensorFolder(Path(folder)) if Path(folder).is_dir() else None
     model = _packed_model(tensors) if tensors and tensors.shapes else load_model(folder)
-    return Runtime(model.eval(), load_tokenizer(folder))
+    return Runtime(model.eval(), load_processor(folder))
 
 
 def _packed_model(tensors: TensorFolder) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(tensors.folder), dtype=torch.float32)
+    model = empty_model(read_config(tensors.folder))
     for name, shape in tensors.shapes.items():
         weight = tensors.weight(name)
         bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None

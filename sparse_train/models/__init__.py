@@ -1,17 +1,18 @@
 """Model families, and models as folders."""
 
+from sparse_train.models.build import build_model, build_processor, describe
 from sparse_train.models.checkpoint import (
-    build_model,
+    empty_model,
     load_model,
-    load_tokenizer,
     open_model,
     own_tensors,
     read_config,
     save_model,
 )
 from sparse_train.models.family import Family, family_of
+from sparse_train.models.processor import Processor, load_processor
 
 __all__ = [
-    "Family", "build_model", "family_of", "load_model", "load_tokenizer", "open_model", "own_tensors",
-    "read_config", "save_model",
+    "Family", "Processor", "build_model", "build_processor", "describe", "empty_model", "family_of", "load_model",
+    "load_processor", "open_model", "own_tensors", "read_config", "save_model",
 ]

@@ -12,50 +12,39 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    MptConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from sparse_train.config import ModelConfig
 from sparse_train.errors import UserError
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A new MPT of the configured size, fp32, initialised from torch's global generator."""
-    return AutoModelForCausalLM.from_config(MptConfig(
-        d_model=config.d_model, n_layers=config.n_layers, n_heads=config.n_heads, max_seq_len=config.max_seq_len,
-        vocab_size=len(tokenizer), use_cache=True, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ), dtype=torch.float32)
+def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of `config` with the head that predicts text."""
+    return _auto_class(config).from_config(config, dtype=dtype)
+
+
+def _auto_class(config: PretrainedConfig):
+    if config.model_type == "whisper":
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a model config from {path}: {_first_line(error)}; "
+        raise UserError(f"cannot read a model config from {path}: {first_line(error)}; "
                         "give a folder with config.json or a hub name") from error
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; one without a padding token pads with its end-of-text token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a tokenizer from {path}: {_first_line(error)}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A dense model from a folder or hub name, or one with SparseLinears from a sparse folder.
 
-    Raises UserError where weights are missing: they would be random, silently.
+    Raises UserError where weights are missing, which would be random, silently, or left over.
     """
     config = read_config(path)
     if Path(path).is_dir():
@@ -63,13 +52,17 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         if folder.shapes:
             return _load_sparse(folder, config, dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, report = _auto_class(config).from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a model from {path}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a model from {path}: {first_line(error)}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise UserError(f"{path} lacks {len(wrong)} tensors of a {config.model_type} model, such as {wrong[0]}; "
                         "the checkpoint is not complete")
+    if report["unexpected_keys"]:
+        odd = sorted(report["unexpected_keys"])
+        raise UserError(f"{path} holds {len(odd)} tensors that a {config.model_type} model does not have, such as "
+                        f"{odd[0]}; its config.json belongs to another model")
     return model
 
 
@@ -91,14 +84,29 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Pr
         try:
             path = snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"])
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot download {path}: {_first_line(error)}; give a folder or a hub name") from error
+            raise UserError(f"cannot download {path}: {first_line(error)}; give a folder or a hub name") from error
     folder = TensorFolder(Path(path))
     return _skeleton(folder, read_config(path), dtype), folder
 
 
-def _skeleton(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Parameters without data (meta device); buffers that are computed, such as rotary frequencies, with."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = from_config(config, dtype)
+    persistent = model.state_dict().keys()
+    for prefix, module in model.named_modules():
+        own = [name for name, buffer in module.named_buffers(recurse=False)
+               if buffer.is_meta and f"{prefix}.{name}" not in persistent]
+        for name in own:
+            module.register_buffer(name, torch.empty_like(getattr(module, name), device="cpu"), persistent=False)
+        if own:
+            # transformers' own way to fill what no checkpoint holds, used by from_pretrained.
+            model._init_weights(module)
+    return model
+
+
+def _skeleton(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    model = empty_model(config, dtype)
     for name, shape in folder.shapes.items():
         (num_values,), stored = folder.spec(f"{name}.values")
         if stored == "I8":
@@ -116,16 +124,17 @@ def _skeleton(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype
     return model
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+def save_model(folder: Path, model: PreTrainedModel, processor,
                tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
-    """Write config, tokenizer and tensors of `model`; a model with SparseLinears is stored compressed.
+    """Write config, processor and tensors of `model`; a model with SparseLinears is stored compressed.
 
-    `tensors` (name, tensor) replaces the model's own, for models whose parameters are partitioned over ranks.
+    `processor` is a Processor or a tokenizer. `tensors` (name, tensor) replaces the model's own, for models whose
+    parameters are partitioned over ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()}
     write_tensors(folder, own_tensors(model).items() if tensors is None else tensors, shapes)
 
@@ -137,5 +146,5 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named if name in persistent}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

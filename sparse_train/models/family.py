@@ -1,54 +1,128 @@
-"""What the rest of the package must know about an architecture: its blocks, and which linears of a block are pruned."""
+"""What the rest of the package must know about an architecture: its stacks of blocks, and which linears are pruned."""
 
+import logging
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from sparse_train.errors import UserError
 from sparse_train.sparse import SparseLinear
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stack:
+    blocks: str
+    """Dotted name of the ModuleList of blocks. Block outputs are the feature points of SquareHead."""
+    final_norm: str
+    """Dotted name of the norm behind the last block."""
+    side: str = "decoder"
+    """Whose tokens its states belong to: encoder, or decoder, which a model without an encoder is as well."""
+
+
+@dataclass(frozen=True)
+class FeaturePoint:
+    side: str
+    block: int
+    """Index in its stack."""
+    module: nn.Module
+    """Its output, or the first of its tuple, is the feature (B, T, D)."""
 
 
 @dataclass(frozen=True)
 class Family:
     model_type: str
     """`config.model_type` of transformers."""
-    blocks: str
-    """Dotted name of the ModuleList of blocks. Block outputs are the feature points of SquareHead."""
-    final_norm: str
-    """Dotted name of the norm between the last block and the head."""
+    stacks: tuple[Stack, ...]
+    """In the order in which the model runs them."""
     prunable: tuple[str, ...]
-    """Linears of a block that are pruned, by their names below it."""
+    """Last names of the linears of a block that are pruned; everything else stays dense."""
 
-    def block_list(self, model: nn.Module) -> nn.ModuleList:
-        return model.get_submodule(self.blocks)
+    def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Full module name -> block, in the order in which the model runs them."""
+        return {f"{stack.blocks}.{index}": block for stack in self.stacks
+                for index, block in enumerate(model.get_submodule(stack.blocks))}
 
-    def feature_points(self, model: nn.Module, last: str = "block") -> list[nn.Module]:
-        """The modules whose outputs are SquareHead's features: all blocks; `last` "norm" puts the final norm's output
-        in the place of the last block's."""
-        blocks = list(self.block_list(model))
-        return blocks if last == "block" else [*blocks[:-1], model.get_submodule(self.final_norm)]
+    def feature_points(self, model: nn.Module, last: str = "block") -> list[FeaturePoint]:
+        """All blocks; `last` "norm" puts each stack's final norm in the place of its last block."""
+        points = []
+        for stack in self.stacks:
+            modules = list(model.get_submodule(stack.blocks))
+            if last == "norm":
+                modules[-1] = model.get_submodule(stack.final_norm)
+            points += [FeaturePoint(stack.side, index, module) for index, module in enumerate(modules)]
+        return points
 
     def prunable_linears(self, model: nn.Module) -> dict[str, nn.Linear | SparseLinear]:
-        """Full module name -> linear, in the order in which the model runs them."""
-        return {
-            f"{self.blocks}.{index}.{name}": block.get_submodule(name)
-            for index, block in enumerate(self.block_list(model))
-            for name in self.prunable
-        }
+        """Full module name -> linear, block after block."""
+        return {f"{prefix}.{name}": module for prefix, block in self.blocks(model).items()
+                for name, module in block.named_modules()
+                if isinstance(module, (nn.Linear, SparseLinear)) and name.rpartition(".")[2] in self.prunable}
 
 
-# MPT (MosaicML 2023): embeddings are tied to the head and stay dense, as in the paper (PAPER: Wqkv, out_proj, ffn).
-_FAMILIES = {
-    "mpt": Family("mpt", "transformer.blocks", "transformer.norm_f",
-                  ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")),
-}
+def _decoder(model_type: str, root: str, blocks: str, norm: str, *prunable: str) -> Family:
+    return Family(model_type, (Stack(f"{root}.{blocks}", f"{root}.{norm}"),), prunable)
+
+
+_GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Embeddings, heads and norms stay dense, as in the paper; so do T5's relative positions and Whisper's convolutions.
+_FAMILIES = {family.model_type: family for family in (
+    _decoder("mpt", "transformer", "blocks", "norm_f", "Wqkv", "out_proj", "up_proj", "down_proj"),
+    _decoder("llama", "model", "layers", "norm", *_GATED),
+    _decoder("mistral", "model", "layers", "norm", *_GATED),
+    _decoder("qwen3", "model", "layers", "norm", *_GATED),
+    _decoder("olmo2", "model", "layers", "norm", *_GATED),
+    _decoder("gpt_neox", "gpt_neox", "layers", "final_layer_norm",
+             "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    _decoder("opt", "model.decoder", "layers", "final_layer_norm",
+             "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    Family("t5", (Stack("encoder.block", "encoder.final_layer_norm", "encoder"),
+                  Stack("decoder.block", "decoder.final_layer_norm")),
+           ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")),
+    Family("whisper", (Stack("model.encoder.layers", "model.encoder.layer_norm", "encoder"),
+                       Stack("model.decoder.layers", "model.decoder.layer_norm")),
+           ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
+)}
 
 
 def family_of(model: nn.Module) -> Family:
-    model_type = model.config.model_type
-    if model_type not in _FAMILIES:
-        raise UserError(f"model type {model_type!r} is not supported; choose one of: {', '.join(_FAMILIES)}")
-    return _FAMILIES[model_type]
+    """The table's entry, or one derived from the modules of `model`, which is said."""
+    found = _FAMILIES.get(model.config.model_type)
+    if found is None:
+        # Sparse layers do not change what is derived: the names count.
+        found = _FAMILIES[model.config.model_type] = _derive(model)
+    return found
+
+
+def _derive(model: nn.Module) -> Family:
+    config: PretrainedConfig = model.config
+    stacks: list[Stack] = []
+    names: dict[str, None] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{stack.blocks}.") for stack in stacks)
+        if not isinstance(module, nn.ModuleList) or inside or len({type(block) for block in module}) != 1:
+            continue
+        linears = [name.rpartition(".")[2] for name, part in module.named_modules()
+                   if isinstance(part, (nn.Linear, SparseLinear))]
+        if not linears:
+            continue
+        parent = path.rpartition(".")[0]
+        behind = [name for name, child in model.get_submodule(parent).named_children()
+                  if "norm" in type(child).__name__.lower()]
+        if not behind:
+            continue
+        side = "encoder" if config.is_encoder_decoder and "encoder" in path else "decoder"
+        stacks.append(Stack(path, f"{parent}.{behind[-1]}".lstrip("."), side))
+        # A router of experts decides where tokens go; it is small, and pruning it changes what the others see.
+        names |= dict.fromkeys(name for name in linears if name not in ("router", "gate"))
+    if not stacks:
+        raise UserError(f"model type {config.model_type!r} has no list of equal blocks with linears and a norm behind "
+                        f"it, so what to prune cannot be derived; supported are {', '.join(_FAMILIES)}")
+    log.warning("model type %r is not in the table of families; derived: blocks %s; prunable %s; features after each "
+                "block", config.model_type, ", ".join(stack.blocks for stack in stacks), ", ".join(names))
+    return Family(config.model_type, tuple(stacks), tuple(names))
 
 
 def block_output(output) -> "object":

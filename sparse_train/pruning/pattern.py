@@ -22,6 +22,11 @@ def num_kept(num_weights: int, sparsity: float) -> int:
     return round((1 - sparsity) * num_weights)
 
 
+def dead_last(scores: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
+    """`scores` (>= 0), below all others where `earlier` keeps nothing."""
+    return scores if earlier is None else torch.where(earlier, scores, -1.0)
+
+
 def keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Exactly `count` True at the largest of `scores` (any shape); of equal ones the first in memory survive."""
     order = scores.flatten().sort(descending=True, stable=True).indices
@@ -37,9 +42,11 @@ def keep_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :count], True).flatten(1)
 
 
-def magnitude(weight: torch.Tensor, spec: PruneConfig) -> torch.Tensor:
-    """keep (R, C) of the largest |w|, uniform over the layer."""
-    scores = weight.abs().float()
+def magnitude(weight: torch.Tensor, spec: PruneConfig, earlier: torch.Tensor | None = None) -> torch.Tensor:
+    """keep (R, C) of the largest |w|, uniform over the layer; nothing comes back that `earlier` (R, C) dropped."""
+    scores = dead_last(weight.abs().float(), earlier)
     if spec.group:
-        return keep_groups(scores, spec.group)
-    return keep_largest(scores, num_kept(weight.numel(), spec.sparsity))
+        keep = keep_groups(scores, spec.group)
+    else:
+        keep = keep_largest(scores, num_kept(weight.numel(), spec.sparsity))
+    return keep if earlier is None else keep & earlier

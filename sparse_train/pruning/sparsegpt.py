@@ -7,13 +7,14 @@ Letters: R rows (outputs), C columns (inputs). Deviations from the authors' code
 counts are exact over the layer, and a failing Cholesky is tried again with more damping.
 """
 
+import itertools
 import logging
 
 import torch
 
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
-from sparse_train.pruning.pattern import keep_groups, keep_largest, num_kept
+from sparse_train.pruning.pattern import dead_last, keep_groups, keep_largest, num_kept
 
 log = logging.getLogger(__name__)
 _TRIES = 5
@@ -36,9 +37,10 @@ class Hessian:
 
 
 def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, spec: PruneConfig,
-              name: str = "weight") -> tuple[torch.Tensor, torch.Tensor]:
+              name: str = "weight", earlier: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(updated weight (R, C) in fp32 with zeros where pruned, keep (R, C)) from `hessian` (C, C).
 
+    What `earlier` (R, C) dropped stays dropped, though updates write there before a block's turn comes.
     Raises UserError, naming the layer, when the Hessian stays singular.
     """
     weight, hessian = weight.detach().float().clone(), hessian.clone()
@@ -49,10 +51,11 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, spec: PruneConfig,
     keep = torch.zeros_like(weight, dtype=torch.bool)
     num_rows, num_columns = weight.shape
     width = _block_width(spec)
-    for start in range(0, num_columns, width):
+    starts = range(0, num_columns, width)
+    budgets = _budgets(num_rows, [*starts, num_columns], spec.sparsity, earlier)
+    for start, budget in zip(starts, budgets, strict=True):
         stop = min(start + width, num_columns)
-        budget = num_kept(num_rows * stop, spec.sparsity) - num_kept(num_rows * start, spec.sparsity)
-        errors = _prune_block(weight, keep, upper, start, stop, budget, spec)
+        errors = _prune_block(weight, keep, upper, start, stop, budget, spec, earlier)
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
     return weight, keep
 
@@ -65,16 +68,40 @@ def _block_width(spec: PruneConfig) -> int:
     return max(size, spec.block_size // size * size)
 
 
-def _prune_block(weight, keep, upper, start, stop, budget, spec) -> torch.Tensor:
+def _budgets(num_rows: int, edges: list[int], sparsity: float, earlier: torch.Tensor | None) -> list[int]:
+    """Weights kept per block of columns edges[i]..edges[i + 1] - 1: its share, as far as `earlier` has left as many;
+    what one block lacks goes to those that have more."""
+    shares = [num_kept(num_rows * stop, sparsity) - num_kept(num_rows * start, sparsity)
+              for start, stop in itertools.pairwise(edges)]
+    if earlier is None:
+        return shares
+    left = [int(earlier[:, start:stop].sum()) for start, stop in itertools.pairwise(edges)]
+    budgets = [min(share, alive) for share, alive in zip(shares, left, strict=True)]
+    lacking = sum(shares) - sum(budgets)
+    for index, alive in enumerate(left):
+        more = min(lacking, alive - budgets[index])
+        budgets[index] += more
+        lacking -= more
+    return budgets
+
+
+def _prune_block(weight, keep, upper, start, stop, budget, spec, earlier) -> torch.Tensor:
     """Prune columns start..stop-1 in place, one after the other; returns the scaled errors (R, stop - start)."""
     diagonal = upper.diagonal()
+
+    def scores(part: slice) -> torch.Tensor:
+        return dead_last(weight[:, part].square() / diagonal[part].square(),
+                         None if earlier is None else earlier[:, part])
+
     if spec.group is None:
-        keep[:, start:stop] = keep_largest(weight[:, start:stop].square() / diagonal[start:stop].square(), budget)
+        keep[:, start:stop] = keep_largest(scores(slice(start, stop)), budget)
     errors = torch.zeros_like(weight[:, start:stop])
     for column in range(start, stop):
         if spec.group and (column - start) % spec.group[1] == 0:
             ahead = slice(column, column + spec.group[1])  # scores see the updates of the columns before
-            keep[:, ahead] = keep_groups(weight[:, ahead].square() / diagonal[ahead].square(), spec.group)
+            keep[:, ahead] = keep_groups(scores(ahead), spec.group)
+            if earlier is not None:
+                keep[:, ahead] &= earlier[:, ahead]
         before = weight[:, column].clone()
         weight[:, column] *= keep[:, column]
         error = (before - weight[:, column]) / diagonal[column]

@@ -4,10 +4,11 @@ from sparse_train.config import TaskConfig
 from sparse_train.tasks.arithmetic import Arithmetic
 from sparse_train.tasks.batch import Batch, Example
 from sparse_train.tasks.gsm8k import Gsm8k
-from sparse_train.tasks.task import Score, Task, training_examples
+from sparse_train.tasks.task import Score, Task, generate, training_examples
 from sparse_train.tasks.tokenizer import build_tokenizer
 
-__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "training_examples"]
+__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "generate",
+           "training_examples"]
 
 _TASKS = {"arithmetic": Arithmetic, "gsm8k": Gsm8k}
 

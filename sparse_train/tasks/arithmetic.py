@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from sparse_train.tasks.batch import Example
-from sparse_train.tasks.gsm8k import question_answer
-from sparse_train.tasks.task import Task
+from sparse_train.tasks.gsm8k import WordProblems, question_answer
 
 _NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Lea", "Sam", "Mia")
 _THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "shells", "stamps")
@@ -21,7 +20,7 @@ _TEST_SHARE = 0.1
 _SEED = "sparse-train arithmetic 1"
 
 
-class Arithmetic(Task):
+class Arithmetic(WordProblems):
     endless = True
 
     def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:

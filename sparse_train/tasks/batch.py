@@ -1,10 +1,14 @@
-"""Examples as token tensors. Letters: B examples, T tokens."""
+"""Examples as tensors. Letters: B examples, T tokens of the decoder, S states of the encoder."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch.nn import functional
+
+from sparse_train.errors import UserError
+from sparse_train.models import Processor
 
 IGNORED = -100
 
@@ -13,37 +17,121 @@ IGNORED = -100
 class Example:
     prompt: str
     answer: str
+    sound: Callable[[int], np.ndarray] | None = None
+    """Sampling rate -> mono samples; takes the prompt's place for speech models."""
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    inputs: torch.Tensor
+    """(B, S) int64 tokens, or (B, mel bins, frames) spectrograms of two frames per state."""
+    attend: torch.Tensor
+    """(B, S) bool: True at states of real tokens or sound."""
+
+    def to(self, device: torch.device) -> "EncoderInput":
+        return EncoderInput(self.inputs.to(device), self.attend.to(device))
 
 
 @dataclass(frozen=True)
 class Batch:
     input_ids: torch.Tensor
-    """(B, T) int64."""
+    """(B, T) int64: of the decoder, which a model without an encoder is."""
     attend: torch.Tensor
     """(B, T) bool: True at real tokens."""
     labels: torch.Tensor
-    """(B, T) int64: the answer's tokens and the end-of-text token where they stand, -100 elsewhere. The loss shifts."""
+    """(B, T) int64, -100 where nothing is asked. Without an encoder the answer's tokens and the end of text where they
+    stand; with one, what each position shall predict."""
+    encoder: EncoderInput | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_ids.to(device), self.attend.to(device), self.labels.to(device))
+        return Batch(self.input_ids.to(device), self.attend.to(device), self.labels.to(device),
+                     self.encoder and self.encoder.to(device))
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """(B, T) int64: what position t is to predict, -100 for nothing."""
+        if self.encoder is not None:
+            return self.labels
+        return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+
+    @property
+    def attends(self) -> dict[str, torch.Tensor]:
+        """Side ("encoder", "decoder") -> bool mask of its states."""
+        return {"decoder": self.attend} | ({} if self.encoder is None else {"encoder": self.encoder.attend})
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model's forward."""
+        if self.encoder is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attend.long()}
+        decoder = {"decoder_input_ids": self.input_ids, "decoder_attention_mask": self.attend.long()}
+        if self.encoder.inputs.is_floating_point():
+            return decoder | {"input_features": self.encoder.inputs}
+        return decoder | {"input_ids": self.encoder.inputs, "attention_mask": self.encoder.attend.long()}
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids with end-of-text), each tokenised alone, so that generation sees the same prompt."""
+def encode(example: Example, processor: Processor) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids with end-of-text), each tokenised alone, so that generation sees the same prompt.
+
+    An encoder's prompt has an end-of-text of its own; sound has no prompt ids.
+    """
+    tokenizer = processor.tokenizer
     prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (example.prompt, example.answer))
+    if processor.decoder_prefix:
+        prompt = [] if example.sound else [*prompt, tokenizer.eos_token_id]
     return prompt, [*answer, tokenizer.eos_token_id]
 
 
-def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     """Padded on the right to the longest. No examples make one row of padding: a rank without work still takes part."""
-    rows = [encode(example, tokenizer) for example in examples] or [([], [tokenizer.pad_token_id])]
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), longest), IGNORED)
-    attend = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(rows if examples else ()):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt):end] = torch.tensor(answer)
-        attend[row, :end] = True
+    encoded = [encode(example, processor) for example in examples]
+    if not processor.decoder_prefix:
+        rows = [(prompt + answer, [IGNORED] * len(prompt) + answer) for prompt, answer in encoded]
+        return _decoder_batch(rows, processor)
+    prefix = list(processor.decoder_prefix)
+    rows = [(prefix + answer[:-1], [IGNORED] * (len(prefix) - 1) + answer) for _, answer in encoded]
+    return replace(_decoder_batch(rows, processor), encoder=encoder_input(examples, processor))
+
+
+def encoder_input(examples: Sequence[Example], processor: Processor) -> EncoderInput:
+    """Prompts or sounds, padded; of no examples one row of padding."""
+    if processor.features is None:
+        ids, attend = pad_rows([encode(example, processor)[0] for example in examples], processor)
+        return EncoderInput(ids, attend)
+    return _spectrograms([example.sound(processor.features.sampling_rate) for example in examples], processor.features)
+
+
+def pad_rows(rows: Sequence[list[int]], processor: Processor,
+             on_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids (B, T), attend (B, T)); of no rows one of padding."""
+    longest = max(map(len, rows), default=1)
+    ids = torch.full((max(1, len(rows)), longest), processor.tokenizer.pad_token_id)
+    attend = torch.zeros(ids.shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if on_left else slice(len(row))
+        ids[index, place], attend[index, place] = torch.tensor(row, dtype=torch.long), True
+    return ids, attend
+
+
+def _decoder_batch(rows: Sequence[tuple[list[int], list[int]]], processor: Processor) -> Batch:
+    input_ids, attend = pad_rows([ids for ids, _ in rows], processor)
+    labels = torch.full_like(input_ids, IGNORED)
+    for index, (_, wanted) in enumerate(rows):
+        labels[index, :len(wanted)] = torch.tensor(wanted)
     return Batch(input_ids, attend, labels)
+
+
+def _spectrograms(sounds: Sequence[np.ndarray], features) -> EncoderInput:
+    window = features.n_samples
+    for sound in sounds:
+        if len(sound) > window:
+            raise UserError(f"a clip of {len(sound) / features.sampling_rate:.1f} s is longer than the model's window "
+                            f"of {window / features.sampling_rate:g} s; split it or leave it out")
+    num_states = window // features.hop_length // 2
+    attend = torch.zeros(max(1, len(sounds)), num_states, dtype=torch.bool)
+    for row, sound in enumerate(sounds):
+        attend[row, :max(1, -(-len(sound) // (2 * features.hop_length)))] = True
+    if not sounds:
+        return EncoderInput(torch.zeros(1, features.feature_size, 2 * num_states), attend)
+    found = features(list(sounds), sampling_rate=features.sampling_rate, return_tensors="pt", padding="max_length",
+                     max_length=window)
+    return EncoderInput(found["input_features"], attend)

@@ -2,16 +2,52 @@
 
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparse_train.config import TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
 
+# GSM8K's own rule, as in lm-evaluation-harness "strict-match"; "flexible" takes the last number of the text.
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_NUMBER = re.compile(r"-?[0-9][0-9.,]*")
 
-class Gsm8k(Task):
+
+class WordProblems(Task):
+    """Questions with a number as their answer."""
+
+    metric = "exact_match"
+
+    def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """exact_match (the number after ####), exact_match_flexible (the last number)."""
+        flexible = 0
+        for sample in samples:
+            wanted = final_number(sample["answer"])
+            sample["correct"] = final_number(sample["prediction"]) == wanted
+            flexible += last_number(sample["prediction"]) == wanted
+        return {"exact_match": sum(sample["correct"] for sample in samples) / len(samples),
+                "exact_match_flexible": flexible / len(samples)}
+
+
+def final_number(text: str) -> str | None:
+    found = _STRICT.search(text)
+    return _plain(found.group(1)) if found else None
+
+
+def last_number(text: str) -> str | None:
+    found = _NUMBER.findall(text)
+    return _plain(found[-1]) if found else None
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").rstrip(".")
+
+
+class Gsm8k(WordProblems):
     """The paper's evaluation template is also the training template; the answers keep their <<a*b=c>> marks."""
 
     def __init__(self, config: TaskConfig):

@@ -113,9 +113,10 @@ def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, 
                 name = f"{module_name}.{short}" if module_name else short
                 made[id(empty)] = _read_slice(partitioner, folder, name, empty)
             setattr(module, short, made[id(empty)])
-    left = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
-    if left:
-        raise NotImplementedError(f"{path}: buffer {left} is computed by its module and cannot be read in slices")
+    for module_name, module in model.named_modules():
+        for short, buffer in list(module.named_buffers(recurse=False)):
+            name = f"{module_name}.{short}" if module_name else short
+            module._buffers[short] = (folder.get(name) if buffer.is_meta else buffer).to(dist.device())
     return model
 
 

@@ -38,7 +38,9 @@ class Tap:
 class FiniteCheck:
     """Sums of block outputs and of their gradients, left on the device: read only when a step has gone wrong."""
 
-    def __init__(self):
+    def __init__(self, names: Sequence[str]):
+        """`names` of the watched blocks."""
+        self._names = names
         self._marks: list[tuple[str, int, torch.Tensor]] = []
 
     def clear(self) -> None:
@@ -54,7 +56,7 @@ class FiniteCheck:
 
     def first_bad(self) -> str:
         """Collective. The first block whose output, or gradient on the way back, is not finite, and its ranks."""
-        bad = [(place, f"the {what} of block {index}") for place, (what, index, total) in enumerate(self._marks)
+        bad = [(place, f"the {what} of {self._names[index]}") for place, (what, index, total) in enumerate(self._marks)
                if not torch.isfinite(total)]
         everyone = dist.gather_objects(bad[0] if bad else None)
         found = [(*mark, rank) for rank, mark in enumerate(everyone) if mark]

@@ -4,6 +4,7 @@ A stop signal sets a flag; the ranks agree on it at a logged step, save together
 """
 
 import contextlib
+import inspect
 import math
 import signal
 import time
@@ -23,7 +24,7 @@ from sparse_train.tracking import Tracker
 from sparse_train.training import checkpoint
 from sparse_train.training.engine import FrozenBits, build_student, build_teacher, step_engine
 from sparse_train.training.features import FiniteCheck, Tap
-from sparse_train.training.losses import FeatureSums, Shares, distillation_loss, next_tokens
+from sparse_train.training.losses import FeatureSums, Shares, distillation_loss
 from sparse_train.training.order import Order
 from sparse_train.training.sequence import parallelise_attention, split_tokens
 
@@ -85,22 +86,30 @@ class Trainer:
     def __init__(self, student, teacher, fetch, order, config: TrainConfig, loss: LossConfig, seed: int,
                  teacher_config: TeacherConfig):
         self._config, self._loss, self._fetch, self._order, self._seed = config, loss, fetch, order, seed
-        self._finite, self._learnt, self._features = FiniteCheck(), {}, None
+        self._learnt: dict[int, torch.Tensor] = {}
+        self._features, self._attends = None, []
         self._group = None
         if config.sequence_parallel > 1:
             self._group = dist.group_of_neighbours(config.sequence_parallel)
             for model in (student, teacher) if loss.needs_teacher else (student,):
                 parallelise_attention(model, self._group)
         # Taps come before DeepSpeed's own hooks, which wrap the outputs.
-        self._taps = [Tap(list(family_of(student).block_list(student)), self._finite.watch)]
+        blocks = family_of(student).blocks(student)
+        self._finite = FiniteCheck(list(blocks))
+        self._taps = [Tap(list(blocks.values()), self._finite.watch)]
         self._teacher, self._teacher_tap = None, None
         if loss.feature_weight:
-            self._taps.append(Tap(self._feature_points(student), self._learnt.__setitem__))
-            self._teacher_tap = Tap(self._feature_points(teacher), self._compare)
+            points = self._feature_points(student)
+            self._taps.append(Tap([point.module for point in points], self._learnt.__setitem__))
+            self._teacher_tap = Tap([point.module for point in self._feature_points(teacher)], self._compare)
+            self._sides = [point.side for point in points]
         self.bits = FrozenBits(student)
         self.engine = build_student(student, config)
         self.bits.settle()
         if loss.needs_teacher:
+            # Without a logit loss the head works on one token, as little as the model allows.
+            self._unused_head = {"logits_to_keep": 1} if not loss.logit_weight and (
+                "logits_to_keep" in inspect.signature(teacher.forward).parameters) else {}
             self._teacher = build_teacher(teacher, config, teacher_config)
         self.engine.train()
         self._norm: torch.Tensor | float | None = None
@@ -108,7 +117,7 @@ class Trainer:
 
     def _feature_points(self, model):
         points = family_of(model).feature_points(model, self._loss.final_feature)
-        return points if self._loss.layers is None else [points[i] for i in self._loss.layers if i < len(points)]
+        return [point for point in points if self._loss.layers is None or point.block in self._loss.layers]
 
     def _reset(self):
         self._terms, self._num_tokens, self._num_micro_steps, self._since = 0, 0, 0, time.perf_counter()
@@ -121,7 +130,7 @@ class Trainer:
             group["lr"] = learning_rate(self._config, step)
         for micro_step in range(self._config.accumulation):
             batch = self._fetch(self._order.indices(step - 1, micro_step)).to(dist.device())
-            targets = next_tokens(batch.labels)  # before the tokens are split: the next one may be another rank's
+            targets = batch.targets  # before the tokens are split: the next one may be another rank's
             if self._group is not None:
                 batch = Batch(*(split_tokens(tensor, self._group, fill) for tensor, fill in (
                     (batch.input_ids, 0), (batch.attend, False), (batch.labels, -100))))
@@ -140,29 +149,31 @@ class Trainer:
                                      "Lower the learning rate or use fp32; the checkpoints are from before")
 
     def _shares(self, batch: Batch, targets: torch.Tensor) -> Shares:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attend.long(), "use_cache": False}
+        inputs = batch.inputs() | {"use_cache": False}
         with contextlib.ExitStack() as open_taps:
             for tap in self._taps:
                 open_taps.enter_context(tap)
             logits = self.engine(**inputs).logits
         teacher_logits, self._features = None, None
         if self._teacher is not None:
-            teacher_logits = self._teach(inputs, batch.attend)
+            teacher_logits = self._teach(inputs, batch)
         return distillation_loss(self._loss, logits, targets, self._features, teacher_logits, batch.labels)
 
-    def _teach(self, inputs: dict, attend: torch.Tensor) -> torch.Tensor | None:
+    def _teach(self, inputs: dict, batch: Batch) -> torch.Tensor:
         """The teacher's logits where the loss wants them; its features are compared as they come and let go."""
         with torch.no_grad():
             if self._teacher_tap is None:
                 return self._teacher(**inputs).logits
-            self._features, self._attend = FeatureSums(self._loss), attend
+            attends = batch.attends
+            if self._loss.encoder_padding and "encoder" in attends:
+                attends["encoder"] = torch.ones_like(attends["encoder"])
+            self._features, self._attends = FeatureSums(self._loss), [attends[side] for side in self._sides]
             with self._teacher_tap:
-                # Without a logit loss the head works on one token, as little as the model allows.
-                return self._teacher(**inputs, logits_to_keep=0 if self._loss.logit_weight else 1).logits
+                return self._teacher(**inputs, **self._unused_head).logits
 
     def _compare(self, index: int, taught: torch.Tensor) -> None:
         with torch.enable_grad():
-            self._features.add(self._learnt.pop(index), taught, self._attend)
+            self._features.add(self._learnt.pop(index), taught, self._attends[index])
 
     def metrics(self, step: int, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         """Collective. Means since the last call, and whether any rank was asked to stop."""

@@ -98,14 +98,6 @@ class Shares:
         return torch.cat([torch.stack([self.loss, self.task, self.logit]), self.feature]).detach()
 
 
-def next_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T) aligned with the input -> targets (B, T): what position t is to predict, -100 for nothing.
-
-    Before a sequence is split over ranks: the target of a part's last token is the next part's first label.
-    """
-    return functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
-
-
 def distillation_loss(config: LossConfig, logits: torch.Tensor, targets: torch.Tensor,
                       features: FeatureSums | None = None, teacher_logits: torch.Tensor | None = None,
                       labels: torch.Tensor | None = None) -> Shares:

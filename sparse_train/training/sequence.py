@@ -35,6 +35,9 @@ def parallelise_attention(model: PreTrainedModel, group) -> None:
     needs no padding mask. Raises UserError for a model whose heads cannot be divided.
     """
     num_ranks, config = distributed.get_world_size(group), model.config
+    if config.is_encoder_decoder:
+        raise UserError(f"model type {config.model_type!r} has an encoder, whose tokens sequence parallelism does not "
+                        "split; use sequence_parallel=1")
     if config.num_attention_heads % num_ranks:
         raise UserError(f"{config.num_attention_heads} heads cannot be divided over {num_ranks} ranks of a sequence; "
                         "use a number of ranks that divides them")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_train.config import LossConfig
-from sparse_train.training.losses import FeatureSums, distillation_loss, next_tokens, squarehead
+from sparse_train.training.losses import FeatureSums, distillation_loss, squarehead
 from tests.ranks import run_ranks
 
 B, T, D, V, L = 4, 6, 8, 11, 3
@@ -30,7 +30,8 @@ def _loss(config, logits, labels, attend, features=(), taught=(), teacher_logits
     if sums:
         for s, t in zip(features, taught, strict=True):
             sums.add(s, t, attend)
-    return distillation_loss(config, logits, next_tokens(labels), sums, teacher_logits, labels)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    return distillation_loss(config, logits, targets, sums, teacher_logits, labels)
 
 
 def _by_hand(logits, labels, attend, features, taught, teacher_logits):

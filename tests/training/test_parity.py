@@ -134,7 +134,7 @@ def _plain_loss(student, teacher, batch):
     def run(model):
         states = []
         handles = [block.register_forward_hook(lambda m, i, o: states.append(block_output(o)))
-                   for block in family_of(model).block_list(model)]
+                   for block in family_of(model).blocks(model).values()]
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attend.long(), use_cache=False).logits
         for handle in handles:
             handle.remove()

@@ -150,7 +150,7 @@ def test_bf16_follows_fp32(stage, tmp_path):
 
 def _explode(folder, what):
     student, teacher = _models()
-    block, calls = family_of(student).block_list(student)[1], []
+    block, calls = family_of(student).blocks(student)["transformer.blocks.1"], []
 
     def spoil(module, inputs, output):
         calls.append(1)
@@ -173,7 +173,7 @@ def _explode(folder, what):
 def test_a_number_that_is_not_finite_stops_all_ranks_in_its_step_and_names_the_block(what, tmp_path):
     told = run_ranks(_explode, 2, tmp_path, what)
     assert told[0] == told[1] and told[0].startswith("step 4: "), told
-    assert f"first in the {what} of block 1, on ranks [1]" in told[0], told
+    assert f"first in the {what} of transformer.blocks.1, on ranks [1]" in told[0], told
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 

@@ -1,0 +1,46 @@
+"""Processor: what turns text and sound into a model's inputs; it lives in the model's folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
+
+from sparse_train.errors import UserError
+from sparse_train.models.checkpoint import first_line, read_config
+
+
+@dataclass(frozen=True)
+class Processor:
+    tokenizer: PreTrainedTokenizerBase
+    decoder_prefix: tuple[int, ...] = ()
+    """What an encoder-decoder's decoder starts from; empty for models without an encoder."""
+    features: WhisperFeatureExtractor | None = None
+    """Speech models: sound -> log-mel spectrogram of the model's window."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        if self.features is not None:
+            self.features.save_pretrained(folder)
+
+
+def load_processor(path: str | Path, language: str | None = None) -> Processor:
+    """Of a folder or hub name. A tokenizer without a padding token pads with its end-of-text token.
+
+    `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is none to read.
+    """
+    config = read_config(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        features = AutoFeatureExtractor.from_pretrained(path) if config.model_type == "whisper" else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a tokenizer from {path}: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prefix = (config.decoder_start_token_id,) if config.is_encoder_decoder else ()
+    if hasattr(tokenizer, "set_prefix_tokens") and tokenizer.convert_tokens_to_ids("<|transcribe|>") is not None:
+        try:
+            tokenizer.set_prefix_tokens(language=language, task="transcribe", predict_timestamps=False)
+        except ValueError as error:
+            raise UserError(f"task.language={language}: {first_line(error)}") from error
+        prefix = tuple(tokenizer.prefix_tokens)
+    return Processor(tokenizer, prefix, features)
