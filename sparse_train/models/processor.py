@@ -31,7 +31,9 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
     config = read_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        features = AutoFeatureExtractor.from_pretrained(path) if config.model_type == "whisper" else None
+        features = None
+        if config.model_type == "whisper":
+            features = whole_samples(AutoFeatureExtractor.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a tokenizer from {path}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -44,3 +46,10 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
             raise UserError(f"task.language={language}: {first_line(error)}") from error
         prefix = tuple(tokenizer.prefix_tokens)
     return Processor(tokenizer, prefix, features)
+
+
+def whole_samples(features: WhisperFeatureExtractor) -> WhisperFeatureExtractor:
+    """A window of a fraction of a second makes transformers' own counts fractions."""
+    features.n_samples = round(features.chunk_length * features.sampling_rate)
+    features.nb_max_frames = features.n_samples // features.hop_length
+    return features

@@ -4,8 +4,8 @@
     per block: run it on the caught arguments to collect Hessians -> prune its linears -> run it again, which makes the
                next block's hidden states
 
-A block is called as the model itself called it; nothing of a model's inside is repeated here. The decoder's arguments are
-caught after the encoder is pruned, so its cross-attention learns from pruned states.
+A block is called as the model itself called it; nothing of a model's inside is repeated here. The decoder's arguments
+are caught after the encoder is pruned, so its cross-attention learns from pruned states.
 """
 
 from collections.abc import Callable, Iterable, Mapping
