@@ -24,10 +24,28 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
-    name: Literal["arithmetic", "gsm8k"] = "arithmetic"
-    """arithmetic is generated and needs no data; gsm8k reads question / answer JSONL."""
+    name: Literal["arithmetic", "gsm8k", "translation", "numbers", "speech", "dialtones", "text"] = "arithmetic"
+    """arithmetic, numbers and dialtones are generated and need no data; the others read task.path."""
     path: str | None = None
-    """A folder with {train,test}.jsonl[.gz], or the name of a data set on the hub. gsm8k only."""
+    """A folder or file, or the name of a data set on the hub; what it must hold is in the task's module."""
+    subset: str | None = None
+    """Of a hub data set, such as de-en or hi."""
+    languages: tuple[str, str] = ("en", "de")
+    """translation: from and to, as the data set calls them."""
+    language: str | None = None
+    """speech: for Whisper's multilingual tokenizers, such as hindi."""
+    prompt: str | None = None
+    """Template of the prompt in training and evaluation, such as "Question: {question}\\nAnswer:"; None: the task's."""
+    answer: str | None = None
+    """Template of the answer."""
+    test_prompt: str | None = None
+    """Template of the prompt in evaluation, where it differs."""
+    shots: Annotated[int, Field(ge=0)] = 0
+    """gsm8k: solved training examples in front of each test prompt."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Of data that comes without a split: the share whose text hashes into the test split."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """More unusable rows than this are an error; fewer are counted and named in the log."""
     max_length: Positive = 512
     """Longest example in tokens; longer training examples are left out, and counted in the log."""
 

@@ -135,9 +135,10 @@ def test_gsm8k_reads_a_folder_plain_or_zipped(gz, tmp_path):
     assert task.examples("train")[2] == Example("Question: q2\nAnswer:", " a2\n#### 2")
 
 
-@pytest.mark.parametrize("bad", ['{"question": "x"}', "{", "[1]"])
-def test_a_bad_line_is_named(bad, tmp_path):
-    with pytest.raises(UserError, match=r"train\.jsonl line 5 is no JSON object with question and answer"):
+@pytest.mark.parametrize("bad, why", [('{"question": "x"}', "no text in column 'answer'"), ("{", "no JSON"),
+                                      ("[1]", "no JSON object")])
+def test_a_bad_line_is_named(bad, why, tmp_path):
+    with pytest.raises(UserError, match=rf"1 of 5 rows cannot be used.*train\.jsonl line 5: {why}"):
         build_task(_folder(tmp_path, [*_LINES, bad]))
 
 

@@ -4,51 +4,31 @@ Endless and seeded: problem i of a split is a function of (split, i) alone. A pr
 hashes to, so no test problem is ever a training problem.
 """
 
-import hashlib
 import random
-import sys
 from collections.abc import Sequence
 
 from sparse_train.tasks.batch import Example
-from sparse_train.tasks.gsm8k import WordProblems, question_answer
+from sparse_train.tasks.generated import Generated
+from sparse_train.tasks.gsm8k import WordProblems
 
 _NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Lea", "Sam", "Mia")
 _THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "shells", "stamps")
 _LARGEST_FACTOR = 9
 _LARGEST_TERM = 30
-_TEST_SHARE = 0.1
-_SEED = "sparse-train arithmetic 1"
 
 
 class Arithmetic(WordProblems):
     endless = True
 
     def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        return _Problems(split, num_examples)
+        def draw(random_: random.Random) -> tuple[str, Example]:
+            question, answer = _problem(random_)
+            return f"Question: {question}\nAnswer:", self.problem(question, answer, split)
+
+        return Generated("sparse-train arithmetic 1", split, num_examples, draw)
 
 
-class _Problems(Sequence):
-    def __init__(self, split: str, num_examples: int | None):
-        self._split, self._length = split, sys.maxsize if num_examples is None else num_examples
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        draw = random.Random(f"{_SEED} {self._split} {index}")
-        while True:
-            problem = _problem(draw)
-            if _is_test(problem.prompt) == (self._split == "test"):
-                return problem
-
-
-def _is_test(text: str) -> bool:
-    return hashlib.sha256(text.encode()).digest()[0] < 256 * _TEST_SHARE
-
-
-def _problem(draw: random.Random) -> Example:
+def _problem(draw: random.Random) -> tuple[str, str]:
     """Two steps on small numbers; every result is in 1..99."""
     name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
     return draw.choice((_boxes, _share, _chain))(draw, name, thing)
@@ -58,7 +38,7 @@ def _boxes(draw, name, thing):
     count, each = draw.randint(2, _LARGEST_FACTOR), draw.randint(2, _LARGEST_FACTOR)
     total = count * each
     lost = draw.randint(1, min(total - 1, _LARGEST_TERM))
-    return question_answer(
+    return (
         f"{name} has {count} boxes of {each} {thing} and loses {lost}. How many {thing} are left?",
         _steps((f"{count}*{each}", total), (f"{total}-{lost}", total - lost)))
 
@@ -68,7 +48,7 @@ def _share(draw, name, thing):
     total = people * each
     have = draw.randint(1, total - 1)
     more = total - have
-    return question_answer(
+    return (
         f"{name} has {have} {thing} and finds {more}. {name} shares all with {people} friends. How many each?",
         _steps((f"{have}+{more}", total), (f"{total}/{people}", each)))
 
@@ -77,7 +57,7 @@ def _chain(draw, name, thing):
     first, second = draw.randint(2, _LARGEST_TERM), draw.randint(2, _LARGEST_TERM)
     together = first + second
     lost = draw.randint(1, min(together - 1, _LARGEST_TERM))
-    return question_answer(
+    return (
         f"{name} has {first} {thing} and buys {second}, then gives away {lost}. How many {thing} are left?",
         _steps((f"{first}+{second}", together), (f"{together}-{lost}", together - lost)))
 
