@@ -21,13 +21,13 @@ from sparse_train.tasks import build_task
 def run(job: Job) -> dict[str, Any]:
     config, spec = job.config, job.config.benchmark
     bandwidth = kernels.read_bandwidth()
-    student = load_model(next(path for stage, path in job.inputs.items() if stage.startswith("finetune/")))
+    student = load_model(job.input_of("finetune"))
     rows = layer_rows(config.name, [linear.weight for linear in sparse_linears(student).values()], spec.repeats,
                       bandwidth, _stage(job, 0, "own layers"))
     rows += _decode(job, bandwidth, rows[-1]["sparsity"])
     if spec.reference_layers == "mpt-7b":
-        rows += layer_rows("mpt-7b block", random_weights(MPT_7B_BLOCK, config.prune.sparsity), spec.repeats, bandwidth,
-                           _stage(job, 2, "mpt-7b block"))
+        weights = random_weights(MPT_7B_BLOCK, config.prune.levels[-1].sparsity)
+        rows += layer_rows("mpt-7b block", weights, spec.repeats, bandwidth, _stage(job, 2, "mpt-7b block"))
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                "backend": kernels.backend(), "read_bandwidth_bytes_per_second": bandwidth}
     artifacts.write_json(job.out / "rows.json", {"machine": machine, "rows": rows})

@@ -18,7 +18,7 @@ from sparse_train.tasks import build_task
 def run(job: Job) -> dict[str, Any]:
     config = job.config
     ((stage, source),) = job.inputs.items()
-    model, processor = load_model(source), load_processor(source)
+    model, processor = load_model(source), load_processor(source, config.task.language)
     weights = {name: linear.weight for name, linear in sparse_linears(model).items()}
     task = build_task(config.task)
     examples = task.examples("test", config.evaluate.num_examples)

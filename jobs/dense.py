@@ -15,7 +15,8 @@ from sparse_train.training import load_student
 def run(job: Job) -> dict[str, Any]:
     config = job.config
     if config.model.path:
-        processor, model = load_processor(config.model.path), load_student(config.model.path, config.dense)
+        processor = load_processor(config.model.path, config.task.language)
+        model = load_student(config.model.path, config.dense)
     else:
         processor = build_processor(config.model, build_tokenizer(build_task(config.task), config.model.vocab_size))
         torch.manual_seed(config.seed)  # every rank builds the same model

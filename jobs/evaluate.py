@@ -7,24 +7,27 @@ from jobs.job import Job
 from sparse_train import dist
 from sparse_train.artifacts import write_json
 from sparse_train.models import load_model, load_processor
-from sparse_train.sparse import densify
+from sparse_train.sparse import densify, sparse_linears
 from sparse_train.tasks import build_task
 
 
 def run(job: Job) -> dict[str, Any]:
     spec, task = job.config.evaluate, build_task(job.config.task)
     examples = task.examples("test", spec.num_examples)
-    metrics = {}
+    found = []
     for index, (stage, folder) in enumerate(job.inputs.items()):
-        name = stage.rpartition("/")[2]
+        model = load_model(folder)
+        linears = sparse_linears(model).values()
+        num_weights = sum(linear.in_features * linear.out_features for linear in linears)
+        sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
         # Batches of many tokens are what dense matrix products are for; the score does not depend on it.
-        model = densify(load_model(folder)).to(dist.device())
         score = task.score(
-            model, load_processor(folder), examples, spec,
-            lambda done, total, index=index, name=name: job.progress(
-                index * total + done, len(job.inputs) * total, name))
-        metrics[name] = score.metrics
-        with open(job.out / f"{name}.jsonl", "w") as file:
+            densify(model).to(dist.device()), load_processor(folder, job.config.task.language), examples, spec,
+            lambda done, total, index=index, stage=stage: job.progress(
+                index * total + done, len(job.inputs) * total, stage))
+        name = "one-shot" if stage.startswith("prune") else stage.rpartition("/")[2]
+        found.append({"stage": stage, "loss": name, "sparsity": sparsity, "metrics": score.metrics})
+        with open(job.out / f"{stage.replace('/', '-')}.jsonl", "w") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
-    write_json(job.out / "scores.json", metrics)
-    return metrics
+    write_json(job.out / "scores.json", found)
+    return {row["stage"]: row["metrics"] for row in found}

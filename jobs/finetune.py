@@ -21,9 +21,10 @@ from sparse_train.training.order import Order
 def run(job: Job) -> dict[str, Any]:
     loss = job.config.finetune.losses[job.loss]
     config = job.config.finetune
-    student = load_student(job.inputs["prune"], config)
+    student = load_student(job.input_of("prune"), config)
     teacher = load_teacher(job.inputs["dense"], config, config.teacher) if loss.needs_teacher else None
-    return fine_tune(job, student, teacher, load_processor(job.inputs["prune"]), config, loss, config.teacher)
+    processor = load_processor(job.input_of("prune"), job.config.task.language)
+    return fine_tune(job, student, teacher, processor, config, loss, config.teacher)
 
 
 def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, processor: Processor,

@@ -17,6 +17,13 @@ class Job:
     progress: Callable[[int, int, str], None]
     loss: str = ""
     """finetune: which of config.finetune.losses."""
+    level: int = 0
+    """prune: which of config.prune.levels."""
+
+    def input_of(self, kind: str) -> Path | str:
+        """The one input whose stage is `kind`, such as prune."""
+        (path,) = (path for stage, path in self.inputs.items() if stage.partition("/")[0] == kind)
+        return path
 
 
 class Stopped(Exception):

@@ -1,4 +1,7 @@
-"""prune: the dense model and calibration batches -> the sparse student, one weight a (values, bitmask) pair."""
+"""prune: a model and calibration batches -> the sparse student, one weight a (values, bitmask) pair.
+
+The model is the dense one, or the fine-tuned one of the level before, whose zeros stay.
+"""
 
 from typing import Any
 
@@ -6,19 +9,22 @@ from jobs.job import Job
 from sparse_train import dist
 from sparse_train.models import load_model, load_processor, save_model
 from sparse_train.pruning import prune
-from sparse_train.sparse import sparsify
+from sparse_train.sparse import densify, sparse_linears, sparsify
 from sparse_train.tasks import build_task, training_examples
 
 
 def run(job: Job) -> dict[str, Any]:
-    spec = job.config.prune
-    processor, model = load_processor(job.inputs["dense"]), load_model(job.inputs["dense"]).to(dist.device())
+    spec = job.config.prune.levels[job.level]
+    ((_, source),) = job.inputs.items()
+    processor, model = load_processor(source, job.config.task.language), load_model(source)
+    earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
+    model = densify(model).to(dist.device())
     task = build_task(job.config.task)
     examples, _ = training_examples(task, processor, spec.num_calibration)
     batches = (task.batch([examples[i] for i in range(start, min(start + spec.batch_size, len(examples)))],
                           processor).to(dist.device())
                for start in range(0, len(examples), spec.batch_size))
-    weights = prune(model, batches, spec, job.progress)
+    weights = prune(model, batches, spec, job.progress, earlier)
     save_model(job.out, sparsify(model, weights), processor)
     num_kept = sum(weight.values.numel() for weight in weights.values())
     num_weights = sum(rows * columns for rows, columns in (weight.shape for weight in weights.values()))

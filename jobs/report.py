@@ -19,8 +19,8 @@ from jobs.job import Job
 from sparse_train import artifacts
 from sparse_train.bench.layers import SPEED_HEADER, print_rows, speed_cells
 from sparse_train.bench.plots import plot_accuracy
+from sparse_train.tasks import task_class
 
-_METRIC = "exact_match"
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
@@ -36,18 +36,16 @@ def run(job: Job) -> dict[str, Any]:
 
 def _collect(job: Job) -> dict[str, Any]:
     config, inputs = job.config, job.inputs
-    sparsity = artifacts.read_manifest(inputs["prune"])["metrics"]["sparsity"]
     scores = []
-    for name, metrics in artifacts.read_json(inputs["evaluate"] / "scores.json").items():
-        is_dense = name == "dense"
-        loss = "dense" if is_dense else "one-shot" if name == "prune" else name
-        scores += _score_rows(config.name, loss, "fp32", 0.0 if is_dense else sparsity, metrics)
+    for row in artifacts.read_json(inputs["evaluate"] / "scores.json"):
+        scores += _score_rows(config.name, row["loss"], "fp32", row["sparsity"], row["metrics"])
+        sparsity = row["sparsity"]  # the last one's is the compressed model's
     compressed = artifacts.read_json(inputs["compress"] / "scores.json")
     for precision, metrics in compressed["scores"].items():
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
     benchmark = artifacts.read_json(inputs["benchmark"] / "rows.json")
     return {"run": config.name, "about": config.about, "task": config.task.name,
-            "prune": config.prune.model_dump(mode="json"),
+            "metric": task_class(config.task.name).metric, "prune": config.prune.model_dump(mode="json"),
             "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
             "compressed_loss": compressed["loss"], "scores": scores, "speed": benchmark["rows"],
             "machine": benchmark["machine"], "num_bytes": compressed["num_bytes"],
@@ -61,13 +59,13 @@ def _score_rows(model, loss, engine, sparsity, metrics):
 
 
 def _plot(path: Path, data: dict[str, Any]) -> None:
-    exact = [row for row in data["scores"] if row["metric"] == _METRIC]
+    exact = [row for row in data["scores"] if row["metric"] == data["metric"]]
     value = {row["engine"]: row["value"] for row in exact if row["engine"].startswith("runtime")}
     dense = next(row["value"] for row in exact if row["loss"] == "dense")
     speeds = [{"label": f"{row['engine']} {row['precision']}", "speedup": row["speedup"],
                "value": dense if row["engine"] == "torch" else value[f"runtime {row['precision']}"]}
               for row in data["speed"] if row["what"] == "decode"]
-    plot_accuracy(path, _METRIC.replace("_", " "), [row for row in exact if row["engine"] == "fp32"], speeds)
+    plot_accuracy(path, data["metric"].replace("_", " "), [row for row in exact if row["engine"] == "fp32"], speeds)
 
 
 def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -75,13 +73,13 @@ def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
     found: dict[tuple, dict[str, float]] = {}
     for row in data["scores"]:
         found.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
-    scores = [[loss, engine, f"{sparsity:.2f}", f"{m['exact_match']:.3f}", f"{m['cross_entropy']:.4f}",
+    scores = [[loss, engine, f"{sparsity:.2f}", f"{m[data['metric']]:.3f}", f"{m['cross_entropy']:.4f}",
                str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
     dense = data["num_bytes"]["dense"]
     sizes = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
     return [
-        ("Accuracy on unseen problems",
-         ["model", "computed in", "sparsity", "exact match", "cross-entropy", "problems"], scores),
+        ("Scores on unseen examples",
+         ["model", "computed in", "sparsity", data["metric"].replace("_", " "), "cross-entropy", "examples"], scores),
         (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes),
     ]
 
@@ -116,7 +114,7 @@ def _page(data: dict[str, Any], picture: Path) -> str:
     body = "".join(_html_table(*table) for table in tables)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"
             f"<style>{_STYLE}</style><h1>{escape(data['run'])}: {escape(data['task'])}, "
-            f"{data['prune']['sparsity']:.0%} sparse</h1><p>{escape(data['about'])}</p>"
+            f"{data['scores'][-1]['sparsity']:.0%} sparse</h1><p>{escape(data['about'])}</p>"
             f"<img alt='accuracy against sparsity and speed' "
             f"src='data:image/png;base64,{image}'>{body}</html>\n")
 

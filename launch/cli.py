@@ -77,14 +77,16 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options, console: Console) -> int:
     from launch import runner
     from launch.cluster import load_cluster
-    from launch.preflight import check
+    from launch.preflight import check, numbers
     from sparse_train.config import RunConfig, load_config
 
     config, cluster = load_config(RunConfig, options.config, options.overrides), load_cluster(options.on)
     names = [name for name in options.stages.split(",") if name]
     planned = runner.plan(config, names)
-    check(config)
+    size, remarks = check(config, options.dry_run)
     if options.dry_run:
+        for line in [*remarks, *numbers(config, size)]:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0

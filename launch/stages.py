@@ -25,7 +25,7 @@ class Ending:
 @dataclass(frozen=True)
 class Stage:
     id: str
-    """Its folder below the run's, such as finetune/squarehead."""
+    """Its folder below the run's, such as finetune/squarehead, or finetune/75/squarehead in a chain."""
     sections: tuple[str, ...]
     """Parts of the config it depends on, dotted."""
     inputs: tuple[str, ...] = ()
@@ -35,6 +35,9 @@ class Stage:
     external: dict[str, str] = field(default_factory=dict)
     """Inputs from outside the run: id -> folder or hub name."""
 
+    level: int = 0
+    """prune, finetune: which of config.prune.levels."""
+
     @property
     def job(self) -> str:
         """The module of `jobs` that does it, and the name it is selected by."""
@@ -42,30 +45,56 @@ class Stage:
 
     @property
     def loss(self) -> str:
-        return self.id.partition("/")[2]
+        return self.id.rpartition("/")[2]
 
 
 def build_stages(config: RunConfig) -> list[Stage]:
     """In the order in which they run."""
     external = {"dense": config.dense.path} if config.dense.path else {}
     dense = () if external else ("dense",)
-    losses = tuple(f"finetune/{name}" for name in config.finetune.losses)
     training = ("accumulation", "activation_checkpointing", "batch_size", "betas", "clip", "learning_rate",
                 "num_examples", "precision", "steps", "warmup_steps", "weight_decay", "zero")
-    stages = [
-        Stage("dense", ("seed", "task", "model", *(f"dense.{name}" for name in training)), distributed=True),
-        Stage("prune", ("task", "prune"), dense, external=external),
-        *(Stage(loss, ("seed", "task", *(f"finetune.{name}" for name in training), f"finetune.losses.{name}"),
-                (*dense, "prune"), distributed=True, external=external)
-          for loss, name in zip(losses, config.finetune.losses, strict=True)),
-        Stage("evaluate", ("task", "evaluate"), (*dense, "prune", *losses), external=external),
-        Stage("compress", ("task", "evaluate", "compress"), losses[-1:]),
-        Stage("benchmark", ("name", "task", "benchmark", "prune.sparsity"), (*dense, losses[-1], "compress"),
+    stages = [] if external else [
+        Stage("dense", ("seed", "task", "model", *(f"dense.{name}" for name in training)), distributed=True)]
+    chain, one_shots, tuned = _chain(config, training, dense, external)
+    stages += chain
+    last = tuned[-1]
+    stages += [
+        Stage("evaluate", ("task", "evaluate"), (*dense, *one_shots, *tuned), external=external),
+        Stage("compress", ("task", "evaluate", "compress"), (last,)),
+        Stage("benchmark", ("name", "task", "benchmark", "prune.sparsity"), (*dense, last, "compress"),
               external=external),
         Stage("report", ("name", "about", "finetune.losses", "prune"),
-              (*dense, "prune", *losses, "evaluate", "compress", "benchmark"), external=external),
+              (*dense, *(stage.id for stage in chain), "evaluate", "compress", "benchmark"), external=external),
     ]
-    return stages[1:] if external else stages
+    return stages
+
+
+def _chain(config: RunConfig, training, dense, external) -> tuple[list[Stage], list[str], list[str]]:
+    """(prune and finetune stages, ids of those pruned from dense, ids of the fine-tunes).
+
+    Every level has its one-shot model, pruned from dense; from the second level on each loss prunes its own last one.
+    """
+    levels, losses = config.prune.levels, list(config.finetune.losses)
+    pruning = ("task", *(f"prune.{name}" for name in type(config.prune).model_fields if name != "sparsity"))
+    stages: list[Stage] = []
+    one_shots, tuned = [], {}
+    found = []
+    for index, level in enumerate(levels):
+        below = f"/{100 * level.sparsity:g}" if len(levels) > 1 else ""
+        one_shots.append(f"prune{below}/one-shot" if below else "prune")
+        stages.append(Stage(one_shots[-1], pruning, dense, external=external, level=index))
+        for name in losses:
+            pruned = one_shots[-1]
+            if index:
+                pruned = f"prune{below}/{name}"
+                stages.append(Stage(pruned, pruning, (tuned[name],), level=index))
+            tuned[name] = f"finetune{below}/{name}"
+            found.append(tuned[name])
+            stages.append(Stage(tuned[name], ("seed", "task", *(f"finetune.{key}" for key in training),
+                                              f"finetune.losses.{name}"),
+                                (*dense, pruned), distributed=True, external=external, level=index))
+    return stages, one_shots, found
 
 
 def select(stages: list[Stage], names: list[str]) -> list[Stage]:
@@ -89,6 +118,8 @@ def stage_key(stage: Stage, config: RunConfig) -> str | None:
         if manifest is None:
             return None
         inputs[name] = artifacts.digest(manifest["files"])
+    if stage.job == "prune":
+        parts["sparsity"] = config.prune.levels[stage.level].sparsity
     return artifacts.digest({"stage": stage.id, "config": parts, "inputs": inputs})
 
 

@@ -53,7 +53,8 @@ def _run_job(stage: Stage, config: RunConfig):
     if dist.rank() == 0:
         _prepare(out, key)
     dist.barrier()
-    job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config)), stage.loss)
+    job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config)), stage.loss,
+              stage.level)
     started = time.time()
     return importlib.import_module(f"jobs.{stage.job}").run(job), started
 

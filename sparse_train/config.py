@@ -161,8 +161,9 @@ class DenseConfig(TrainConfig):
 
 class PruneConfig(Section):
     method: Literal["magnitude", "sparsegpt"] = "sparsegpt"
-    sparsity: float | None = None
-    """The fraction of each prunable weight that becomes zero, uniform over layers; an N:M pattern implies it."""
+    sparsity: float | tuple[float, ...] | None = None
+    """The fraction of each prunable weight that becomes zero, uniform over layers; an N:M pattern implies it. A list,
+    ascending, is a chain: each level is pruned from the fine-tuned weights of the one before."""
     pattern: str = "unstructured"
     """unstructured, or N:M: N kept of every M along a row."""
     num_calibration: Positive = 128
@@ -173,6 +174,12 @@ class PruneConfig(Section):
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
+
+    @property
+    def levels(self) -> tuple["PruneConfig", ...]:
+        """One config per sparsity, in the order of the chain."""
+        several = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+        return tuple(self.model_copy(update={"sparsity": sparsity}) for sparsity in several)
 
     @property
     def group(self) -> tuple[int, int] | None:
@@ -187,8 +194,12 @@ class PruneConfig(Section):
         if self.pattern == "unstructured":
             if self.sparsity is None:
                 raise ValueError("sparsity is missing; give a number in [0, 1)")
-            if not 0 <= self.sparsity < 1:
-                raise ValueError(f"sparsity={self.sparsity} is outside [0, 1); 0.75 removes three weights of four")
+            levels = [level.sparsity for level in self.levels]
+            for sparsity in levels:
+                if not 0 <= sparsity < 1:
+                    raise ValueError(f"sparsity={sparsity} is outside [0, 1); 0.75 removes three weights of four")
+            if not levels or sorted(set(levels)) != levels:
+                raise ValueError(f"sparsity={levels} is no chain; give levels that rise, such as [0.5, 0.75]")
             return self
         if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
             raise ValueError(f"pattern={self.pattern!r} is neither unstructured nor N:M, such as 2:4")
@@ -196,6 +207,9 @@ class PruneConfig(Section):
         if num_kept > size:
             raise ValueError(f"pattern={self.pattern} keeps more than it has; N:M keeps N of every M")
         implied = 1 - num_kept / size
+        if isinstance(self.sparsity, tuple):
+            raise ValueError(f"pattern={self.pattern} has one sparsity, {implied:g}; a chain needs "
+                             "pattern=unstructured")
         if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
             raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern}, which makes {implied:g}; "
                              "leave sparsity out")
@@ -343,21 +357,39 @@ S = TypeVar("S", bound=Section)
 
 
 def load_config(schema: type[S], path: Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
-    """Read a YAML file into `schema`, the dotted `key=value` overrides laid over it. Raises UserError in one line."""
-    try:
-        tree = yaml.load(Path(path).read_text(), _Loader) or {}
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    """Read a YAML file into `schema`, the dotted `key=value` overrides laid over it. Raises UserError in one line.
+
+    `extends: FILE` at a file's top starts from that one, a path relative to it; sections are merged key by key.
+    """
+    tree = _read_tree(Path(path))
     for override in overrides:
         _lay_over(tree, override)
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_one_line(error, schema)}") from error
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    try:
+        tree = yaml.load(path.read_text(), _Loader) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if path.resolve() in seen:
+        raise UserError(f"{path} extends itself")
+    return _merged(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _merged(base: dict, over: dict) -> dict:
+    return base | {key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict)
+                   else value for key, value in over.items()}
 
 
 def dump_config(config: Section) -> str:

@@ -39,5 +39,9 @@ def _decode(runtime: Runtime, example: Example, new_tokens: int) -> None:
 
 
 def _bytes_per_token(model: torch.nn.Module) -> int:
-    packed = sum(module.weight.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
-    return packed + sum(parameter.nbytes for parameter in model.parameters())
+    """An encoder is read once per answer, not per token, and left out."""
+    encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
+    modules = [module for module in model.modules() if module not in encoder]
+    packed = sum(module.weight.num_bytes for module in modules if isinstance(module, PackedLinear))
+    own = {id(p): p.nbytes for module in modules for p in module.parameters(recurse=False)}
+    return packed + sum(own.values())

@@ -7,7 +7,8 @@ from sparse_train.tasks.batch import Batch, Example
 from sparse_train.tasks.task import Score, Task, generate, training_examples
 from sparse_train.tasks.tokenizer import build_tokenizer
 
-__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "generate", "training_examples"]
+__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "generate", "task_class",
+           "training_examples"]
 
 # By module and class: a task's own libraries are loaded when it is asked for.
 _TASKS = {
@@ -18,4 +19,8 @@ _TASKS = {
 
 def build_task(config: TaskConfig) -> Task:
     """Raises UserError where the task's data is missing."""
-    return getattr(importlib.import_module(f"sparse_train.tasks.{config.name}"), _TASKS[config.name])(config)
+    return task_class(config.name)(config)
+
+
+def task_class(name: str) -> type[Task]:
+    return getattr(importlib.import_module(f"sparse_train.tasks.{name}"), _TASKS[name])
