@@ -359,7 +359,8 @@ S = TypeVar("S", bound=Section)
 def load_config(schema: type[S], path: Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
     """Read a YAML file into `schema`, the dotted `key=value` overrides laid over it. Raises UserError in one line.
 
-    `extends: FILE` at a file's top starts from that one, a path relative to it; sections are merged key by key.
+    `extends: FILE` at a file's top starts from that one, a path relative to it; sections are merged key by key, and a
+    key that is null there takes its default.
     """
     tree = _read_tree(Path(path))
     for override in overrides:
@@ -388,8 +389,9 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 
 
 def _merged(base: dict, over: dict) -> dict:
-    return base | {key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict)
-                   else value for key, value in over.items()}
+    merged = base | {key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict)
+                     else value for key, value in over.items()}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def dump_config(config: Section) -> str:

@@ -53,18 +53,18 @@ def _opt(c: ModelConfig, **tokens) -> PretrainedConfig:
 
 def _t5(c: ModelConfig, **tokens) -> PretrainedConfig:
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if c.family == "t5-gated" else {}
-    tokens.pop("bos_token_id", None)
+    tokens.pop("bos_token_id")
     return T5Config(d_model=c.d_model, d_kv=c.d_model // c.n_heads, d_ff=c.ffn_width, num_layers=c.n_layers,
-                    num_heads=c.n_heads, decoder_start_token_id=tokens.get("pad_token_id", 0), **gated, **tokens)
+                    num_heads=c.n_heads, decoder_start_token_id=tokens["pad_token_id"], **gated, **tokens)
 
 
 def _whisper(c: ModelConfig, **tokens) -> PretrainedConfig:
-    start = {"decoder_start_token_id": tokens["bos_token_id"]} if tokens.get("bos_token_id") is not None else {}
     return WhisperConfig(
         d_model=c.d_model, encoder_layers=c.n_layers, decoder_layers=c.n_layers, encoder_attention_heads=c.n_heads,
         decoder_attention_heads=c.n_heads, encoder_ffn_dim=c.ffn_width, decoder_ffn_dim=c.ffn_width,
         max_source_positions=round(c.window_seconds * _POSITIONS_PER_SECOND), max_target_positions=c.max_seq_len,
-        num_mel_bins=_MEL_BINS, suppress_tokens=None, begin_suppress_tokens=None, **start, **tokens)
+        num_mel_bins=_MEL_BINS, suppress_tokens=None, begin_suppress_tokens=None,
+        decoder_start_token_id=tokens["bos_token_id"], **tokens)
 
 
 _CONFIGS = {
@@ -74,8 +74,12 @@ _CONFIGS = {
 
 
 def describe(config: ModelConfig, **tokens) -> PretrainedConfig:
-    """The config of the described size; `tokens`: vocab_size and the ids of special tokens."""
-    return _CONFIGS[config.family](config, **({"vocab_size": config.vocab_size} | tokens))
+    """The config of the described size.
+
+    `tokens`: vocab_size and the ids of special tokens; without them a config that only tells sizes.
+    """
+    ids = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    return _CONFIGS[config.family](config, **({"vocab_size": config.vocab_size} | ids | tokens))
 
 
 def build_processor(config: ModelConfig, tokenizer) -> Processor:

@@ -1,0 +1,52 @@
+"""Every shipped recipe: parses, its model builds at full size without data, its stages resolve, a dry run counts."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.preflight import check
+from launch.stages import build_stages
+from sparse_train.config import RunConfig, load_config
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_RECIPES = sorted(str(path.relative_to(_CONFIGS)) for path in _CONFIGS.rglob("*.yaml") if "cluster" not in path.parts)
+# Billions of parameters, as published.
+_SIZES = {"mpt-7b/base.yaml": 6.65, "mpt-30b/gsm8k.yaml": 29.96, "llama-2-7b/gsm8k.yaml": 6.74,
+          "qwen3-8b/gsm8k.yaml": 8.19, "t5-small/wmt14.yaml": 0.0605, "whisper-small/hindi.yaml": 0.2417}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("recipe", _RECIPES)
+def test_a_recipe_is_counted_without_data(recipe, tmp_path, capsys):
+    path = _CONFIGS / recipe
+    data = [f"task.path={tmp_path.name}/data"] if "small.yaml" in recipe else []
+    assert main(["run", str(path), f"folder={tmp_path}", "--dry-run", *data]) == 0
+    out = capsys.readouterr().out
+    config = load_config(RunConfig, path)
+    stages = [stage.id for stage in build_stages(config)]
+    assert [line.split()[0] for line in out.splitlines()[-len(stages):]] == stages
+    assert "prunable parameters kept" in out and f"{config.finetune.steps:,} steps" in out
+    known = set()
+    for stage in build_stages(config):
+        assert set(stage.inputs) <= known, stage.id
+        known.add(stage.id)
+
+
+@pytest.mark.parametrize("recipe", _SIZES)
+def test_a_full_sized_model_has_the_published_number_of_parameters(recipe):
+    size, _ = check(load_config(RunConfig, _CONFIGS / recipe), dry_run=True)
+    assert size.num_parameters / 1e9 == pytest.approx(_SIZES[recipe], rel=0.01)
+
+
+def test_a_chain_prunes_each_level_from_the_one_before():
+    config = load_config(RunConfig, _CONFIGS / "demo.yaml", ["prune.sparsity=[0.5, 0.75]"])
+    found = {stage.id: stage for stage in build_stages(config)}
+    assert found["prune/75/ce"].inputs == ("finetune/50/ce",)
+    assert found["finetune/75/ce"].inputs == ("dense", "prune/75/ce")
+    assert found["prune/75/one-shot"].inputs == ("dense",)
+    assert found["compress"].inputs == ("finetune/75/squarehead",)
