@@ -9,8 +9,8 @@ from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.pruning import prune
-from sparse_train.pruning.pattern import keep_groups, keep_largest
-from sparse_train.pruning.sparsegpt import sparsegpt
+from sparse_train.pruning.pattern import keep_groups, keep_largest, magnitude
+from sparse_train.pruning.sparsegpt import Hessian, sparsegpt
 from sparse_train.tasks import Batch
 from tests.models import tiny_mpt
 
@@ -169,3 +169,36 @@ def test_a_pattern_that_does_not_divide_a_width_is_refused_before_anything_chang
     with pytest.raises(UserError, match="pattern 3:7 does not divide transformer"):
         prune(model, [], PruneConfig(pattern="3:7"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), _model().parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("first", ["magnitude", "sparsegpt"])
+def test_a_chain_keeps_earlier_zeros_and_counts_exactly(first, method):
+    """The weights between the levels are anything, zeros come back in no position, also where a block of columns has
+    lost more than its share."""
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(24, 40), torch.randn(200, 40)
+    weight[:, :8] *= 0.01  # magnitude empties these columns
+    hessian = Hessian(40, torch.device("cpu"))
+    hessian.add(inputs)
+
+    def once(name, weight, spec, earlier):
+        if name == "magnitude":
+            return magnitude(weight, spec, earlier)
+        return sparsegpt(weight, hessian.mean(), spec, earlier=earlier)[1]
+
+    keep = None
+    for sparsity in (0.5, 0.75, 0.9):
+        spec = PruneConfig(sparsity=sparsity, block_size=8)
+        new = once(first if keep is None else method, weight, spec, keep)
+        assert new.sum() == round((1 - sparsity) * 24 * 40)
+        assert keep is None or not (new & ~keep).any()
+        keep, weight = new, torch.randn(24, 40) * new
+
+
+def test_what_sparsegpt_updates_does_not_revive_earlier_zeros():
+    torch.manual_seed(1)
+    earlier, hessian = torch.rand(8, 16) < 0.5, Hessian(16, torch.device("cpu"))
+    hessian.add(torch.randn(64, 16))
+    weight, keep = sparsegpt(torch.randn(8, 16) * earlier, hessian.mean(), PruneConfig(pattern="2:4"), earlier=earlier)
+    assert not (keep & ~earlier).any() and not weight[~keep].any()
