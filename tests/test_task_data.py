@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from sparse_train.config import ModelConfig, TaskConfig
+from sparse_train.config import EvaluateConfig, ModelConfig, TaskConfig
 from sparse_train.errors import UserError
-from sparse_train.models import build_processor
-from sparse_train.tasks import build_task, training_examples
-from sparse_train.tasks.batch import collate
+from sparse_train.models import build_model, build_processor
+from sparse_train.tasks import build_task, generate, training_examples
+from sparse_train.tasks.batch import collate, windows
 from sparse_train.tasks.speech import normalise
 from tests.models import tiny_tokenizer
 
@@ -122,6 +122,22 @@ def test_clips_are_read_resampled_and_masked(archived, tmp_path):
     batch = collate(sorted(examples, key=lambda e: e.answer), processor)
     assert batch.encoder.inputs.shape == (2, 80, 40) and batch.encoder.attend.sum(1).tolist() == [10, 5]
     assert (batch.labels == batch.targets).all() and batch.input_ids[0, 0] == processor.decoder_prefix[0]
+
+
+def test_sound_over_the_window_is_answered_window_by_window(tmp_path):
+    processor = build_processor(config := ModelConfig(family="whisper", d_model=32, n_layers=1, window_seconds=0.4),
+                                tiny_tokenizer())
+    rows = [("a.wav", "one", "test", _sound(1.0)), ("b.wav", "two", "test", _sound(0.3)),
+            ("c.wav", "two", "train", _sound(0.1))]
+    task, model = _task("speech", _speech(tmp_path, rows)), build_model(config, processor).eval()
+    examples, spec = task.examples("test"), EvaluateConfig(max_new_tokens=3)
+    long = next(e for e in examples if e.answer == "one")
+    pieces = windows(long, processor)
+    assert [len(piece.sound(16000)) for piece in pieces] == [6400, 6400, 3200]
+    assert generate(model, processor, [long], spec) == [" ".join(generate(model, processor, pieces, spec))]
+    short = [e for e in examples if e.answer == "two"]
+    assert task.score(model, processor, examples, spec).metrics["cross_entropy"] == pytest.approx(
+        task.score(model, processor, short, spec).metrics["cross_entropy"], rel=1e-5)
 
 
 @pytest.mark.parametrize("row, why", [

@@ -81,6 +81,17 @@ def encode(example: Example, processor: Processor) -> tuple[list[int], list[int]
     return prompt, [*answer, tokenizer.eos_token_id]
 
 
+def windows(example: Example, processor: Processor) -> list[Example]:
+    """The example itself, or one per window of a sound that is longer than the model's."""
+    if processor.features is None or example.sound is None:
+        return [example]
+    sound, size = example.sound(processor.features.sampling_rate), processor.features.n_samples
+    if len(sound) <= size:
+        return [example]
+    return [replace(example, sound=lambda rate, part=sound[start:start + size]: part)
+            for start in range(0, len(sound), size)]
+
+
 def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     """Padded on the right to the longest. No examples make one row of padding: a rank without work still takes part."""
     encoded = [encode(example, processor) for example in examples]

@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.models import Processor
-from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode, encoder_input, pad_rows
+from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode, encoder_input, pad_rows, windows
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Task(ABC):
         """Whether a training example is at most config.max_length tokens long and its sound fits the model's window."""
         if sum(map(len, encode(example, processor))) > self.config.max_length:
             return False
-        features = processor.features
-        return features is None or len(example.sound(features.sampling_rate)) <= features.n_samples
+        return len(windows(example, processor)) == 1
 
     def score(self, model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
               progress: Callable[[int, int], None] | None = None) -> Score:
         """Generated answers against the true ones.
 
         Metrics: measure()'s; cross_entropy (nats per token of the true answers, end of text included) and perplexity;
-        num_examples.
+        num_examples. Sound longer than the model's window is answered window by window; its true answer cannot be
+        laid against them and is left out of the cross-entropy.
         """
         was_training = model.training
         model.eval()
@@ -70,7 +70,8 @@ class Task(ABC):
             for start in range(0, len(order), spec.batch_size):
                 chosen = order[start:start + spec.batch_size]
                 part = [examples[i] for i in chosen]
-                total += _cross_entropy(model, self.batch(part, processor).to(model.device)).cpu()
+                whole = [example for example in part if len(windows(example, processor)) == 1]
+                total += _cross_entropy(model, self.batch(whole, processor).to(model.device)).cpu()
                 if self.generates:
                     predictions.update(zip(chosen, generate(model, processor, part, spec), strict=True))
                 if progress:
@@ -78,7 +79,7 @@ class Task(ABC):
         model.train(was_training)
         samples = [{"prompt": example.prompt, "answer": example.answer, "prediction": predictions.get(i, "")}
                    for i, example in enumerate(examples)]
-        cross_entropy = float(total[0] / total[1])
+        cross_entropy = float(total[0] / total[1].clamp(min=1))
         return Score({**(self.measure(samples) if self.generates else {}), "cross_entropy": cross_entropy,
                       "perplexity": math.exp(min(cross_entropy, 700)), "num_examples": len(samples)}, samples)
 
@@ -104,6 +105,12 @@ def _cross_entropy(model, batch: Batch) -> torch.Tensor:
 def generate(model, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
              min_new_tokens: int | None = None) -> list[str]:
     """The text that `model` answers each example with, greedily or by spec.num_beams."""
+    parts = [windows(example, processor) for example in examples]
+    told = iter(_generate(model, processor, [part for several in parts for part in several], spec, min_new_tokens))
+    return [" ".join(next(told) for _ in several) for several in parts]
+
+
+def _generate(model, processor, examples, spec, min_new_tokens) -> list[str]:
     tokenizer = processor.tokenizer
     settings = {"do_sample": False, "use_cache": True, "num_beams": spec.num_beams, "eos_token_id":
                 tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_length": None,
