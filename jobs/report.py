@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from jobs.job import Job
 from sparse_train import artifacts
 from sparse_train.bench.layers import SPEED_HEADER, print_rows, speed_cells
 from sparse_train.bench.plots import plot_accuracy
+from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
@@ -91,12 +91,7 @@ def print_tables(path: Path, console: Console) -> None:
         console.print(data["about"] + "\n", highlight=False, markup=False)
     for title, header, rows in _tables(data):
         console.print(title, style="bold")
-        table = Table(box=None)
-        for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index < 1 else "right", no_wrap=True, overflow="ignore")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, header, rows)
         console.print()
     console.print("[bold]Batch-1 speed[/] " + _machine_line(data))
     print_rows(data["speed"], console)

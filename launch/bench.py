@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from launch.runner import StageFailed, free_port, start_processes
+from sparse_train.tables import print_table
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +65,8 @@ def _moves(options, console: Console) -> None:
 
     rows = move_rows(options.sparsity, options.repeats)
     keys = ("kernel", "dtype", "backend", "sparsity", "milliseconds", "fraction_of_copy")
-    _print_table(console, keys, [[row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys]
-                                 for row in rows])
+    print_table(console, keys, [[row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys]
+                                for row in rows])
     print(json.dumps({"rows": rows}))
 
 
@@ -112,16 +112,7 @@ def _print_train(found: dict[str, Any], console: Console) -> None:
                      f"{step['median']:.2f} ({step['low']:.2f}-{step['high']:.2f})",
                      *(f"{values[key] / 1e6:.0f} ({values[key] / measured['dense'][key]:.2f})"
                        for key in ("peak_memory", "traffic_bytes", "state_bytes"))])
-    _print_table(console, ("step", "ms", "time (quartiles)", "peak MB", "moved MB", "state MB per rank"), rows)
+    print_table(console, ("step", "ms", "time (quartiles)", "peak MB", "moved MB", "state MB per rank"), rows)
     groups = list(measured["dense"]["milliseconds_of"])
-    _print_table(console, ("where it goes, ms", *measured), [
+    print_table(console, ("where it goes, ms", *measured), [
         [group, *(f"{values['milliseconds_of'][group]:.0f}" for values in measured.values())] for group in groups])
-
-
-def _print_table(console: Console, titles, rows) -> None:
-    table = Table(box=None, header_style="bold")
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -78,10 +78,17 @@ def _run(options, console: Console) -> int:
     from launch import runner
     from launch.cluster import load_cluster
     from launch.preflight import check, numbers
-    from sparse_train.config import RunConfig, load_config
+    from sparse_train.config import load_points
 
-    config, cluster = load_config(RunConfig, options.config, options.overrides), load_cluster(options.on)
+    points, cluster = load_points(options.config, options.overrides), load_cluster(options.on)
     names = [name for name in options.stages.split(",") if name]
+    # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if any(point for point, _ in points):
+        from launch.sweep import run_sweep
+
+        return run_sweep(points, cluster, names, console, options.dry_run)
+    [(_, config)] = points
     planned = runner.plan(config, names)
     size, remarks = check(config, options.dry_run)
     if options.dry_run:
@@ -90,8 +97,6 @@ def _run(options, console: Console) -> int:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
-    # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         runner.run(config, cluster, names, console)
     except runner.StageFailed as error:

@@ -6,6 +6,8 @@ Closed means that an unknown key is a mistake, answered with the nearest valid o
 """
 
 import difflib
+import itertools
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -337,6 +339,19 @@ class RunConfig(Section):
     compress: CompressConfig = CompressConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     tracking: TrackingConfig = TrackingConfig()
+    sweep: dict[str, tuple[Any, ...]] = {}
+    """Dotted keys and the values that each takes. A run does every combination, in folders below the run's, and trains
+    the dense model once for those that agree on it."""
+
+    @field_validator("sweep")
+    @classmethod
+    def _something_to_sweep(cls, sweep):
+        for key, values in sweep.items():
+            if not values:
+                raise ValueError(f"{key} has no value; list at least one, such as [1, 2]")
+            if key in ("name", "folder", "sweep"):
+                raise ValueError(f"{key} is what tells combinations apart; sweep over another key")
+        return sweep
 
     @property
     def path(self) -> Path:
@@ -369,6 +384,25 @@ def load_config(schema: type[S], path: Path, overrides: list[str] | tuple[str, .
         return schema.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_one_line(error, schema)}") from error
+
+
+def load_points(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[dict[str, Any], RunConfig]]:
+    """(value of each swept key, config) of every combination of a recipe's `sweep`; one, with no key, without it."""
+    whole = load_config(RunConfig, path, overrides)
+    found: dict[str, tuple[dict[str, Any], RunConfig]] = {}
+    for values in itertools.product(*whole.sweep.values()):
+        point = dict(zip(whole.sweep, values, strict=True))
+        # As overrides, so that a mistake is told as theirs is; YAML is a superset of JSON.
+        given = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+        if point:
+            name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in point.items())
+            given += [f"name={json.dumps(re.sub('[^A-Za-z0-9._-]+', '-', name))}", "sweep={}",
+                      f"folder={json.dumps(str(whole.path))}"]
+        config = load_config(RunConfig, path, [*overrides, *given])
+        if config.name in found:
+            raise UserError(f"sweep: two combinations are called {config.name}; give each value once")
+        found[config.name] = point, config
+    return list(found.values())
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:

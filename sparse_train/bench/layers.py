@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from sparse_train.bench.timing import interleave
 from sparse_train.compress import quantise_rows
 from sparse_train.kernels import PackedMatrix
 from sparse_train.sparse import BitmaskTensor
+from sparse_train.tables import print_table
 
 MPT_7B_BLOCK = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))
 
@@ -75,9 +75,4 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(box=None, header_style="bold")
-    for index, title in enumerate(SPEED_HEADER):
-        table.add_column(title, justify="left" if index < 3 else "right", no_wrap=True, overflow="ignore")
-    for row in rows:
-        table.add_row(*speed_cells(row))
-    console.print(table)
+    print_table(console, SPEED_HEADER, map(speed_cells, rows), num_left=3)

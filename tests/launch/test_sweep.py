@@ -1,0 +1,81 @@
+"""Sweeps: every combination runs in a folder of its own, from one dense model where they agree on it."""
+
+import json
+
+import pytest
+import yaml
+
+from launch import sweep
+from launch.cli import main
+from launch.sweep import print_sweep
+from sparse_train import artifacts
+from sparse_train.config import load_points
+from sparse_train.errors import UserError
+from tests.launch.test_pipeline import RECIPE, _cli
+
+
+def _points(*overrides):
+    return load_points(RECIPE, overrides)
+
+
+def test_every_combination_is_a_run_of_its_own():
+    points = _points("sweep={seed: [1, 2], prune.sparsity: [0.5, 0.75], finetune.losses.ce.task_weight: [2]}")
+    assert [(point["seed"], config.seed, config.prune.sparsity) for point, config in points] == \
+        [(1, 1, 0.5), (1, 1, 0.75), (2, 2, 0.5), (2, 2, 0.75)]
+    assert all(config.finetune.losses["ce"].task_weight == 2 and not config.sweep for _, config in points)
+    assert str(points[1][1].path) == "runs/tiny/seed-1_sparsity-0.75_task_weight-2"
+    assert [point for point, _ in _points()] == [{}]
+
+
+@pytest.mark.parametrize("given, said", [
+    ("sweep={seed: [1, 1]}", "two combinations are called seed-1"),
+    ("sweep={seed: []}", "seed has no value"),
+    ("sweep={prune.sparsty: [0.5]}", "did you mean sparsity"),
+    ("sweep={seed: 3}", "sweep.seed=3"),
+    ("sweep={prune.sparsity: [0.5, 1.5]}", "sparsity=1.5 is outside"),
+])
+def test_a_mistake_in_a_sweep_is_one_line(given, said):
+    with pytest.raises(UserError, match=said) as error:
+        _points(given)
+    assert "\n" not in str(error.value)
+
+
+def test_the_table_has_means_and_spreads_over_seeds(capsys):
+    from rich.console import Console
+
+    def row(seed, loss, sparsity, value):
+        return {"point": {"seed": seed, "finetune.steps": 10}, "loss": loss, "sparsity": sparsity,
+                "metrics": {"exact_match": value, "cross_entropy": 1.0}}
+
+    table = [row(seed, loss, sparsity, value + seed / 10) for seed in (1, 2, 3)
+             for loss, sparsity, value in (("dense", 0.0, 0.5), ("ce", 0.75, 0.1), ("ce", 0.9, 0.0))]
+    print_sweep(table, "exact_match", Console(width=200))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["steps", "sparsity", "dense", "ce"]
+    assert " ".join(lines[2]) == "10 0.75 0.700 ± 0.100 0.300 ± 0.100"
+    assert " ".join(lines[3]) == "10 0.90 0.700 ± 0.100 0.200 ± 0.100"
+
+
+def test_combinations_share_the_dense_model_and_a_failed_one_does_not_stop_the_others(tmp_path):
+    recipe = tmp_path / "swept.yaml"
+    recipe.write_text(yaml.safe_dump({
+        "extends": str(RECIPE), "folder": str(tmp_path), "name": "swept", "finetune": {"losses": {"squarehead": None}},
+        "sweep": {"finetune.learning_rate": [1e30, 1e-3]}}))
+    out, _ = _cli("run", recipe, "finetune.clip=0", "finetune.warmup_steps=0", "--stages", "prune,finetune,evaluate",
+                  code=1)
+    dense = [path for path in (tmp_path / "swept").glob("dense-*") if (path / "dense" / "DONE").is_file()]
+    assert len(dense) == 1
+    for point in ("learning_rate-0.001", "learning_rate-1e-30"):
+        inputs = artifacts.read_manifest(tmp_path / "swept" / point / "prune")["inputs"]
+        assert inputs["dense"] == str(dense[0] / "dense")
+    table = json.loads((tmp_path / "swept" / "sweep.json").read_text())
+    assert {(row["point"]["finetune.learning_rate"], row["loss"]) for row in table} == \
+        {(0.001, "dense"), (0.001, "one-shot"), (0.001, "ce")}
+    assert "learning_rate-1e-30: stage finetune/ce failed" in out
+
+
+def test_a_sweep_is_counted_without_running(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep.runner, "run", None)
+    assert main(["run", str(RECIPE), f"folder='{tmp_path}'", "sweep={seed: [1, 2]}", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "seed-1:" in shown and "seed-2:" in shown
