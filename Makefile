@@ -1,19 +1,24 @@
 # make demo   the whole pipeline on this machine, from nothing to a report
 # make test   all tests
-# Both make the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
+# make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
+# Each makes the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
 
 PYTHON ?= python3
 SHELL := /bin/bash
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-cluster lint setup clean
 
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
 
 test: setup
 	.venv/bin/python -m pytest
+
+test-cluster: setup
+	slurm/cluster/start.sh
+	.venv/bin/python -m pytest tests/cluster; code=$$?; slurm/cluster/stop.sh; exit $$code
 
 lint: setup
 	.venv/bin/ruff check .

@@ -35,13 +35,15 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, pro
     examples, num_left_out = training_examples(task, processor, config.num_examples)
     tracker = None
     if dist.rank() == 0:
-        tracker = Tracker(job.out, f"{run.name}-{job.out.stem}", run.model_dump(mode="json"), run.tracking.wandb)
+        tracker = Tracker(job.out, run.path, job.stage,
+                          {**run.model_dump(mode="json"), "sparsity_of_layer": _sparsity_of_layers(student)},
+                          run.tracking.wandb)
     outcome = train(
         student, teacher, lambda indices: task.batch([examples[i] for i in indices], processor),
         Order(None if task.endless and config.num_examples is None else len(examples), config.batch_size,
               config.accumulation, run.seed, config.sequence_parallel),
         config, loss, job.out / "checkpoints", tracker, job.progress if dist.rank() == 0 else None, run.seed,
-        teacher_config)
+        teacher_config, job.deadline)
     if tracker:
         tracker.close()
     if not outcome.finished:
@@ -52,10 +54,20 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, pro
         audit(job.out, outcome.bits.digests)
     else:
         deque(tensors, maxlen=0)  # every rank takes part in gathering
-    sizes = {name: math.prod(getattr(t, "ds_shape", t.shape)) for name, t in own_tensors(student).items()}
+    sizes = {name: _size(tensor) for name, tensor in own_tensors(student).items()}
     linears = sparse_linears(student).values()
     return {
         "loss": outcome.metrics["loss"], "num_examples_left_out": num_left_out,
         "num_parameters": sum(size for name, size in sizes.items() if not name.endswith(".bitmask")),
         "num_prunable": sum(linear.in_features * linear.out_features for linear in linears),
     }
+
+
+def _sparsity_of_layers(model: nn.Module) -> dict[str, float]:
+    return {name: 1 - _size(linear.values) / (linear.in_features * linear.out_features)
+            for name, linear in sparse_linears(model).items()}
+
+
+def _size(tensor) -> int:
+    """Entries of a tensor, partitioned or not."""
+    return math.prod(getattr(tensor, "ds_shape", tensor.shape))

@@ -15,10 +15,17 @@ class Job:
     inputs: dict[str, Path | str]
     """Finished stages by their ids, such as dense or finetune/squarehead; dense may be a hub name."""
     progress: Callable[[int, int, str], None]
-    loss: str = ""
-    """finetune: which of config.finetune.losses."""
+    stage: str
+    """Its id, such as finetune/squarehead."""
     level: int = 0
     """prune: which of config.prune.levels."""
+    deadline: float | None = None
+    """When the process will be ended, in seconds since the epoch; known to rank 0."""
+
+    @property
+    def loss(self) -> str:
+        """finetune: which of config.finetune.losses."""
+        return self.stage.rpartition("/")[2]
 
     def input_of(self, kind: str) -> Path | str:
         """The one input whose stage is `kind`, such as prune."""
@@ -27,4 +34,4 @@ class Job:
 
 
 class Stopped(Exception):
-    """A stop signal ended the stage early; run it again to go on."""
+    """A stop signal or the deadline ended the stage early; run it again to go on."""

@@ -19,8 +19,8 @@ def run(job: Job) -> dict[str, Any]:
     processor, model = load_processor(source, job.config.task.language), load_model(source)
     earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
     model = densify(model).to(dist.device())
-    task = build_task(job.config.task)
-    examples, _ = training_examples(task, processor, spec.num_calibration)
+    task = build_task(spec.calibration or job.config.task)
+    examples = [] if spec.method == "magnitude" else training_examples(task, processor, spec.num_calibration)[0]
     batches = (task.batch([examples[i] for i in range(start, min(start + spec.batch_size, len(examples)))],
                           processor).to(dist.device())
                for start in range(0, len(examples), spec.batch_size))

@@ -68,20 +68,29 @@ def _plot(path: Path, data: dict[str, Any]) -> None:
     plot_accuracy(path, data["metric"].replace("_", " "), [row for row in exact if row["engine"] == "fp32"], speeds)
 
 
-def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of the score and size tables, as text."""
-    found: dict[tuple, dict[str, float]] = {}
+def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, header, rows, line below) of the score and size tables, as text."""
+    task = task_class(data["task"])
+    found: dict[tuple, dict[str, Any]] = {}
     for row in data["scores"]:
         found.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
-    scores = [[loss, engine, f"{sparsity:.2f}", f"{m[data['metric']]:.3f}", f"{m['cross_entropy']:.4f}",
-               str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
+    shown = (task.metric, *task.also)
+    settings = next(iter(found.values()))  # the same for all
+    scores = [[loss, engine, f"{sparsity:.2f}", *(_number(m[name], 3) for name in shown),
+               _number(m["cross_entropy"], 4), str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
     dense = data["num_bytes"]["dense"]
     sizes = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
     return [
-        ("Scores on unseen examples",
-         ["model", "computed in", "sparsity", data["metric"].replace("_", " "), "cross-entropy", "examples"], scores),
-        (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes),
+        ("Scores on unseen examples", ["model", "computed in", "sparsity", *(name.replace("_", " ") for name in shown),
+                                       "cross-entropy", "examples"], scores,
+         ", ".join(f"{name.replace('_', ' ')}: {settings[name]}" for name in task.settings)),
+        (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes, ""),
     ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    """None: there was nothing to take it from."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def print_tables(path: Path, console: Console) -> None:
@@ -89,10 +98,10 @@ def print_tables(path: Path, console: Console) -> None:
     data = artifacts.read_json(path)
     if data["about"]:
         console.print(data["about"] + "\n", highlight=False, markup=False)
-    for title, header, rows in _tables(data):
+    for title, header, rows, below in _tables(data):
         console.print(title, style="bold")
         print_table(console, header, rows)
-        console.print()
+        console.print(below + "\n" if below else "", highlight=False, markup=False)
     console.print("[bold]Batch-1 speed[/] " + _machine_line(data))
     print_rows(data["speed"], console)
 
@@ -104,7 +113,8 @@ def _machine_line(data: dict[str, Any]) -> str:
 
 
 def _page(data: dict[str, Any], picture: Path) -> str:
-    tables = [*_tables(data), (f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, map(speed_cells, data["speed"]))]
+    tables = [*_tables(data),
+              (f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, map(speed_cells, data["speed"]), "")]
     image = base64.b64encode(picture.read_bytes()).decode()
     body = "".join(_html_table(*table) for table in tables)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"
@@ -114,8 +124,9 @@ def _page(data: dict[str, Any], picture: Path) -> str:
             f"src='data:image/png;base64,{image}'>{body}</html>\n")
 
 
-def _html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+def _html_table(title: str, header: list[str], rows: list[list[str]], below: str) -> str:
     def line(tag, cells):
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<h2>{escape(title)}</h2><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
+    return (f"<h2>{escape(title)}</h2><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
+            + (f"<p>{escape(below)}</p>" if below else ""))

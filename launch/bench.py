@@ -77,7 +77,8 @@ def _train(options, console: Console) -> int:
     given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
                                                     "checkpointing", "repeats")}
     with tempfile.TemporaryDirectory() as logs:
-        job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, given, free_port())
+        job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, given, cluster,
+                              free_port())
         try:
             found = job.results()[0]
         except Exception as error:
@@ -88,15 +89,17 @@ def _train(options, console: Console) -> int:
     return 0
 
 
-def _train_rank(given: dict[str, Any], port: int) -> dict[str, Any]:
+def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
+    from launch.place import find_place
     from launch.worker import join_ranks
     from sparse_train import dist
     from sparse_train.bench.train import TrainBench, train_bench
 
-    join_ranks(port)
+    pulse = join_ranks(find_place(), cluster, port)
     try:
         return train_bench(TrainBench(**given))
     finally:
+        pulse.stop()
         dist.stop()
 
 

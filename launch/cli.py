@@ -12,18 +12,21 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.bench import add_commands as add_bench_commands
+from launch.look import add_commands as add_look_commands
+from launch.runner import StageFailed
 from sparse_train.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     options = _parse(arguments)
-    console, complaints = Console(), Console(stderr=True, soft_wrap=True)
+    # Tables are as wide as they are where nobody's window cuts them.
+    console, complaints = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
     try:
         return options.command(options, console) or 0
-    except UserError as error:
+    except (UserError, StageFailed) as error:
         complaints.print(f"sparse-train: {error}", style="red", markup=False, highlight=False)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -49,15 +52,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
                     "training goes on from its newest checkpoint.")
     run.add_argument("config", help="a YAML recipe, such as configs/demo.yaml")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.sparsity=0.5")
-    run.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.sparsity=0.5, cluster.nodes=4")
+    run.add_argument("--on", default="local", metavar="CLUSTER",
+                     help="a file of configs/cluster, or a path: local (the default) runs here, slurm submits jobs")
     run.add_argument("--stages", default="", metavar="A,B", help="only these, such as prune,finetune")
     run.add_argument("--dry-run", action="store_true", help="check the config and print what would run")
+    run.add_argument("--prepare", action="store_true", help="write the run folder and start nothing; for "
+                     "slurm/train.sbatch")
     run.set_defaults(command=_run)
 
-    status = commands.add_parser("status", help="what is done in a run folder")
-    status.add_argument("run", type=Path, metavar="RUN", help="such as runs/demo")
-    status.set_defaults(command=_status)
+    add_look_commands(commands)
 
     inspect = commands.add_parser("inspect", help="tensors, shapes, sparsity and bytes of a checkpoint folder")
     inspect.add_argument("folder", type=Path, metavar="FOLDER")
@@ -75,18 +79,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options, console: Console) -> int:
-    from launch import runner
+    from launch import runner, slurm
     from launch.cluster import load_cluster
     from launch.preflight import check, numbers
+    from launch.sweep import run_sweep
     from sparse_train.config import load_points
 
-    points, cluster = load_points(options.config, options.overrides), load_cluster(options.on)
+    ours = [text for text in options.overrides if text.startswith("cluster.")]
+    points = load_points(options.config, [text for text in options.overrides if text not in ours])
+    cluster = load_cluster(options.on, [text.removeprefix("cluster.") for text in ours])
     names = [name for name in options.stages.split(",") if name]
     # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if any(point for point, _ in points):
-        from launch.sweep import run_sweep
-
         return run_sweep(points, cluster, names, console, options.dry_run)
     [(_, config)] = points
     planned = runner.plan(config, names)
@@ -94,14 +99,17 @@ def _run(options, console: Console) -> int:
     if options.dry_run:
         for line in [*remarks, *numbers(config, size)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if options.prepare:
+        slurm.prepare(config, cluster, names)
+        return 0
+    if cluster.executor == "slurm":
+        slurm.submit(config, cluster, names, console, options.dry_run)
+        return 0
+    if options.dry_run:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
-    try:
-        runner.run(config, cluster, names, console)
-    except runner.StageFailed as error:
-        Console(stderr=True, soft_wrap=True).print(f"sparse-train: {error}", style="red", markup=False, highlight=False)
-        return 1
+    runner.run(config, cluster, names, console)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":
         from jobs.report import print_tables
@@ -109,26 +117,6 @@ def _run(options, console: Console) -> int:
         print_tables(report, console)
         console.print(f"report: {report.with_suffix('.html')}", soft_wrap=True, highlight=False)
     return 0
-
-
-def _status(options, console: Console) -> None:
-    from launch import runner
-    from launch.stages import CONFIG, log_folder, progress_file
-    from sparse_train import artifacts
-    from sparse_train.config import RunConfig, load_config
-
-    if not (options.run / CONFIG).is_file():
-        raise UserError(f"{options.run} is no run folder: it has no {CONFIG}; give the folder that a run made")
-    config = load_config(RunConfig, options.run / CONFIG)
-    # The folder may be looked at from elsewhere than where the run was started.
-    config = config.model_copy(update={"folder": str(options.run.absolute().parent)})
-    for stage, reason in runner.plan(config, []):
-        manifest = artifacts.read_manifest(config.path / stage.id)
-        detail = f"{manifest['seconds']:.0f} s" if manifest else ""
-        if reason != "current" and progress_file(stage, config).is_file():
-            state = artifacts.read_json(progress_file(stage, config))
-            detail = f"{state['done']}/{state['total']} {state['note']}  logs: {log_folder(stage, config)}"
-        console.print(f"{stage.id:<22} {reason:<32} {detail}", highlight=False, soft_wrap=True)
 
 
 def _inspect(options, console: Console) -> None:

@@ -1,33 +1,124 @@
-"""Where jobs run: one file of configs/cluster per place."""
+"""Where jobs run: one file of configs/cluster per place, with cluster.key=value overrides."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import torch
+from pydantic import Field, field_validator, model_validator
 
+from launch.stages import JOBS
 from sparse_train.config import Positive, Section, load_config
 from sparse_train.errors import UserError
 
+CLUSTER = "cluster.yaml"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",
+              "open-mode", "output", "requeue", "signal", "wrap"}
+_NAMED = {"nodes": "nodes", "cpus-per-task": "cpus_per_rank", "gpus-per-node": "gpus_per_node", "mem": "memory",
+          "time": "time", "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint"}
 
 
-class ClusterConfig(Section):
-    executor: Literal["local"] = "local"
-    """local: processes on this machine, started by submitit."""
-    ranks: Positive = 2
-    """Processes of a training stage; the other stages have one."""
-    gpus: int | None = None
-    """GPUs given to a stage; None takes one per rank where there are that many."""
-    timeout_min: Positive = 7 * 24 * 60
+class Resources(Section):
+    """What one stage gets. All but nodes, ranks_per_node and gpus_per_node are SLURM's."""
 
-    def visible_gpus(self) -> int:
-        return min(self.ranks, torch.cuda.device_count()) if self.gpus is None else self.gpus
+    nodes: Positive = 1
+    ranks_per_node: Positive = 1
+    """Processes of a training stage on each node, one per GPU; the other stages have one in all."""
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    """None: on this machine one per rank where there are that many; on SLURM none are asked for."""
+    cpus_per_rank: Positive | None = None
+    memory: str | None = None
+    """Of each node, such as 64G; "0" is all of it."""
+    time: str | None = None
+    """Limit as sbatch takes it, such as 30 (minutes) or 1-12:00:00. A training that meets it saves and is requeued."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    sbatch: dict[str, str | int | bool | None] = {}  # noqa: RUF012 - pydantic copies it
+    """Any other option of sbatch, without its dashes: {exclude: "node[7-9]", exclusive: true}."""
+
+    @field_validator("memory", "time", mode="before")
+    @classmethod
+    def _numbers_are_text(cls, value):
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _options_are_ours_to_pass_on(self):
+        for option, value in self.sbatch.items():
+            if option.replace("_", "-") in _SET_BY_US:
+                raise ValueError(f"sbatch.{option} is set by sparse-train itself; leave it out")
+            if named := _NAMED.get(option.replace("_", "-")):
+                raise ValueError(f"sbatch.{option} has a name of its own; give {named}")
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"sbatch.{option}={value!r} must be one line of printable text")
+            if not option.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"sbatch.{option!r} is no option of sbatch; give names without dashes in front")
+        for key in ("memory", "time", "partition", "account", "qos", "constraint"):
+            value = getattr(self, key)
+            if value is not None and not value.isprintable():
+                raise ValueError(f"{key}={value!r} must be one line of printable text")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
 
 
-def load_cluster(name: str) -> ClusterConfig:
-    """`name`: a file of configs/cluster without its ending."""
-    path = CONFIGS / "cluster" / f"{name}.yaml"
+class ClusterConfig(Resources):
+    executor: Literal["local", "slurm"] = "local"
+    """local: processes on this machine; slurm: jobs, one per stage. Both are started by submitit."""
+    silence_s: Annotated[float, Field(gt=0)] = 600
+    """Ranks give up when one of them has not been heard of for this long, or a collective takes longer."""
+    warning_s: Positive = 120
+    """SLURM signals this long before the time limit or a preemption; training saves then."""
+    tries: Positive = 3
+    """A job that lost a rank or ran out of time is requeued while it gets further; after this many tries from the same
+    step it fails."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that each job runs first, such as "module load cuda/12.8". They are yours, and not quoted."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}  # noqa: RUF012
+    """Variables of each process."""
+    preflight: bool = True
+    """Check memory, disk and the shared folder from every rank before a training starts."""
+    stages: dict[str, Resources] = {}  # noqa: RUF012
+    """Other resources by stage, such as {benchmark: {partition: cpu}, finetune: {nodes: 4}}."""
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_exist(cls, stages):
+        for stage in stages:
+            if stage.partition("/")[0] not in JOBS:
+                raise ValueError(f"there is no stage {stage}; choose from: {', '.join(JOBS)}")
+        return stages
+
+    @model_validator(mode="after")
+    def _this_machine_is_one_node(self):
+        if self.executor == "local" and self.nodes > 1:
+            raise ValueError(f"nodes={self.nodes}: this machine is one node; use --on slurm")
+        return self
+
+    def resources(self, stage: str, distributed: bool) -> Resources:
+        """Of a stage by id: the most exact entry of `stages` over the common ones. One process when not distributed."""
+        found = {key: getattr(self, key) for key in Resources.model_fields}
+        if not distributed:
+            found |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": found["gpus_per_node"] and 1}
+        for name in dict.fromkeys((stage.partition("/")[0], stage)):
+            if own := self.stages.get(name):
+                given = {key: getattr(own, key) for key in own.model_fields_set}
+                found |= given | {"sbatch": {**found["sbatch"], **own.sbatch}}
+        return Resources.model_validate(found)
+
+    def visible_gpus(self, num_ranks: int) -> int:
+        """On this machine."""
+        import torch  # seconds, which most commands can do without
+
+        return min(num_ranks, torch.cuda.device_count()) if self.gpus_per_node is None else self.gpus_per_node
+
+
+def load_cluster(name: str, overrides: list[str] | tuple[str, ...] = ()) -> ClusterConfig:
+    """`name`: a file of configs/cluster without its ending, or a path to one. `overrides`: key=value."""
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / "cluster" / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
-        raise UserError(f"--on {name}: there is no {path}; choose one of: {', '.join(known)}")
-    return load_config(ClusterConfig, path)
+        known = sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))
+        raise UserError(f"--on {name}: there is no {path}; give a .yaml file or one of: {', '.join(known)}")
+    return load_config(ClusterConfig, path, overrides)

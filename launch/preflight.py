@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_train.config import RunConfig, TrainConfig
+from sparse_train.config import RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 
 
@@ -15,18 +15,25 @@ class Size:
 
 
 def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
-    """(the model's size, remarks). Raises UserError: missing data, a folder that is no checkpoint, N:M that does not
-    divide a width. A dry run asks the hub for nothing but a model's config, and does without where that fails."""
+    """(the model's size, remarks). Raises UserError: missing data, a folder that is no checkpoint, a task that is not
+    for the model, N:M that does not divide a width.
+
+    A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
+    """
     from sparse_train.models import describe, empty_model, family_of, read_config
     from sparse_train.pruning import check_pattern
     from sparse_train.sparse import TensorFolder
     from sparse_train.tasks import build_task
 
     remarks = []
-    if config.task.path and dry_run and not Path(config.task.path).exists() and _looks_like_hub(config.task.path):
-        remarks.append(f"data {config.task.path}: on the hub, not looked at")
-    else:
-        build_task(config.task)
+    calibration = config.prune.calibration
+    for task, splits in ((config.task, ("train", "test")), *([(calibration, ("train",))] if calibration else [])):
+        if dry_run and task.path and not Path(task.path).exists():
+            remarks.append(f"data {task.path}: not on this machine, not looked at")
+        else:
+            built = build_task(task)
+            for split in splits:
+                built.examples(split, 1)
     path, shape = config.dense.path or config.model.path, describe(config.model)
     if path is not None:
         local = _is_local(path)
@@ -38,11 +45,52 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
             if local or not dry_run:
                 raise
             remarks.append(f"model {path}: the hub cannot be reached, sizes are those of the config")
+    _check_task(config.task, shape, "task")
+    if calibration:
+        _check_task(calibration, shape, "prune.calibration")
+    _check_lengths(config, shape, is_new=path is None)
     model = empty_model(shape)
     linears = family_of(model).prunable_linears(model)
     check_pattern({name: linear.in_features for name, linear in linears.items()}, config.prune)
     return Size(sum(math.prod(p.shape) for p in model.parameters()),
                 sum(linear.in_features * linear.out_features for linear in linears.values())), remarks
+
+
+def _check_task(task: TaskConfig, shape, key: str) -> None:
+    from sparse_train.tasks import task_class
+
+    kind, hears = task_class(task.name), shape.model_type == "whisper"
+    if kind.sounds != hears:
+        raise UserError(f"{key}.name={task.name} has {'sound' if kind.sounds else 'text'} as its input, and a "
+                        f"{shape.model_type} model takes {'sound' if hears else 'text'}; choose another task, or "
+                        f"{'another model.family than whisper' if hears else 'model.family=whisper'}")
+    if shape.is_encoder_decoder and not kind.generates:
+        raise UserError(f"{key}.name={task.name} has no prompts, and the encoder of a {shape.model_type} model would "
+                        "read nothing; choose another task, or a model without an encoder")
+
+
+def _check_lengths(config: RunConfig, shape, is_new: bool) -> None:
+    """Against the positions of the decoder, where it has a last one. A decoder that is also the encoder of its prompt
+    is not asked about task.max_length, which only bounds what most examples are far below."""
+    hears = shape.model_type == "whisper"
+    # Whisper's own rule for whether a tokenizer knows languages.
+    if hears and not is_new and shape.vocab_size >= 51865 and config.task.language is None:
+        raise UserError("task.language is missing: the model knows many languages; give one, such as "
+                        "task.language=hindi")
+    positions = next((value for name in ("max_target_positions", "max_position_embeddings", "max_seq_len")
+                      if (value := getattr(shape, name, None))), None)
+    if positions is None:
+        return
+    # What an answer starts from: Whisper's start, language, task, and no timestamps.
+    prefix = (4 if hears and not is_new else 1) if shape.is_encoder_decoder else 0
+    for key, count in (("evaluate.max_new_tokens", config.evaluate.max_new_tokens),
+                       ("benchmark.new_tokens", config.benchmark.new_tokens)):
+        if prefix + count > positions:
+            raise UserError(f"{key}={count} and the {prefix} tokens that an answer starts from are more than the "
+                            f"model's {positions} positions; give at most {positions - prefix}")
+    if shape.is_encoder_decoder and config.task.max_length > positions:
+        raise UserError(f"task.max_length={config.task.max_length} is more than the {positions} positions of the "
+                        f"model's decoder; give at most {positions}")
 
 
 def numbers(config: RunConfig, size: Size) -> list[str]:

@@ -1,10 +1,13 @@
-"""Run the stages of a config in order: skip what is current, submit the rest, show progress, stop at a failure."""
+"""Run the stages of a config on this machine, in order: skip what is current, start the rest, stop at a failure."""
 
 import contextlib
 import fcntl
+import os
+import platform
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,14 +15,14 @@ import submitit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launch.cluster import ClusterConfig
-from launch.stages import CONFIG, Ending, Stage, build_stages, is_current, log_folder, progress_file, select
+from launch import attempts
+from launch.cluster import CLUSTER, ClusterConfig
+from launch.stages import CONFIG, Stage, build_stages, is_current, log_folder, progress_file, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, dump_config
 from sparse_train.errors import UserError
 
 _STOP_PATIENCE_S = 120
-_NO_RESULT = "ended without a result; it was killed, or ran out of memory"
 
 
 class StageFailed(Exception):
@@ -46,77 +49,86 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
 
 def run(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console) -> None:
     """Raises StageFailed or UserError; KeyboardInterrupt after the stage at work has saved its state."""
-    config.path.mkdir(parents=True, exist_ok=True)
-    with _lock(config.path):
-        artifacts.write_text(config.path / CONFIG, dump_config(config))
+    with locked(config.path):
+        freeze(config, cluster)
         for stage in select(build_stages(config), names):
             if is_current(stage, config):
                 console.print(f"[dim]{stage.id:<22} current")
                 continue
-            _require_inputs(stage, config)
             seconds = _run_stage(stage, config, cluster, console)
             console.print(f"[bold]{stage.id:<22}[/] done in {seconds:.0f} s")
 
 
+def freeze(config: RunConfig, cluster: ClusterConfig) -> None:
+    """What the processes of a run read: its resolved recipe and where it runs."""
+    artifacts.write_text(config.path / CONFIG, dump_config(config))
+    artifacts.write_text(config.path / CLUSTER, dump_config(cluster))
+
+
 @contextlib.contextmanager
-def _lock(folder: Path):
-    with open(folder / ".lock", "w") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """The run folder, made where it is missing, for one launcher at a time; the file says which."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder} is in use by another sparse-train; wait for it, or give name=OTHER") from error
+        file.truncate(0)
+        file.write(f"{platform.node()} {os.getpid()}")
+        file.flush()
         yield
-
-
-def _require_inputs(stage: Stage, config: RunConfig) -> None:
-    for name in stage.inputs:
-        damage = artifacts.damage(config.path / name)
-        if damage:
-            raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
-                            f"(delete {config.path / name} if it is damaged)")
 
 
 def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console: Console) -> float:
     logs = log_folder(stage, config)
     progress_file(stage, config).unlink(missing_ok=True)
     started = time.monotonic()
-    job = _submit(stage, config, cluster, logs)
+    num_ranks = cluster.resources(stage.id, stage.distributed).ranks
+    job = start_processes(cluster, num_ranks, logs, process, str(config.path.absolute()), stage.id, free_port())
     try:
         _watch(stage, config, job, console)
     except KeyboardInterrupt:
         console.print(f"[yellow]stopping {stage.id}; it saves its state first")
         _stop(job)
         raise
-    ending = _ending(stage, job, logs)
+    ending = attempts.read_ending(logs, f"{job.job_id}.0", num_ranks)
     if ending.status == "mistake":
         raise UserError(f"stage {stage.id}: {ending.message}")
     if ending.status == "stopped":
         raise StageFailed(f"stage {stage.id} was stopped and saved its state; the same command goes on from there")
+    if ending.status != "finished":
+        raise StageFailed(f"stage {stage.id} failed: rank {ending.rank} {ending.message} "
+                          f"(log: {rank_log(logs, job.job_id, ending.rank)})")
     return time.monotonic() - started
 
 
-def _submit(stage: Stage, config: RunConfig, cluster: ClusterConfig, logs: Path) -> submitit.Job:
-    return start_processes(cluster, cluster.ranks if stage.distributed else 1, logs, _process, str(config.path),
-                           stage.id, free_port())
+def rank_log(logs: Path, job: str, rank: int) -> Path:
+    return logs / f"{job}_{rank}_log.out"
 
 
 def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function, *arguments) -> submitit.Job:
-    """`function(*arguments)` on as many processes as ranks."""
+    """`function(*arguments)` on as many processes of this machine as ranks."""
     executor = submitit.LocalExecutor(logs)
-    executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(),
-                               timeout_min=cluster.timeout_min, stderr_to_stdout=True)
+    executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(num_ranks),
+                               timeout_min=7 * 24 * 60, stderr_to_stdout=True)
     # A terminal's Ctrl-C reaches the whole process group; the ranks shall hear of it from us, as SIGTERM.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    given = {key: os.environ.get(key) for key in cluster.environment}
+    os.environ.update(cluster.environment)
     try:
         return executor.submit(function, *arguments)
     finally:
         signal.signal(signal.SIGINT, before)
+        for key, value in given.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
-def _process(run_folder: str, stage_id: str, port: int) -> Ending:
+def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
+    """What submitit calls in each process of a stage."""
     from launch.worker import work  # brings DeepSpeed, which only the ranks need
 
-    return work(run_folder, stage_id, port)
+    work(run_folder, stage_id, port)
 
 
 def free_port() -> int:
@@ -130,7 +142,7 @@ def _watch(stage: Stage, config: RunConfig, job: submitit.Job, console: Console)
                TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(stage.id, total=None, note="")
-        while not job.done():
+        while job._process.poll() is None:
             with contextlib.suppress(UserError):
                 state = artifacts.read_json(progress_file(stage, config))
                 bars.update(bar, completed=state["done"], total=state["total"], note=state["note"])
@@ -151,29 +163,3 @@ def _stop(job: submitit.Job) -> None:
         for one in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-
-
-def _ending(stage: Stage, job: submitit.Job, logs: Path) -> Ending:
-    """The most telling of the ranks' endings: a mistake, then one that broke, then the rest."""
-    endings, broken = [], []
-    for task in range(job.num_tasks):
-        try:
-            endings.append(job.task(task).result())
-        except submitit.core.utils.UncompletedJobError as error:  # a FailedJobError is one, with a traceback
-            broken.append((f"rank {task} {_cause(error)}", logs / f"{job.job_id}_{task}_log.out"))
-    for ending in endings:
-        if ending.status == "mistake":
-            return ending
-    if broken:
-        # Ranks that lost a peer complain about the connection, or were ended with it; the first cause did neither.
-        line, log = min(broken, key=lambda pair: "onnection" in pair[0] or _NO_RESULT in pair[0])
-        raise StageFailed(f"stage {stage.id} failed: {line} (log: {log})")
-    return endings[0]
-
-
-def _cause(error: submitit.core.utils.UncompletedJobError) -> str:
-    """The traceback's last line, or that there is none."""
-    if not isinstance(error, submitit.core.utils.FailedJobError):
-        return _NO_RESULT
-    lines = str(error).partition("You can check full logs")[0].splitlines()
-    return [line.strip() for line in lines if line.strip(" -")][-1]

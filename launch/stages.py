@@ -7,19 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_train import artifacts
-from sparse_train.config import RunConfig
+from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
 
 CONFIG = "config.yaml"
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a process of a stage came to its end."""
-
-    status: str
-    """finished, stopped (run again to go on) or mistake (the user's, told in `message`)."""
-    message: str = ""
+JOBS = ("dense", "prune", "finetune", "evaluate", "compress", "benchmark", "report")
 
 
 @dataclass(frozen=True)
@@ -43,9 +35,23 @@ class Stage:
         """The module of `jobs` that does it, and the name it is selected by."""
         return self.id.partition("/")[0]
 
-    @property
-    def loss(self) -> str:
-        return self.id.rpartition("/")[2]
+
+def read_run(folder: Path) -> RunConfig:
+    """The config of the run in `folder`, whose path is where it is now, as seen from here."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no run folder: it has no {CONFIG}; give the folder that a run made")
+    folder = folder.absolute()
+    return load_config(RunConfig, folder / CONFIG).model_copy(update={"folder": str(folder.parent),
+                                                                      "name": folder.name})
+
+
+def find_stage(config: RunConfig, name: str) -> "Stage":
+    """By its id, or by its job where there is one. Raises UserError."""
+    found = select(build_stages(config), [name])
+    exact = [stage for stage in found if stage.id == name] or found
+    if len(exact) > 1:
+        raise UserError(f"{name} is {len(found)} stages of this run; give one: {', '.join(s.id for s in found)}")
+    return exact[0]
 
 
 def build_stages(config: RunConfig) -> list[Stage]:

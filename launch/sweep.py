@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import runner
+from launch import runner, slurm
 from launch.cluster import ClusterConfig
 from launch.preflight import check, numbers
-from launch.stages import build_stages, stage_key
+from launch.stages import build_stages, is_current, stage_key
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
+from sparse_train.errors import UserError
 from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 
@@ -26,49 +27,59 @@ Points = list[tuple[dict[str, Any], RunConfig]]
 def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool) -> int:
     """1 when a combination failed; the others are run all the same."""
     for _, config in points:
-        runner.plan(config, names)  # a stage's name that does not exist is told before anything runs
-    if dry_run:
-        for _, config in points:
-            size, remarks = check(config, dry_run=True)
+        runner.plan(config, names)  # a stage that does not exist is told at once
+        size, remarks = check(config, dry_run)
+        if dry_run:
             for line in [f"{config.name}:", *(f"  {line}" for line in [*remarks, *numbers(config, size)])]:
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
+    shared = {config.name: _dense_of(config) for _, config in points if not config.dense.path}
+    points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
+    later = [name for name in names if name != "dense"]
+    if cluster.executor == "slurm":
+        slurm.submit_sweep(list({one.name: one for one in shared.values()}.values()), [config for _, config in points],
+                           cluster, later, console, dry_run)
         return 0
-    failures, later = [], [name for name in names if name != "dense"]
+    if dry_run:
+        return 0
+    failures = []
     for number, (_, config) in enumerate(points, 1):
-        check(config)
         console.print(f"[bold]{config.name}[/] ({number} of {len(points)})", highlight=False)
         try:
-            shared = _with_shared_dense(config, cluster, console)
-            if not names or later:
-                runner.run(shared, cluster, later, console)
-        except runner.StageFailed as error:
+            if dense := shared.get(config.name):
+                runner.run(dense, cluster, ["dense"], console)
+            if later or not names:
+                runner.run(config, cluster, later, console)
+        except (runner.StageFailed, UserError) as error:
             failures.append(f"{config.name}: {error}")
-    table = collect(points)
-    if table:
-        artifacts.write_json(points[0][1].path.parent / "sweep.json", table)
-        print_sweep(table, task_class(points[0][1].task.name).metric, console)
+    print_collected(points, console)
     for line in failures:
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failures else 0
 
 
-def _with_shared_dense(config: RunConfig, cluster: ClusterConfig, console: Console) -> RunConfig:
-    if config.dense.path:
-        return config
+def _dense_of(config: RunConfig) -> RunConfig:
+    """The run that makes the dense model of `config`, and of all who agree with it on how that is made."""
     dense = next(stage for stage in build_stages(config) if stage.id == "dense")
-    shared = config.model_copy(update={"name": f"dense-{stage_key(dense, config)[:8]}"})
-    runner.run(shared, cluster, ["dense"], console)
-    path = str((shared.path / "dense").absolute())
+    return config.model_copy(update={"name": f"dense-{stage_key(dense, config)[:8]}"})
+
+
+def _with_dense(config: RunConfig, dense: RunConfig | None) -> RunConfig:
+    if dense is None:
+        return config
+    path = str((dense.path / "dense").absolute())
     return config.model_copy(update={"dense": config.dense.model_copy(update={"path": path})})
 
 
-def collect(points: Points) -> list[dict[str, Any]]:
-    found = []
+def print_collected(points: Points, console: Console) -> None:
+    """Write SWEEP/sweep.json and print it as a table: scores of the combinations that are evaluated by now."""
+    table = []
     for point, config in points:
-        scores = config.path / "evaluate" / "scores.json"
-        if scores.is_file():
-            found += [{"point": point, **row} for row in artifacts.read_json(scores)]
-    return found
+        evaluate = next(stage for stage in build_stages(config) if stage.id == "evaluate")
+        if is_current(evaluate, config):
+            table += [{"point": point, **row} for row in artifacts.read_json(config.path / "evaluate" / "scores.json")]
+    if table:
+        artifacts.write_json(points[0][1].path.parent / "sweep.json", table)
+        print_sweep(table, task_class(points[0][1].task.name).metric, console)
 
 
 def print_sweep(table: list[dict[str, Any]], metric: str, console: Console) -> None:
@@ -76,23 +87,24 @@ def print_sweep(table: list[dict[str, Any]], metric: str, console: Console) -> N
     keys = [key for key in table[0]["point"] if key not in ("seed", "prune.sparsity")]
     losses = list(dict.fromkeys(row["loss"] for row in table))
     for name in (metric, "cross_entropy"):
-        cells: dict[tuple, dict[str, list[float]]] = {}
-        dense: dict[tuple, list[float]] = {}
+        # (case, sparsity) -> loss -> seed -> value; a seed's dense model counts once, however many were pruned from it.
+        cells: dict[tuple, dict[str, dict]] = {}
+        dense: dict[tuple, dict] = {}
         for row in table:
-            case = tuple(str(row["point"][key]) for key in keys)
+            case, seed = tuple(str(row["point"][key]) for key in keys), row["point"].get("seed")
             if row["loss"] == "dense":
-                dense.setdefault(case, []).append(row["metrics"][name])
+                dense.setdefault(case, {})[seed] = row["metrics"][name]
             else:
                 losses_of = cells.setdefault((*case, f"{row['sparsity']:.2f}"), {})
-                losses_of.setdefault(row["loss"], []).append(row["metrics"][name])
+                losses_of.setdefault(row["loss"], {})[seed] = row["metrics"][name]
         rows = [[*case, *(_mean(found | {"dense": dense[case[:-1]]}, loss) for loss in losses)]
                 for case, found in cells.items()]
         console.print(f"[bold]{name.replace('_', ' ')}")
         print_table(console, (*(key.rpartition(".")[2] for key in keys), "sparsity", *losses), rows, len(keys) + 1)
 
 
-def _mean(found: dict[str, list[float]], loss: str) -> str:
-    values = found.get(loss)
+def _mean(found: dict[str, dict[Any, float]], loss: str) -> str:
+    values = [*found.get(loss, {}).values()]
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

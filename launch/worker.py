@@ -1,62 +1,142 @@
-"""What each process of a stage runs: join the ranks, do the job, sign its folder on rank 0."""
+"""What each process of a stage runs: join the ranks, do the job, sign its folder on rank 0, and say how it ended.
+
+    python -m launch.worker RUN STAGE     under srun; without it submitit calls work()
+"""
 
 import importlib
 import os
 import shutil
 import signal
+import sys
 import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
-import submitit
 import torch
 
 from jobs.job import Job, Stopped
-from launch.stages import CONFIG, Ending, Stage, build_stages, input_paths, partial_folder, progress_file, stage_key
+from launch import attempts, readiness
+from launch.attempts import EXIT_CODES, Ending, Superseded
+from launch.cluster import CLUSTER, ClusterConfig
+from launch.place import Place, deadline, find_place
+from launch.stages import Stage, find_stage, input_paths, log_folder, partial_folder, progress_file, read_run, stage_key
 from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
-from sparse_train.tracking import Progress
+from sparse_train.pulse import Pulse
+from sparse_train.tracking import Progress, log_results
+from sparse_train.training import checkpoint
 
 
-def work(run_folder: str, stage_id: str, port: int) -> Ending:
-    """Run one stage of the run in `run_folder`; each rank calls this. Anything but a UserError propagates."""
-    # submitit ignores SIGTERM; until training takes it over, it should end the process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    config = load_config(RunConfig, Path(run_folder) / CONFIG)
-    stage = next(stage for stage in build_stages(config) if stage.id == stage_id)
-    num_ranks = submitit.JobEnvironment().num_tasks
+def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
+    """Run one stage of the run in `run_folder`; each rank calls this. Exits with the ending's code unless it is 0.
+
+    `port`: of the rendezvous; None takes the place's own.
+    """
+    place = find_place()
+    config = read_run(Path(run_folder))
+    cluster = load_config(ClusterConfig, config.path / CLUSTER)
+    stage = find_stage(config, stage_id)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        # submitit's handlers would save on one rank only. Training takes over with its own; joining the ranks waits in
+        # native code, where no handler of Python's would run.
+        signal.signal(number, signal.SIG_DFL if stage.distributed else _raise_stopped)
+    ending = _ending_of(place, lambda: _work(place, config, cluster, stage, port or place.port))
+    if ending is not None:
+        attempts.write_ending(log_folder(stage, config), place.attempt, ending)
+    status = ending.status if ending else "broken"
+    if status == "finished":
+        return
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # Not sys.exit: where a rank is gone, closing the process group may wait for it.
+    os._exit(EXIT_CODES[status])
+
+
+def _raise_stopped(number, frame):
+    raise Stopped
+
+
+def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
+    """None when another attempt has taken over."""
     try:
-        if stage.distributed:
-            join_ranks(port)
-        metrics, started = _run_job(stage, config)
-        if dist.rank() == 0:
-            _publish(stage, config, metrics, time.time() - started, num_ranks)
-        dist.barrier()
-        return Ending("finished")
+        do()
+        return Ending("finished", rank=place.rank)
     except Stopped:
-        return Ending("stopped")
+        return Ending("stopped", "it was asked to stop, or its time ran out, and saved its state", place.rank)
     except UserError as error:
-        return Ending("mistake", str(error))
-    finally:
-        dist.stop()
+        print(error, file=sys.stderr)
+        return Ending("mistake", str(error), place.rank)
+    except Superseded as error:
+        print(error, file=sys.stderr)
+        return None
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        return Ending("lost" if _is_lost_peer(error) else "broken", f"{type(error).__name__}: {lines[-1]}", place.rank)
 
 
-def join_ranks(port: int) -> None:
-    """Make this process the rank that submitit started it as."""
-    environment = submitit.JobEnvironment()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.num_tasks))
-    dist.start(environment.global_rank, environment.num_tasks, environment.local_rank, environment.hostnames[0], port)
+def _is_lost_peer(error: Exception) -> bool:
+    """gloo raises plain RuntimeErrors, the other backends subclasses of DistError."""
+    told = str(error)
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and (
+        "Connection" in told or "gloo" in told))
 
 
-def _run_job(stage: Stage, config: RunConfig):
+def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage, port: int) -> None:
+    logs = log_folder(stage, config)
+    started = time.time()
+    if place.rank == 0:  # before anything can go wrong, and before an attempt that is still alive somewhere writes more
+        attempts.begin(logs, place, checkpoint.newest_step(partial_folder(stage, config) / "checkpoints"))
+    pulse = join_ranks(place, cluster, port, logs) if stage.distributed else None
+    if stage.distributed and cluster.preflight:
+        readiness.check_ranks(place, config, stage)
+    if place.rank == 0:
+        _require_inputs(stage, config)
+    metrics = _run_job(place, stage, config)
+    if place.rank == 0:
+        attempts.require_newest(logs, place.attempt)
+        _publish(stage, config, metrics, time.time() - started, place)
+    dist.barrier()
+    if pulse:
+        pulse.stop()
+    dist.stop()
+
+
+def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Pulse:
+    """Make this process the rank that it was started as, and watch over the others."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.ranks_on_node))
+    dist.start(place.rank, place.num_ranks, place.local_rank, place.ranks_on_node, place.nodes[0], port,
+               timedelta(seconds=cluster.silence_s))
+
+    def give_up(silence: str) -> None:
+        print(f"giving up: {silence}", file=sys.stderr, flush=True)
+        if logs is not None:
+            attempts.write_ending(logs, place.attempt, Ending("lost", silence, place.rank))
+        os._exit(EXIT_CODES["lost"])
+
+    return Pulse(place.host, place.nodes[0], cluster.silence_s, give_up)
+
+
+def _require_inputs(stage: Stage, config: RunConfig) -> None:
+    for name in stage.inputs:
+        if damage := artifacts.damage(config.path / name):
+            raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
+                            f"(delete {config.path / name} if it is damaged)")
+
+
+def _run_job(place: Place, stage: Stage, config: RunConfig) -> dict:
     out, key = partial_folder(stage, config), stage_key(stage, config)
-    if dist.rank() == 0:
+    if place.rank == 0:
         _prepare(out, key)
     dist.barrier()
-    job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config)), stage.loss,
-              stage.level)
-    started = time.time()
-    return importlib.import_module(f"jobs.{stage.job}").run(job), started
+    logs = log_folder(stage, config)
+    job = Job(config, out, input_paths(stage, config),
+              Progress(progress_file(stage, config), lambda: attempts.require_newest(logs, place.attempt)),
+              stage.id, stage.level, deadline() if place.rank == 0 else None)
+    return importlib.import_module(f"jobs.{stage.job}").run(job)
 
 
 def _prepare(out: Path, key: str) -> None:
@@ -68,12 +148,18 @@ def _prepare(out: Path, key: str) -> None:
         artifacts.write_text(note, key)
 
 
-def _publish(stage: Stage, config: RunConfig, metrics: dict, seconds: float, num_ranks: int) -> None:
+def _publish(stage: Stage, config: RunConfig, metrics: dict, seconds: float, place: Place) -> None:
     out, key = partial_folder(stage, config), stage_key(stage, config)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     (out / "key").unlink()
     artifacts.publish(out, config.path / stage.id, {
         "stage": stage.id, "key": key, "config": config.model_dump(mode="json"),
         "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
-        "num_ranks": num_ranks, "seconds": round(seconds, 3), "metrics": metrics,
+        "num_ranks": place.num_ranks, "nodes": place.nodes, "seconds": round(seconds, 3), "metrics": metrics,
     })
+    if not stage.distributed and config.tracking.wandb:
+        log_results(config.path, stage.id, metrics, config.tracking.wandb)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2])

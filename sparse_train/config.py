@@ -27,11 +27,17 @@ class Section(BaseModel):
 
 class TaskConfig(Section):
     name: Literal["arithmetic", "gsm8k", "translation", "numbers", "speech", "dialtones", "text"] = "arithmetic"
-    """arithmetic, numbers and dialtones are generated and need no data; the others read task.path."""
+    """arithmetic, numbers and dialtones are generated and need no data; the others read task.path. A run without a name
+    takes the generated one that its model.family can do."""
     path: str | None = None
     """A folder or file, or the name of a data set on the hub; what it must hold is in the task's module."""
     subset: str | None = None
     """Of a hub data set, such as de-en or hi."""
+    train_split: str = "train"
+    """What is trained on, as the data calls it: a hub split, a file's name without its ending, a value of an index's
+    column `split`. Several are joined by +, such as train+validation."""
+    test_split: str = "test"
+    """What is evaluated on, likewise."""
     languages: tuple[str, str] = ("en", "de")
     """translation: from and to, as the data set calls them."""
     language: str | None = None
@@ -43,13 +49,17 @@ class TaskConfig(Section):
     test_prompt: str | None = None
     """Template of the prompt in evaluation, where it differs."""
     shots: Annotated[int, Field(ge=0)] = 0
-    """gsm8k: solved training examples in front of each test prompt."""
+    """gsm8k: solved training examples in front of each test prompt, in its template."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Of data that comes without a split: the share whose text hashes into the test split."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """More unusable rows than this are an error; fewer are counted and named in the log."""
     max_length: Positive = 512
-    """Longest example in tokens; longer training examples are left out, and counted in the log."""
+    """Longest example in tokens; longer training examples are left out, counted and some of them named in the log."""
+
+    def split_name(self, split: str) -> str:
+        """What the data calls "train" or "test"."""
+        return self.train_split if split == "train" else self.test_split
 
 
 class ModelConfig(Section):
@@ -82,6 +92,24 @@ class ModelConfig(Section):
         if self.family == "mpt" and self.ffn_width != 4 * self.d_model:
             raise ValueError(f"d_ff={self.d_ff}: the FFN of mpt is 4 * d_model = {4 * self.d_model} wide; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _heads_of_keys_exist(self):
+        shared = ("llama", "mistral", "qwen3", "olmo2")
+        if self.n_kv_heads not in (None, self.n_heads) and self.family not in shared:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads}: {self.family} has as many heads of keys as n_heads="
+                             f"{self.n_heads}; leave it out, or take a family that shares them: {', '.join(shared)}")
+        if self.n_heads % (self.n_kv_heads or self.n_heads):
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}")
+        return self
+
+    @field_validator("window_seconds")
+    @classmethod
+    def _whole_states(cls, seconds: float) -> float:
+        if abs(seconds * 50 - round(seconds * 50)) > 1e-6 or seconds < 0.02:
+            raise ValueError(f"window_seconds={seconds}: a state of Whisper's encoder is 0.02 s, so give a multiple, "
+                             f"such as {max(1, round(seconds * 50)) / 50:g}")
+        return seconds
 
 
 class ZeroConfig(Section):
@@ -170,6 +198,8 @@ class PruneConfig(Section):
     """unstructured, or N:M: N kept of every M along a row."""
     num_calibration: Positive = 128
     """Training examples whose activations make the Hessians (sparsegpt)."""
+    calibration: TaskConfig | None = None
+    """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
     """Calibration examples per forward pass."""
     damping: Annotated[float, Field(gt=0)] = 0.01
@@ -323,6 +353,9 @@ class TrackingConfig(Section):
     """metrics.jsonl is always written; wandb when this is set, and training goes on if it fails."""
 
 
+_GENERATED = {"t5": "numbers", "whisper": "dialtones"}  # task.name by family; arithmetic for all others
+
+
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     about: str = ""
@@ -342,6 +375,16 @@ class RunConfig(Section):
     sweep: dict[str, tuple[Any, ...]] = {}
     """Dotted keys and the values that each takes. A run does every combination, in folders below the run's, and trains
     the dense model once for those that agree on it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_of_the_family(cls, given):
+        model, task = (given.get(key, {}) for key in ("model", "task")) if isinstance(given, dict) else (None, None)
+        if isinstance(model, dict) and isinstance(task, dict) and "name" not in task:
+            family = str(model.get("family")).partition("-")[0]
+            if family in _GENERATED:
+                return {**given, "task": {**task, "name": _GENERATED[family]}}
+        return given
 
     @field_validator("sweep")
     @classmethod

@@ -4,6 +4,7 @@ A rank is a process of the training job. The device is what DeepSpeed's accelera
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,12 +16,17 @@ from torch import distributed
 from sparse_train.errors import UserError
 
 
-def start(rank: int, world_size: int, local_rank: int, address: str, port: int,
+def start(rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int,
           timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group at address:port. The time-out is said: DeepSpeed's default differs between releases."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
-                      LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
+    """Join the process group at address:port, as one of the `local_size` ranks of this node.
+
+    The time-out is said: DeepSpeed's default differs between releases.
+    """
     accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        local_rank %= accelerator.device_count()  # a job step may show each task no GPU but its own
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
+                      LOCAL_SIZE=str(local_size), MASTER_ADDR=address, MASTER_PORT=str(port))
     # Compiled at the first start on a CPU (20 s, and not at all below a folder with a space in its name), to serve
     # inference only; training reduces through the process group.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -41,6 +47,16 @@ def rank() -> int:
 
 def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def local_size() -> int:
+    """Ranks on this node."""
+    return int(os.environ["LOCAL_SIZE"]) if distributed.is_initialized() else 1
+
+
+def node() -> tuple[int, int]:
+    """(index of this node, number of nodes); ranks are counted node by node."""
+    return rank() // local_size(), -(-world_size() // local_size())
 
 
 def device() -> torch.device:
@@ -65,6 +81,17 @@ def gather_objects(mine: Any) -> list[Any]:
     if world_size() > 1:
         distributed.all_gather_object(everyone, mine)
     return everyone
+
+
+def agree(check: Callable[[], None]) -> None:
+    """Run `check` on every rank. Collective: a UserError of any of them is raised on all, that of the lowest rank."""
+    try:
+        check()
+        problem = ""
+    except UserError as error:
+        problem = str(error)
+    if found := next(filter(None, gather_objects(problem)), None):
+        raise UserError(found)
 
 
 def share(items: list, num_sharing: int = 1) -> list:

@@ -56,7 +56,7 @@ def _rank(accelerator, function, rank, world, port, results, arguments):
     from sparse_train import dist
     try:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
-        dist.start(rank, world, rank, "127.0.0.1", port)
+        dist.start(rank, world, rank, world, "127.0.0.1", port)
         results.put((rank, pickle.dumps(function(*arguments)), None))  # by value: a sent tensor dies with its process
         results.close()
         results.join_thread()

@@ -9,7 +9,7 @@ import pytest
 from sparse_train import artifacts
 from sparse_train.config import WandbConfig
 from sparse_train.errors import UserError
-from sparse_train.tracking import Progress, Tracker
+from sparse_train.tracking import Progress, Tracker, log_results
 
 
 def _signed(tmp_path):
@@ -53,13 +53,13 @@ def test_a_broken_json_file_is_a_clear_line(tmp_path):
 
 
 def test_rewinding_drops_later_steps_and_half_lines(tmp_path):
-    tracker = Tracker(tmp_path, "id")
+    tracker = Tracker(tmp_path, tmp_path, "dense")
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
     tracker.close()
     with open(tracker.path, "a") as file:
         file.write('{"step": 4, "lo')
-    again = Tracker(tmp_path, "id")
+    again = Tracker(tmp_path, tmp_path, "dense")
     again.rewind(2)
     again.log(3, {"loss": 0.5})
     again.close()
@@ -77,15 +77,20 @@ def _fake_wandb(monkeypatch, fail_at):
             return run
         return done
 
-    run = types.SimpleNamespace(log=call("log"), finish=call("finish"))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=call("init")))
+    run = types.SimpleNamespace(log=call("log"), finish=call("finish"), define_metric=call("define_metric"))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=call("init"), Table=lambda columns, rows: (columns, rows), Image=lambda path: path))
     return calls
 
 
-@pytest.mark.parametrize("fail_at", ["init", "log", "finish"])
+def _told(calls, name):
+    return [args[0] for called, args, _ in calls if called == name]
+
+
+@pytest.mark.parametrize("fail_at", ["init", "define_metric", "log", "finish"])
 def test_a_failing_wandb_is_left_out_and_metrics_go_on(fail_at, tmp_path, monkeypatch):
     calls = _fake_wandb(monkeypatch, fail_at)
-    tracker = Tracker(tmp_path, "id", {}, WandbConfig())
+    tracker = Tracker(tmp_path, tmp_path, "dense", {}, WandbConfig())
     tracker.log(1, {"loss": 1.0})
     tracker.log(2, {"loss": 0.5})
     tracker.close()
@@ -93,22 +98,44 @@ def test_a_failing_wandb_is_left_out_and_metrics_go_on(fail_at, tmp_path, monkey
     assert sum(name == fail_at for name, *_ in calls) == 1
 
 
-def test_wandb_sees_nested_metrics_flat(tmp_path, monkeypatch):
-    calls = _fake_wandb(monkeypatch, None)
-    tracker = Tracker(tmp_path, "fixed", {"a": 1}, WandbConfig(mode="offline"))
-    tracker.log(7, {"loss": 1.0, "squarehead": {"0": 0.25}})
-    assert calls[0][2]["name"] == "fixed" and calls[0][2]["mode"] == "offline"
-    assert calls[1][1:] == (({"loss": 1.0, "squarehead/0": 0.25},), {"step": 7})
-    Tracker(tmp_path, "fixed", {}, WandbConfig())
-    assert calls[2][2]["id"] == calls[0][2]["id"] and calls[2][2]["resume"] == "allow"
+def test_wandb_gets_one_run_per_stage_with_a_step_of_our_own(tmp_path, monkeypatch):
+    calls, run = _fake_wandb(monkeypatch, None), tmp_path / "demo"
+    tracker = Tracker(tmp_path, run, "finetune/ce", {"a": 1}, WandbConfig(mode="offline"))
+    tracker.log(7, {"loss": 1.0, "squarehead": {"0": 0.25}, "nodes": {"0": {"memory_gb": 2.0}}})
+    given = calls[0][2]
+    assert (given["name"], given["group"], given["job_type"], given["mode"], given["dir"]) == \
+        ("demo/finetune/ce", "demo", "finetune", "offline", str(run))
+    assert calls[1][1:] == (("*",), {"step_metric": "global_step"})
+    assert calls[2][1:] == (({"global_step": 7, "loss": 1.0, "squarehead/0": 0.25, "nodes/0/memory_gb": 2.0},), {})
+    Tracker(tmp_path, run, "finetune/ce", {}, WandbConfig())
+    again = [kwargs for name, _, kwargs in calls if name == "init"][1]
+    assert again["id"] == given["id"] and again["resume"] == "allow"
 
 
-def test_wandb_itself_offline(tmp_path, monkeypatch):
+def test_wandb_gets_tables_and_pictures_of_a_finished_stage(tmp_path, monkeypatch):
+    calls, stage = _fake_wandb(monkeypatch, None), tmp_path / "demo" / "benchmark"
+    stage.mkdir(parents=True)
+    (tmp_path / "demo" / "logs" / "benchmark").mkdir(parents=True)
+    artifacts.write_json(stage / "rows.json", {"machine": {}, "rows": [{"a": 1}, {"a": 2, "b": {"c": 3}}]})
+    artifacts.write_json(stage / "other.json", {"no": "rows"})
+    (stage / "plot.png").touch()
+    log_results(tmp_path / "demo", "benchmark", {"bandwidth": 3.0, "names": ["x"]}, WandbConfig())
+    assert _told(calls, "log") == [{"bandwidth": 3.0}, {"rows": (["a", "b/c"], [[1, None], [2, 3]])},
+                                   {"plot": str(stage / "plot.png")}]
+    assert calls[-1][0] == "finish"
+
+
+def test_wandb_itself_offline_and_where_the_key_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = Tracker(tmp_path, "fixed", {}, WandbConfig(mode="offline"))
-    tracker.log(1, {"loss": 1.0})
-    tracker.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    monkeypatch.setenv("WANDB_API_KEY", key := "k" * 40)
+    for step in (1, 2):  # two attempts
+        tracker = Tracker(tmp_path, tmp_path, "dense", {}, WandbConfig(mode="offline"))
+        tracker.log(step, {"loss": 1.0})
+        tracker.close()
+    folders = list(tmp_path.glob("wandb/offline-run-*"))
+    assert folders and all(folder.name.endswith((tmp_path / "wandb-id").read_text()) for folder in folders)
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == len(folders)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
 
 
 def test_progress_is_written_at_the_end_and_not_at_every_call(tmp_path):
@@ -117,4 +144,14 @@ def test_progress_is_written_at_the_end_and_not_at_every_call(tmp_path):
         progress(done, 10, "x")
         if done == 5:
             assert artifacts.read_json(tmp_path / "p.json")["done"] == 1
-    assert artifacts.read_json(tmp_path / "p.json") == {"done": 10, "total": 10, "note": "x"}
+    written = artifacts.read_json(tmp_path / "p.json")
+    assert (written["done"], written["total"], written["note"], written["seconds_left"]) == (10, 10, "x", 0)
+
+
+def test_progress_stops_one_who_should_not_write(tmp_path):
+    def guard():
+        raise RuntimeError("another is at work")
+
+    with pytest.raises(RuntimeError, match="another"):
+        Progress(tmp_path / "p.json", guard)(1, 10)
+    assert not (tmp_path / "p.json").exists()

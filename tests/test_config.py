@@ -7,7 +7,7 @@ import yaml
 
 from launch.cluster import ClusterConfig
 from launch.stages import build_stages, select
-from sparse_train.config import RunConfig, dump_config, load_config
+from sparse_train.config import RunConfig, TaskConfig, dump_config, load_config
 from sparse_train.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -59,6 +59,7 @@ def test_overrides_are_typed_and_nested():
     ("model.n_heads=3", "n_heads=3 must divide d_model=128"),
     ("dense.steps=0", "dense.steps=0: input should be greater than 0"),
     ("dense.steps", "write key=value"),
+    ("prune.calibration.pth=x", "did you mean path?"),
     ("name.x=1", "name is a value, not a section"),
     ("name=../up", "name='../up'"),
 ])
@@ -66,6 +67,15 @@ def test_a_mistake_is_one_line_with_value_and_remedy(override, told):
     with pytest.raises(UserError) as error:
         load_config(RunConfig, _DEMO, [override])
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family, task", [("mpt", "arithmetic"), ("llama", "arithmetic"), ("t5", "numbers"),
+                                          ("t5-gated", "numbers"), ("whisper", "dialtones")])
+def test_the_task_of_a_run_without_one_is_what_its_family_can_do(family, task):
+    run = {"model": {"family": family}, "prune": {"sparsity": 0.5}}
+    assert RunConfig.model_validate(run).task.name == task
+    assert RunConfig.model_validate(run | {"task": {"max_length": 9}}).task == TaskConfig(name=task, max_length=9)
+    assert RunConfig.model_validate(run | {"task": {"name": "gsm8k"}}).task.name == "gsm8k"
 
 
 @pytest.mark.parametrize("text, told", [("- a\n- b\n", "must hold a mapping"), ("a: [1", "is not valid YAML")])

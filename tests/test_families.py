@@ -1,10 +1,19 @@
-"""Every family: what is pruned, the calibration walk, the loader, and the losses over one and two stacks."""
+"""Every family: what is pruned, the calibration walk, features over one and two stacks; and families not known."""
 
 import logging
 
 import pytest
 import torch
-from transformers import GPT2Config, PhiConfig
+from transformers import (
+    BartConfig,
+    GPT2Config,
+    MambaConfig,
+    MarianConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    ProphetNetConfig,
+)
 
 from sparse_train.config import LossConfig, ModelConfig, PruneConfig
 from sparse_train.errors import UserError
@@ -14,14 +23,14 @@ from sparse_train.models import (
     family_of,
     load_model,
     load_processor,
-    open_model,
     save_model,
 )
+from sparse_train.models import family as family_module
 from sparse_train.models.checkpoint import from_config
-from sparse_train.pruning import prune
+from sparse_train.pruning import blockwise, prune
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example
-from sparse_train.tasks.batch import collate
+from sparse_train.tasks.batch import Batch, EncoderInput, collate
 from sparse_train.training.features import Tap
 from tests.models import tiny_tokenizer
 
@@ -30,14 +39,14 @@ _NUM_PRUNABLE = {"mpt": [4], "t5": [6, 10], "t5-gated": [7, 11], "whisper": [6, 
                  "qwen3": [7], "olmo2": [7], "gpt_neox": [4], "opt": [6]}
 
 
-def _made(family, **more):
+def made(family, **more):
     torch.manual_seed(0)
     config = ModelConfig(family=family, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, window_seconds=0.4, **more)
     processor = build_processor(config, tiny_tokenizer())
     return build_model(config, processor).eval(), processor
 
 
-def _examples(processor):
+def examples(processor):
     import numpy as np
     draw = np.random.default_rng(0)
     found = []
@@ -49,7 +58,7 @@ def _examples(processor):
 
 @pytest.mark.parametrize("family", _NUM_PRUNABLE)
 def test_a_family_prunes_its_blocks_and_nothing_else(family):
-    model, _ = _made(family)
+    model, _ = made(family)
     found, linears = family_of(model), family_of(model).prunable_linears(model)
     per_block = [sum(name.startswith(f"{stack.blocks}.0.") for name in linears) for stack in found.stacks]
     assert per_block == _NUM_PRUNABLE[family]
@@ -61,8 +70,8 @@ def test_a_family_prunes_its_blocks_and_nothing_else(family):
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 @pytest.mark.parametrize("family", _NUM_PRUNABLE)
 def test_every_family_is_pruned_saved_and_read(family, method, tmp_path):
-    model, processor = _made(family)
-    batches = [collate(_examples(processor)[:3], processor), collate(_examples(processor)[3:], processor)]
+    model, processor = made(family)
+    batches = [collate(examples(processor)[:3], processor), collate(examples(processor)[3:], processor)]
     weights = prune(model, batches, PruneConfig(method=method, sparsity=0.5))
     for name, weight in weights.items():
         assert weight.sparsity == pytest.approx(0.5, abs=1e-3), name
@@ -72,54 +81,90 @@ def test_every_family_is_pruned_saved_and_read(family, method, tmp_path):
     torch.testing.assert_close(again(**batches[0].inputs()).logits, dense_logits, rtol=1e-4, atol=1e-5)
     read = load_processor(tmp_path)
     assert read.decoder_prefix == processor.decoder_prefix
-    other = collate(_examples(processor)[:3], read)
+    other = collate(examples(processor)[:3], read)
     for key, value in batches[0].inputs().items():
         assert torch.equal(other.inputs()[key], value)
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper", "mpt"])
-def test_calibration_sees_what_a_forward_pass_of_the_pruned_model_shows(family):
-    """The Hessians' inputs: nothing of padding, cross-attention's from the encoder; in a model that prunes nothing."""
-    from sparse_train.pruning import blockwise
-
-    model, processor = _made(family)
-    batch = collate(_examples(processor), processor)
-    linears, seen, wanted = family_of(model).prunable_linears(model), {}, {}
+def _calibrated(model, batch, sparsity):
+    """Linear's name -> the sum that `prune` made of its inputs."""
+    sums = []
 
     class Spy(blockwise.Hessian):
         def mean(self):
-            seen[len(seen)] = self.sum.clone()
+            sums.append(self.sum.clone())
             return super().mean()
 
-    handles = []
-    for name, linear in linears.items():
-        cross = any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj",
-                                              "encoder_attn.v_proj"))
-        side = "encoder" if cross or name.startswith(("encoder", "model.encoder")) else "decoder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "Hessian", Spy)
+        names = list(prune(model, [batch], PruneConfig(method="sparsegpt", sparsity=sparsity)))
+    return dict(zip(names, sums, strict=True))
+
+
+def _is_cross(name):
+    return any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj",
+                                         "encoder_attn.v_proj"))
+
+
+def _of_a_forward_pass(model, batch):
+    """The same sums from the inputs in one forward pass of `model`."""
+    found, handles = {}, []
+    for name, linear in family_of(model).prunable_linears(model).items():
+        side = "encoder" if _is_cross(name) or name.startswith(("encoder", "model.encoder")) else "decoder"
 
         def hook(module, args, name=name, side=side):
-            real = args[0][batch.attends[side]]
-            wanted[name] = 2 * real.T @ real
+            real = args[0].view(*batch.attends[side].shape, -1)[batch.attends[side]]
+            found[name] = 2 * real.T @ real
         handles.append(linear.register_forward_pre_hook(hook))
     with torch.no_grad():
         model(**batch.inputs())
     for handle in handles:
         handle.remove()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "Hessian", Spy)
-        prune(model, [batch], PruneConfig(method="sparsegpt", sparsity=0.0))
-    assert len(seen) == len(linears)
-    for found, name in zip(seen.values(), linears, strict=True):
-        torch.testing.assert_close(found, wanted[name], rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    return found
+
+
+def _agree(found, wanted, names):
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper", "mpt", "gpt_neox", "opt", "llama", "olmo2"])
+def test_calibration_sees_what_a_forward_pass_of_the_pruned_model_shows(family):
+    """The Hessians' inputs: nothing of padding, cross-attention's from the encoder; in a model that prunes nothing."""
+    model, processor = made(family)
+    batch = collate(examples(processor), processor)
+    wanted = _of_a_forward_pass(model, batch)
+    _agree(_calibrated(model, batch, 0.0), wanted, list(wanted))
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_calibration_of_the_decoder_sees_the_pruned_encoder(family):
+    (model, processor), (after, _) = made(family), made(family)
+    for parameter in [*model.parameters(), *after.parameters()]:
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)  # a new Whisper's blocks add so little that pruning them would not show
+    batch = collate(examples(processor), processor)
+    dense = _of_a_forward_pass(model, batch)
+    found = _calibrated(model, batch, 0.5)
+    encoder, decoder = (stack.blocks for stack in family_of(model).stacks)
+    # The dense model with the pruned encoder: what the decoder's first block meets before it is pruned itself.
+    after.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(encoder)},
+                          strict=False)
+    wanted = _of_a_forward_pass(after, batch)
+    first = [name for name in found if name.startswith(f"{decoder}.0.")]
+    _agree(found, wanted, first + [name for name in found if _is_cross(name)])
+    assert all((wanted[name] - dense[name]).norm() > 0.01 * dense[name].norm() for name in first if _is_cross(name))
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_features_of_both_stacks_have_their_own_padding(family):
-    model, processor = _made(family)
+    model, processor = made(family)
     points = family_of(model).feature_points(model)
     assert [(point.side, point.block) for point in points] == [
         ("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
-    batch, shapes = collate(_examples(processor), processor), {}
+    batch, shapes = collate(examples(processor), processor), {}
     with Tap([point.module for point in points], lambda i, x: shapes.__setitem__(i, x.shape[:2])), torch.no_grad():
         model(**batch.inputs())
     for index, point in enumerate(points):
@@ -131,34 +176,70 @@ def test_whispers_preset_takes_blocks_0_to_9_and_the_padding():
     assert loss.layers == tuple(range(10)) and loss.encoder_padding
 
 
-@pytest.mark.parametrize("config", [GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50),
-                                    PhiConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                              intermediate_size=64, vocab_size=50)], ids=["gpt2", "phi"])
-def test_an_unknown_family_is_derived_and_said_or_refused(config, caplog):
-    model = from_config(config)
-    if config.model_type == "gpt2":  # its projections are convolutions
-        with pytest.raises(UserError, match=r"gpt2.*cannot be derived"):
-            family_of(model)
-        return
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+          "vocab_size": 50, "pad_token_id": 0}
+_TWO_STACKS = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+               "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 50,
+               "pad_token_id": 0, "decoder_start_token_id": 0}
+
+
+@pytest.mark.parametrize("config, blocks, norm, share", [
+    (PhiConfig(**_SMALL), "model.layers", "model.final_layernorm", 97),
+    # Its experts are one tensor, and no linears.
+    (MixtralConfig(**_SMALL, num_key_value_heads=2, num_local_experts=4), "model.layers", "model.norm", 11),
+    (BartConfig(**_TWO_STACKS), "model.encoder.layers", None, 96),
+    (MarianConfig(**_TWO_STACKS), "model.encoder.layers", None, 96),
+], ids=lambda value: getattr(value, "model_type", ""))
+def test_an_unknown_family_is_derived_and_said(config, blocks, norm, share, caplog, monkeypatch):
+    monkeypatch.setattr(family_module, "_FAMILIES", dict(family_module._FAMILIES))
+    torch.manual_seed(0)
+    model = from_config(config).eval()
     with caplog.at_level(logging.WARNING):
         found = family_of(model)
-    assert found.stacks[0].blocks == "model.layers" and "fc1" in found.prunable
-    assert "model.layers" in caplog.text
+    assert (found.stacks[0].blocks, found.stacks[0].final_norm) == (blocks, norm)
+    assert blocks in caplog.text and f", {share}% of the blocks' parameters" in caplog.text
+    assert len(found.feature_points(model)) == 2 * len(found.stacks)
+    if norm is None:
+        with pytest.raises(UserError, match=f"{config.model_type} model has no norm behind {blocks}; use"):
+            found.feature_points(model, "norm")
+    ids = torch.randint(3, 50, (2, 6))
+    attend = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    batch = Batch(ids, attend, ids, EncoderInput(ids, attend) if config.is_encoder_decoder else None)
+    weights = prune(model, [batch], PruneConfig(sparsity=0.5))
+    pruned = model(**batch.inputs()).logits
+    torch.testing.assert_close(sparsify(model, weights)(**batch.inputs()).logits, pruned)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "whisper"])
-def test_a_model_without_data_has_its_computed_buffers(family, tmp_path):
-    model, processor = _made(family)
-    save_model(tmp_path, model, processor)
-    skeleton, _ = open_model(tmp_path)
-    assert all(parameter.is_meta for parameter in skeleton.parameters())
-    for name, buffer in model.named_buffers():
-        assert torch.equal(skeleton.get_buffer(name), buffer), name
+@pytest.mark.parametrize("config, reason", [
+    # Its projections are convolutions.
+    (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50), "cannot be derived"),
+    (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50), "outside of them"),
+    (ProphetNetConfig(hidden_size=32, num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
+                      num_decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50),
+     "several states per token"),
+], ids=lambda value: getattr(value, "model_type", ""))
+def test_an_unknown_family_that_cannot_be_pruned_is_refused(config, reason):
+    with pytest.raises(UserError, match=f"{config.model_type}.*{reason}.*supported are mpt"):
+        family_of(from_config(config))
 
 
-def test_a_weight_that_is_not_the_models_is_refused(tmp_path):
-    model, processor = _made("llama")
-    model.model.extra = torch.nn.Linear(2, 2)
-    save_model(tmp_path, model, processor)
-    with pytest.raises(UserError, match=r"does not have, such as model\.extra"):
-        load_model(tmp_path)
+def test_a_final_norm_that_a_model_of_the_table_lacks_is_said():
+    model = from_config(OPTConfig(hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4,
+                                  ffn_dim=64, do_layer_norm_before=False, vocab_size=50))
+    assert len(family_of(model).feature_points(model)) == 2
+    with pytest.raises(UserError, match=r"this opt model has no norm behind model\.decoder\.layers"):
+        family_of(model).feature_points(model, "norm")
+
+
+@pytest.mark.parametrize("given, told", [
+    ({"family": "mpt", "n_kv_heads": 2}, "n_kv_heads=2: mpt has as many heads of keys as n_heads=4"),
+    ({"family": "t5", "n_kv_heads": 2}, "n_kv_heads=2: t5 has as many"),
+    ({"family": "llama", "n_kv_heads": 3}, "n_kv_heads=3 must divide n_heads=4"),
+    ({"family": "whisper", "window_seconds": 0.05}, "window_seconds=0.05: .* give a multiple, such as 0.04"),
+    ({"family": "whisper", "window_seconds": 0.001}, "such as 0.02"),
+])
+def test_a_size_that_no_model_has_is_refused(given, told):
+    with pytest.raises(ValueError, match=told):
+        ModelConfig(**given)
+    assert ModelConfig(family="llama", n_kv_heads=2).n_kv_heads == 2
+    assert ModelConfig(family="whisper", window_seconds=0.58).window_seconds == 0.58

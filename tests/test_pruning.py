@@ -171,6 +171,24 @@ def test_a_pattern_that_does_not_divide_a_width_is_refused_before_anything_chang
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), _model().parameters(), strict=True))
 
 
+@pytest.mark.parametrize("num_batches", [0, 1])
+def test_sparsegpt_without_a_token_is_refused(num_batches):
+    """Also where all is padding: a Hessian of zeros would make every kept value 0, silently."""
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    batches = [Batch(ids, ids.bool(), ids)] * num_batches
+    with pytest.raises(UserError, match=r"no calibration token reached transformer\.blocks\.0\.attn\.Wqkv"):
+        prune(_model(), batches, PruneConfig(sparsity=0.5))
+
+
+def test_inputs_that_are_not_one_per_token_are_refused():
+    model = _model()
+    linear = model.transformer.blocks[0].ffn.down_proj
+    linear.register_forward_pre_hook(lambda module, args: (torch.cat([args[0], args[0]]),))
+    linear.register_forward_hook(lambda module, args, output: output[:2])
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.down_proj multiplies 48 positions where the batch has 24"):
+        prune(model, _batches(), PruneConfig(sparsity=0.5))
+
+
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 @pytest.mark.parametrize("first", ["magnitude", "sparsegpt"])
 def test_a_chain_keeps_earlier_zeros_and_counts_exactly(first, method):

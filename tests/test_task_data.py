@@ -1,22 +1,19 @@
-"""Tasks with data of their own kind: pairs, sound, text; what is unusable is counted, named and bounded."""
+"""Tasks with data of their own kind: pairs and text; what is unusable is counted, named and bounded."""
 
-import io
 import json
 import logging
 import zipfile
 from pathlib import Path
 
-import numpy as np
+import datasets
 import pytest
-import soundfile
 
-from sparse_train.config import EvaluateConfig, ModelConfig, TaskConfig
+from jobs import prune as prune_job
+from jobs.job import Job
+from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.errors import UserError
-from sparse_train.models import build_model, build_processor
-from sparse_train.tasks import build_task, generate, training_examples
-from sparse_train.tasks.batch import collate, windows
-from sparse_train.tasks.speech import normalise
-from tests.models import tiny_tokenizer
+from sparse_train.models import build_model, build_processor, save_model
+from sparse_train.tasks import build_task, build_tokenizer
 
 _DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -56,15 +53,15 @@ def test_json_pairs_and_given_splits_are_read(tmp_path):
 def test_a_missing_column_is_counted_named_and_bounded(tmp_path, caplog):
     file = _pairs(tmp_path, [*(f"a {i}\tb {i}" for i in range(99)), "alone"])
     with caplog.at_level(logging.WARNING):
-        _task("translation", file)
+        _task("translation", file).examples("train")
     assert "1 of 100 rows left out" in caplog.text and "line 100: no text in column 'de'" in caplog.text
     with pytest.raises(UserError, match=r"1 of 100 rows cannot be used, more than task.max_bad_share=0: .*line 100"):
-        _task("translation", file, max_bad_share=0)
+        _task("translation", file, max_bad_share=0).examples("train")
 
 
 def test_a_template_with_an_unknown_column_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"task.prompt='\{quelle\}': 'quelle' is no column; use \{source\}, \{target\}"):
-        _task("translation", _pairs(tmp_path, ["a\tb"]), prompt="{quelle}")
+        _task("translation", _pairs(tmp_path, ["a\tb"]), prompt="{quelle}").examples("train")
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "translation", "speech", "text"])
@@ -74,7 +71,65 @@ def test_an_unknown_path_is_one_line(name, monkeypatch):
     with pytest.raises(UserError, match="there is no such file or folder"):
         _task(name, "./nowhere")
     with pytest.raises(UserError, match=r"nobody/nothing is no file or folder, and no data set that can be loaded"):
-        _task(name, "nobody/nothing")
+        _task(name, "nobody/nothing").examples("train")
+
+
+def _on_the_hub(monkeypatch, **splits):
+    """load_dataset as the hub would answer it, without a network."""
+    loaded = []
+
+    def load_dataset(path, name=None, split=None):
+        loaded.append(split)
+        return datasets.concatenate_datasets([datasets.Dataset.from_list(splits[part]) for part in split.split("+")])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda path, name=None: list(splits))
+    return loaded
+
+
+def _translations(split, count=50):
+    return [{"translation": {"en": f"{split} {i:02}", "de": str(i)}} for i in range(count)]
+
+
+def test_hub_pairs_are_made_when_asked_for_in_an_order_of_their_texts(monkeypatch):
+    loaded = _on_the_hub(monkeypatch, train=_translations("a"), validation=_translations("b", 3))
+    task = _task("translation", "who/what", test_split="validation")
+    train = task.examples("train")
+    assert loaded == ["train"]  # the other split is not asked for yet
+    assert sorted(e.answer for e in train) == sorted(map(str, range(50)))
+    assert [e.answer for e in train[:10]] != [str(i) for i in range(10)]
+    assert not isinstance(train, list) and train[0] == train[:1][0] == next(iter(train))
+    assert len(task.examples("test")) == 3 and loaded == ["train", "validation"]
+    both = _task("translation", "who/what", train_split="train+validation")
+    assert len(both.examples("train")) == 53
+
+
+@pytest.mark.parametrize("bad", [{"translation": None}, {"other": "x"}, {"translation": {"en": "x", "de": None}}])
+def test_bad_hub_pairs_are_named(bad, monkeypatch, caplog):
+    rows = [row | dict.fromkeys(bad) | row for row in _translations("a", 3)]
+    _on_the_hub(monkeypatch, train=[*rows, dict.fromkeys(rows[0]) | bad])
+    with caplog.at_level(logging.WARNING):
+        assert len(_task("translation", "who/what", max_bad_share=0.5).examples("train")) == 3
+    assert "1 of 4 rows left out: who/what train 3: no text in column" in caplog.text
+
+
+def test_the_cause_of_a_hubs_error_is_told(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        try:
+            raise ImportError("To support decoding audio data, please install 'torchcodec'.")
+        except ImportError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match="can be loaded: To support decoding audio data, please install 'torchcodec'"):
+        _task("speech", "who/what").examples("train")
+
+
+def test_a_json_line_whose_translation_is_no_mapping_is_named(tmp_path, caplog):
+    file = _pairs(tmp_path, ['{"translation": "x"}', '{"en": "a", "de": "b"}'], "p.jsonl")
+    with caplog.at_level(logging.WARNING):
+        _task("translation", file, max_bad_share=0.5, test_share=1e-9).examples("train")
+    assert "1 of 2 rows left out" in caplog.text and "line 1: no text in column 'en'" in caplog.text
 
 
 def test_bleu_is_sacrebleus_and_signed():
@@ -92,83 +147,6 @@ def test_numbers_are_words_of_both_languages_and_never_repeat_over_splits():
     assert train[5] == task.examples("train")[5]
 
 
-def _sound(seconds, rate=8000):
-    opened = io.BytesIO()
-    soundfile.write(opened, np.sin(np.arange(int(seconds * rate)) / 5), rate, format="WAV")
-    return opened.getvalue()
-
-
-def _speech(folder, rows, archived=False):
-    (folder / "index.tsv").write_text("file\ttext\tsplit\n" + "".join("\t".join(row[:3]) + "\n" for row in rows))
-    with zipfile.ZipFile(folder / "clips.zip", "w") as archive:
-        for name, _, _, data in rows:
-            if archived:
-                archive.writestr(name, data)
-            else:
-                (folder / name).write_bytes(data)
-    return folder
-
-
-@pytest.mark.parametrize("archived", [False, True])
-def test_clips_are_read_resampled_and_masked(archived, tmp_path):
-    folder = _speech(tmp_path, [("a.wav", "one", "train", _sound(0.2)), ("b.wav", "two", "train", _sound(0.1)),
-                                ("c.wav", "three", "test", _sound(0.1)), ("d.wav", "four", "train", _sound(1.5))],
-                     archived)
-    task = _task("speech", folder)
-    processor = build_processor(ModelConfig(family="whisper", d_model=32, window_seconds=0.4), tiny_tokenizer())
-    examples, num_left_out = training_examples(task, processor, None)
-    assert num_left_out == 1 and {e.answer for e in examples} == {"one", "two"}
-    assert [len(e.sound(16000)) for e in sorted(examples, key=lambda e: e.answer)] == [3200, 1600]
-    batch = collate(sorted(examples, key=lambda e: e.answer), processor)
-    assert batch.encoder.inputs.shape == (2, 80, 40) and batch.encoder.attend.sum(1).tolist() == [10, 5]
-    assert (batch.labels == batch.targets).all() and batch.input_ids[0, 0] == processor.decoder_prefix[0]
-
-
-def test_sound_over_the_window_is_answered_window_by_window(tmp_path):
-    processor = build_processor(config := ModelConfig(family="whisper", d_model=32, n_layers=1, window_seconds=0.4),
-                                tiny_tokenizer())
-    rows = [("a.wav", "one", "test", _sound(1.0)), ("b.wav", "two", "test", _sound(0.3)),
-            ("c.wav", "two", "train", _sound(0.1))]
-    task, model = _task("speech", _speech(tmp_path, rows)), build_model(config, processor).eval()
-    examples, spec = task.examples("test"), EvaluateConfig(max_new_tokens=3)
-    long = next(e for e in examples if e.answer == "one")
-    pieces = windows(long, processor)
-    assert [len(piece.sound(16000)) for piece in pieces] == [6400, 6400, 3200]
-    assert generate(model, processor, [long], spec) == [" ".join(generate(model, processor, pieces, spec))]
-    short = [e for e in examples if e.answer == "two"]
-    assert task.score(model, processor, examples, spec).metrics["cross_entropy"] == pytest.approx(
-        task.score(model, processor, short, spec).metrics["cross_entropy"], rel=1e-5)
-
-
-@pytest.mark.parametrize("row, why", [
-    (("x.wav", "text", "train", b"RIFFnothing"), "x.wav does not decode as audio"),
-    (("x.wav", " ", "train", _sound(0.1)), "column 'text' is empty"),
-    (("../x.wav", "text", "train", None), "there is no ../x.wav"),
-])
-def test_bad_clips_are_named(row, why, tmp_path):
-    folder = _speech(tmp_path, [("a.wav", "one", "train", _sound(0.1)), (*row[:3], row[3] or b"")] if row[3] else
-                     [("a.wav", "one", "train", _sound(0.1))])
-    if row[3] is None:
-        with open(folder / "index.tsv", "a") as file:
-            file.write("\t".join(row[:3]) + "\n")
-    with pytest.raises(UserError, match=f"1 of 2 rows cannot be used.*{why}"):
-        _task("speech", folder)
-
-
-def test_error_rates_with_and_without_normalisation():
-    found = _task("dialtones").measure([{"answer": "Eins, zwei!", "prediction": "eins zwei"},
-                                        {"answer": "drei", "prediction": "vier"}])
-    assert found["wer"] == pytest.approx(1.0) and found["wer_normalised"] == pytest.approx(1 / 3)
-    assert normalise("नमस्ते, दुनिया!") == "नमस्ते दुनिया"
-
-
-def test_dial_tones_are_seeded_and_as_long_as_they_say():
-    task = _task("dialtones")
-    first, again = task.examples("train")[3], task.examples("train")[3]
-    assert np.array_equal(first.sound(16000), again.sound(16000)) and first.answer == again.answer
-    assert max(len(task.examples("train")[i].sound(16000)) for i in range(100)) <= 16000
-
-
 def test_text_is_cut_into_pieces_that_lose_nothing(tmp_path):
     words = [f"w{i}" for i in range(3000)]
     (tmp_path / "a.txt").write_text("\n\n".join(" ".join(words[i:i + 30]) for i in range(0, 3000, 30)))
@@ -176,6 +154,44 @@ def test_text_is_cut_into_pieces_that_lose_nothing(tmp_path):
     pieces = [e.answer for split in ("train", "test") for e in task.examples(split)]
     assert sorted(" ".join(pieces).split()) == sorted(words) and max(map(len, pieces)) <= 400
     assert all(len(task.examples(split)) for split in ("train", "test"))
+
+
+def test_text_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"the {split} text")
+    task = _task("text", tmp_path)
+    assert [e.answer for e in task.examples("train")] == ["the train text"]
+    assert [e.answer for e in task.examples("test")] == ["the test text"]
+    rows = {split: [{"text": f"{split} {i}" if i % 2 else ""} for i in range(200)] for split in ("train", "test")}
+    _on_the_hub(monkeypatch, **rows)
+    task = _task("text", "who/what", max_length=20)
+    assert all(e.answer.startswith("test") for e in task.examples("test"))
+    assert all(e.answer.startswith("train") for e in task.examples("train"))
+    _on_the_hub(monkeypatch, train=rows["train"])
+    task = _task("text", "who/what", max_length=20, test_share=0.3)
+    train, test = ({e.answer for e in task.examples(split)} for split in ("train", "test"))
+    assert train and test and not train & test
+
+
+def test_calibration_may_have_a_task_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_text("How many are left? Tom buys shells and gives away coins.\n\n" * 200)
+    (tmp_path / "test.txt").write_text("unused")
+    tokenizer = build_tokenizer(build_task(TaskConfig()), 512)
+    size = ModelConfig(d_model=32, n_layers=1, max_seq_len=256)
+    processor = build_processor(size, tokenizer)
+    save_model(tmp_path / "dense", build_model(size, processor), processor)
+    real, given = prune_job.prune, []
+
+    def seen(model, batches, *rest):
+        given[:] = list(batches)
+        return real(model, given, *rest)
+
+    monkeypatch.setattr(prune_job, "prune", seen)
+    for calibration in (None, {"name": "text", "path": str(tmp_path), "max_length": 100}):
+        config = RunConfig(prune={"sparsity": 0.5, "num_calibration": 4, "calibration": calibration})
+        prune_job.run(Job(config, tmp_path / "out", {"dense": tmp_path / "dense"}, lambda *_: None, "prune"))
+        texts = [tokenizer.decode(row) for batch in given for row in batch.input_ids]
+        assert len(texts) == 4 and all(("Question" in text) == (calibration is None) for text in texts)
 
 
 @pytest.mark.skipif(not _DATA.is_dir(), reason=f"needs {_DATA}")

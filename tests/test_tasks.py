@@ -3,16 +3,19 @@
 import functools
 import gzip
 import json
+import logging
 import re
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 
 from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.errors import UserError
-from sparse_train.models import Processor
+from sparse_train.models import Processor, load_processor
 from sparse_train.tasks import build_task, build_tokenizer, generate, training_examples
 from sparse_train.tasks.batch import Example, collate, encode
 from sparse_train.tasks.gsm8k import final_number, last_number
@@ -70,6 +73,36 @@ def test_a_batch_labels_the_answer_and_the_end_only():
         assert (batch.labels[row] != -100).sum() == len(answer)
 
 
+def test_a_prompt_starts_with_what_the_tokenizer_puts_before_any_text():
+    """Llama's beginning-of-text, which a pretrained model has always seen; in front of the answer there is none."""
+    tokenizer = build_tokenizer(_arithmetic()[0], 320)
+    example = Example("Question: a\nAnswer:", " 12")
+    bare = encode(example, Processor(tokenizer))
+    start = tokenizer.pad_token_id
+    started = build_tokenizer(_arithmetic()[0], 320)
+    started.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.pad_token} $A", special_tokens=[(tokenizer.pad_token, start)])
+    assert encode(example, Processor(started)) == ([start, *bare[0]], bare[1])
+    assert encode(Example("", " 12"), Processor(started))[0] == [start]
+    batch = collate([example], Processor(started))
+    assert batch.input_ids[0].tolist() == [start, *bare[0], *bare[1]] and batch.labels[0, len(bare[0])] == -100
+    # An encoder's text has none, as T5's.
+    assert start not in encode(example, Processor(started, (0,)))[0]
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_file_only_is_read(tmp_path):
+    text = [example.prompt for example in _arithmetic()[0].examples("train", 200)]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(tmp_path / "spiece"),
+                                             vocab_size=100, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    (tmp_path / "spiece.vocab").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "decoder_start_token_id": 0,
+                                                      "is_encoder_decoder": True}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    processor = load_processor(tmp_path)
+    prompt, answer = encode(Example("Question: 12 apples", "12"), processor)
+    assert processor.tokenizer.decode(prompt[:-1]) == "Question: 12 apples" and prompt[-1] == answer[-1] == 1
+
+
 def test_no_examples_make_a_row_that_counts_nowhere():
     batch = collate([], _arithmetic()[1])
     assert batch.input_ids.shape[0] == 1 and not batch.attend.any() and (batch.labels == -100).all()
@@ -77,10 +110,20 @@ def test_no_examples_make_a_row_that_counts_nowhere():
 
 @pytest.mark.parametrize("text, strict, last", [
     ("6*2=12\n#### 12", "12", "12"), ("#### 1,200.", "1200", "1200"), ("#### -5", "-5", "-5"),
-    ("it is 7 or 8", None, "8"), ("", None, None), ("#### $5", None, "5"),
+    ("it is 7 or 8", None, "8"), ("", None, None), ("#### $5", None, "5"), ("costs .50", None, ".50"),
+    ("answer: 3,", None, "3"), ("#### 1,200.50.", "1200.50", "1200.50"), ("so 5-3=2 left...", None, ".."),
+    ("is $5, ok.", None, "5"), ("2-7", None, "-7"), ("#### 5..", "5.", "5."),
 ])
 def test_numbers_are_extracted_as_by_the_usual_harness(text, strict, last):
     assert final_number(text) == strict and last_number(text) == last
+
+
+def test_a_sample_tells_both_ways_of_counting_and_no_number_is_never_right():
+    samples = [{"answer": " so\n#### 1,000", "prediction": said} for said in
+               ("#### 1000", "it is $1000.", "none", "#### 1000\nQuestion: 5?")]
+    assert _arithmetic()[0].measure(samples) == {"exact_match": 0.5, "exact_match_flexible": 0.75, "shots": 0}
+    assert [sample["correct_flexible"] for sample in samples] == [True, True, False, True]
+    assert _arithmetic()[0].measure([{"answer": "many", "prediction": "few"}])["exact_match"] == 0
 
 
 def _padded_model():
@@ -139,21 +182,60 @@ def test_gsm8k_reads_a_folder_plain_or_zipped(gz, tmp_path):
                                       ("[1]", "no JSON object")])
 def test_a_bad_line_is_named(bad, why, tmp_path):
     with pytest.raises(UserError, match=rf"1 of 5 rows cannot be used.*train\.jsonl line 5: {why}"):
-        build_task(_folder(tmp_path, [*_LINES, bad]))
+        build_task(_folder(tmp_path, [*_LINES, bad])).examples("train")
 
 
 def test_a_damaged_gz_is_named(tmp_path):
     config = _folder(tmp_path, _LINES, gz=True)
     (tmp_path / "train.jsonl.gz").write_bytes((tmp_path / "train.jsonl.gz").read_bytes()[:-9])
     with pytest.raises(UserError, match=r"train\.jsonl\.gz"):
-        build_task(config)
+        build_task(config).examples("train")
 
 
-def test_examples_over_the_length_are_left_out_and_counted(tmp_path):
-    task = build_task(_folder(tmp_path, [*_LINES, json.dumps({"question": "long " * 99, "answer": "#### 1"})])
+def test_examples_over_the_length_are_left_out_counted_and_named(tmp_path, caplog):
+    task = build_task(_folder(tmp_path, [json.dumps({"question": "long " * 99, "answer": "#### 1"}), *_LINES])
                       .model_copy(update={"max_length": 40}))
-    examples, num_left_out = training_examples(task, _arithmetic()[1], None)
+    with caplog.at_level(logging.WARNING):
+        examples, num_left_out = training_examples(task, _arithmetic()[1], None)
     assert len(examples) == 4 and num_left_out == 1
+    assert "1 of the first 5 training examples are longer than task.max_length=40" in caplog.text
+    assert "'Question: long long" in caplog.text
+    # As many as are asked for are left when the long ones are gone.
+    examples, num_left_out = training_examples(task, _arithmetic()[1], 2)
+    assert [example.prompt for example in examples] == ["Question: q0\nAnswer:", "Question: q1\nAnswer:"]
+    assert num_left_out == 1
+
+
+@pytest.mark.parametrize("num_examples", [None, 3])
+def test_no_example_left_is_one_line(num_examples, tmp_path):
+    for task in [build_task(_folder(tmp_path, _LINES).model_copy(update={"max_length": 2})),
+                 *([build_task(TaskConfig(max_length=2))] if num_examples else [])]:
+        with pytest.raises(UserError, match=r"no training example is left: .* longer than task.max_length=2 tokens"):
+            training_examples(task, _arithmetic()[1], num_examples)
+
+
+def test_solved_examples_have_the_template_of_the_test(tmp_path):
+    config = _folder(tmp_path, _LINES).model_copy(update={
+        "prompt": "{question}", "answer": "{answer}", "test_prompt": "Q: {question} A: ", "shots": 2})
+    task = build_task(config)
+    assert task.examples("test")[1].prompt == "Q: q0 A: a0\n#### 0\n\nQ: q1 A: a1\n#### 1\n\nQ: q1 A: "
+    assert task.examples("train")[0] == Example("q0", "a0\n#### 0")
+    with pytest.raises(UserError, match=r"task.test_prompt='\{q\}'"):
+        build_task(config.model_copy(update={"test_prompt": "{q}"})).examples("test")
+
+
+def test_a_split_is_read_when_it_is_asked_for_and_may_have_another_name(tmp_path):
+    config = _folder(tmp_path, _LINES)
+    (tmp_path / "test.jsonl").rename(tmp_path / "more.jsonl")
+    task = build_task(config)
+    assert len(task.examples("train")) == 4
+    with pytest.raises(UserError, match=r"holds no test\.jsonl"):
+        task.examples("test")
+    both = build_task(config.model_copy(update={"train_split": "train+more", "test_split": "more"}))
+    assert len(both.examples("train")) == 8 and len(both.examples("test")) == 4
+    (tmp_path / "more.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"has no row of the test split; see task.test_split \(more\)"):
+        build_task(both.config).examples("test")
 
 
 @pytest.mark.skipif(not _GSM8K.is_dir(), reason=f"needs the GSM8K files in {_GSM8K}")

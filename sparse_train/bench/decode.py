@@ -1,6 +1,7 @@
 """Tokens per second of whole models at batch 1, through Hugging Face's `generate` with its cache."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,20 +11,25 @@ from sparse_train.config import EvaluateConfig
 from sparse_train.inference import PackedLinear, Runtime
 from sparse_train.tasks import Example, generate
 
+_PROMPT_CHARACTERS = 64
+
 
 def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], example: Example, new_tokens: int,
                 repeats: int, bandwidth: float,
                 progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """`runtimes`: (engine, precision, sparsity) -> model, the dense one first. milliseconds are per token, medians.
 
-    The byte bound counts every weight once per token, tied embeddings once; `bandwidth` in bytes per second.
+    The byte bound counts every weight once per token, tied embeddings once; `bandwidth` in bytes per second. A text
+    without a prompt is prompted with its own beginning.
     """
+    if not example.prompt and example.sound is None:
+        example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
     timings = interleave({key: (lambda runtime=runtime: _decode(runtime, example, new_tokens))
                           for key, runtime in runtimes.items()}, repeats, progress)
     dense = next(iter(timings.values())).median
     rows = []
     for (engine, precision, sparsity), timing in timings.items():
-        num_bytes = _bytes_per_token(runtimes[engine, precision, sparsity].model)
+        num_bytes = _bytes_per_token(runtimes[engine, precision, sparsity], example)
         ms = 1e3 / new_tokens
         rows.append({
             "model": name, "what": "decode", "engine": engine, "precision": precision, "sparsity": round(sparsity, 4),
@@ -38,10 +44,20 @@ def _decode(runtime: Runtime, example: Example, new_tokens: int) -> None:
     generate(runtime.model, runtime.processor, [example], EvaluateConfig(max_new_tokens=new_tokens), new_tokens)
 
 
-def _bytes_per_token(model: torch.nn.Module) -> int:
-    """An encoder is read once per answer, not per token, and left out."""
-    encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
-    modules = [module for module in model.modules() if module not in encoder]
+def _bytes_per_token(runtime: Runtime, example: Example) -> int:
+    """Of the modules that run for each token: an encoder, and what cross-attention makes of its states, run once."""
+    num_runs: dict[torch.nn.Module, int] = {}
+
+    def count(module, args, output):
+        num_runs[module] = num_runs.get(module, 0) + 1
+
+    handles = [module.register_forward_hook(count) for module in runtime.model.modules()]
+    try:
+        _decode(runtime, example, 2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = [module for module, runs in num_runs.items() if runs > 1]
     packed = sum(module.weight.num_bytes for module in modules if isinstance(module, PackedLinear))
     own = {id(p): p.nbytes for module in modules for p in module.parameters(recurse=False)}
     return packed + sum(own.values())

@@ -9,8 +9,8 @@ from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError
 from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.kernels import PackedMatrix
-from sparse_train.models import Processor, empty_model, load_model, load_processor, read_config
-from sparse_train.sparse import TensorFolder, replace_module
+from sparse_train.models import Processor, fill, load_processor, open_model
+from sparse_train.sparse import replace_module
 from sparse_train.tasks import Example, generate
 
 
@@ -35,22 +35,11 @@ def load(folder: str | Path) -> Runtime:
 
     Raises UserError for a folder that is no complete checkpoint.
     """
-    tensors = TensorFolder(Path(folder)) if Path(folder).is_dir() else None
-    model = _packed_model(tensors) if tensors and tensors.shapes else load_model(folder)
-    return Runtime(model.eval(), load_processor(folder))
-
-
-def _packed_model(tensors: TensorFolder) -> PreTrainedModel:
-    model = empty_model(read_config(tensors.folder))
+    model, tensors = open_model(folder, quantised=True)
     for name, shape in tensors.shapes.items():
         weight = tensors.weight(name)
         bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None
         replace_module(model, name, PackedLinear(
             PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name)), bias))
-    rest = {name: tensors.get(name).float() for name in tensors.names}
-    model.load_state_dict(rest, strict=False, assign=True)
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise UserError(f"{tensors.folder}: {missing[0]} is missing; the checkpoint is not complete")
-    return model
+    fill(model, tensors)
+    return Runtime(model.eval(), load_processor(folder))

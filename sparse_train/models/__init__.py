@@ -3,6 +3,7 @@
 from sparse_train.models.build import build_model, build_processor, describe
 from sparse_train.models.checkpoint import (
     empty_model,
+    fill,
     load_model,
     open_model,
     own_tensors,
@@ -13,6 +14,6 @@ from sparse_train.models.family import Family, family_of
 from sparse_train.models.processor import Processor, load_processor
 
 __all__ = [
-    "Family", "Processor", "build_model", "build_processor", "describe", "empty_model", "family_of", "load_model",
-    "load_processor", "open_model", "own_tensors", "read_config", "save_model",
+    "Family", "Processor", "build_model", "build_processor", "describe", "empty_model", "family_of", "fill",
+    "load_model", "load_processor", "open_model", "own_tensors", "read_config", "save_model",
 ]

@@ -26,9 +26,7 @@ _MEL_BINS = 80
 def _usual(architecture):
     """Decoders whose configs share transformers' usual names."""
     def make(c: ModelConfig, **tokens) -> PretrainedConfig:
-        extra = {} if c.n_kv_heads is None else {"num_key_value_heads": c.n_kv_heads}
-        if architecture in (LlamaConfig, MistralConfig, Qwen3Config, Olmo2Config) and not extra:
-            extra = {"num_key_value_heads": c.n_heads}
+        extra = {} if architecture is GPTNeoXConfig else {"num_key_value_heads": c.n_kv_heads or c.n_heads}
         return architecture(hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
                             intermediate_size=c.ffn_width, max_position_embeddings=c.max_seq_len, **extra, **tokens)
     return make

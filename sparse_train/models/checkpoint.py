@@ -1,19 +1,25 @@
 """Models as folders: config.json, tokenizer, tensors; dense in Hugging Face's layout, sparse in ours.
 
-A folder from outside is read through transformers (hub names included); nothing of it is unpickled or executed.
+    open_model   config -> a model without data, checked against what the folder holds
+    fill         its tensors, read; under ZeRO-3 each rank reads its own ranges instead
+
+There is one way in, so that what one stage reads no other refuses. Nothing of a folder is unpickled or executed.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -21,10 +27,19 @@ from transformers import (
 from sparse_train.errors import UserError
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
+# What transformers' MPT takes for granted whatever the config says: another value would be another model, silently.
+_MPT_ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "alibi": True, "alibi_bias_max": 8,
+                  "prefix_lm": False, "rope": False}
+_MPT = {"logit_scale": None}
+
 
 def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of `config` with the head that predicts text."""
-    return _auto_class(config).from_config(config, dtype=dtype)
+    """A model of `config` with the head that predicts text. Raises UserError where there is no such model."""
+    try:
+        return _auto_class(config).from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"no model that predicts text can be made of this {config.model_type} config: "
+                        f"{first_line(error)}") from error
 
 
 def _auto_class(config: PretrainedConfig):
@@ -34,59 +49,140 @@ def _auto_class(config: PretrainedConfig):
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
+    """Of a folder or hub name. Raises UserError where there is none, or one whose model transformers does not have."""
     try:
+        given, _ = PretrainedConfig.get_config_dict(path)
+        if given.get("model_type") == "mpt":
+            _check_mpt(path, given)
         return AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a model config from {path}: {first_line(error)}; "
                         "give a folder with config.json or a hub name") from error
+    except StrictDataclassError as error:
+        raise UserError(f"the config of {path} is not valid: {' '.join(str(error).split())}") from error
+
+
+def _check_mpt(path, given: dict) -> None:
+    for facts, section in ((_MPT_ATTENTION, given.get("attn_config") or {}), (_MPT, given)):
+        for key, value in facts.items():
+            if section.get(key, value) != value:
+                raise UserError(f"{path}: {key}={section[key]} is not supported, transformers computes every mpt model "
+                                f"as if it were {value}; give one that is")
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A dense model from a folder or hub name, or one with SparseLinears from a sparse folder.
+    """A dense model from a folder or hub name, or one with SparseLinears from a sparse folder; in eval mode.
 
-    Raises UserError where weights are missing, which would be random, silently, or left over.
+    Raises UserError where tensors are missing, which would be random, silently, or left over, or of another shape.
     """
-    config = read_config(path)
-    if Path(path).is_dir():
-        folder = TensorFolder(Path(path))
-        if folder.shapes:
-            return _load_sparse(folder, config, dtype)
-    try:
-        model, report = _auto_class(config).from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a model from {path}: {first_line(error)}") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise UserError(f"{path} lacks {len(wrong)} tensors of a {config.model_type} model, such as {wrong[0]}; "
-                        "the checkpoint is not complete")
-    if report["unexpected_keys"]:
-        odd = sorted(report["unexpected_keys"])
-        raise UserError(f"{path} holds {len(odd)} tensors that a {config.model_type} model does not have, such as "
-                        f"{odd[0]}; its config.json belongs to another model")
-    return model
+    model, folder = open_model(path, dtype)
+    for name, shape in folder.shapes.items():
+        weight = folder.weight(name)  # checks its bits against its values
+        sparsify(model, {name: BitmaskTensor(weight.values.to(dtype), weight.bitmask, shape)})
+    fill(model, folder)
+    return model.eval()
 
 
-def _load_sparse(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = _skeleton(folder, config, dtype)
-    sparsify(model, {name: folder.weight(name) for name in folder.shapes})
-    model.load_state_dict({name: folder.get(name) for name in folder.names}, strict=False, assign=True)
-    model.tie_weights()
-    return model.to(dtype)
-
-
-def open_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, TensorFolder]:
+def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
+               quantised: bool = False) -> tuple[PreTrainedModel, "ModelFolder"]:
     """A model without data (meta device), dense or with SparseLinears, and the folder to read its tensors from.
 
-    For who loads tensors in parts. A hub name is downloaded first. Raises UserError where the folder lacks a tensor of
-    the model or holds one too many.
+    For who loads tensors in parts. A hub name is downloaded first. `quantised`: int8 values are welcome too. Raises
+    UserError where the folder lacks a tensor of the model, holds one too many or one of another shape.
     """
-    if not Path(path).is_dir():
+    folder = ModelFolder(_local(path))
+    model = empty_model(read_config(folder.folder), dtype)
+    if (folder.folder / "generation_config.json").is_file():
         try:
-            path = snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"])
+            model.generation_config = GenerationConfig.from_pretrained(folder.folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder.folder}/generation_config.json cannot be read: {first_line(error)}") from error
+    folder.match(model)
+    for name, shape in folder.shapes.items():
+        (num_values,), stored = folder.spec(f"{name}.values")
+        if stored == "I8" and not quantised:
+            raise UserError(f"{folder.folder}: {name} is quantised; it runs (sparse-train generate) but does not "
+                            "train, so give the fp32 or bf16 folder here")
+        bitmask = torch.empty(folder.spec(f"{name}.bitmask")[0], dtype=torch.uint8, device="meta")
+        sparsify(model, {name: BitmaskTensor(torch.empty(num_values, dtype=dtype, device="meta"), bitmask, shape)})
+    return model, folder
+
+
+def _local(path: str | Path) -> Path:
+    """The folder itself, or that of a hub name, downloaded."""
+    folder = Path(path)
+    downloaded = not folder.is_dir()
+    if downloaded:
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot download {path}: {first_line(error)}; give a folder or a hub name") from error
-    folder = TensorFolder(Path(path))
-    return _skeleton(folder, read_config(path), dtype), folder
+    if not any(folder.glob("*.safetensors")) and (downloaded or any(folder.glob("*.bin"))):
+        raise UserError(f"{path} has no weights in safetensors; pickled ones (*.bin) can execute code and are not "
+                        "read: where you trust them, convert them by transformers' from_pretrained and save_pretrained")
+    return folder
+
+
+class ModelFolder(TensorFolder):
+    """A checkpoint's tensors under the names that its model gives them, whatever they are stored under."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._stored: dict[str, str] = {}
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], str]:
+        return super().spec(self._stored.get(name, name))
+
+    def get(self, name: str) -> torch.Tensor:
+        return super().get(self._stored.get(name, name))
+
+    def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return super().get_range(self._stored.get(name, name), start, stop)
+
+    def match(self, model: PreTrainedModel) -> None:
+        """Find each tensor of the dense `model`; raises UserError where one is missing, left over or of another shape.
+
+        transformers' rules for published checkpoints hold: the prefix of a model without its head may be there or not,
+        a tied tensor may go by either name, and some names of old may be left over. What a model ties but a checkpoint
+        holds apart is untied.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        prefix = f"{model.base_model_prefix}."
+        for stored in self.names:
+            names = (stored, prefix + stored, stored.removeprefix(prefix))
+            self._stored[next((name for name in names if name in expected), stored)] = stored
+        self._match_ties(model)
+        found = {name: self.spec(name)[0] for name in self._stored} | {
+            f"{name}.weight": shape for name, shape in self.shapes.items()}
+        odd = SimpleNamespace(missing_keys=set(), unexpected_keys=found.keys() - expected.keys())
+        model._adjust_missing_and_unexpected_keys(odd)  # transformers' own list of names of old
+        missing, left = sorted(own_tensors(model).keys() - found.keys()), sorted(odd.unexpected_keys)
+        kind = f"a {model.config.model_type} model"
+        if missing:
+            raise UserError(f"{self.folder} lacks {len(missing)} tensors of {kind}, such as {missing[0]}; the "
+                            "checkpoint is not complete")
+        if left:
+            raise UserError(f"{self.folder} holds {len(left)} tensors that {kind} does not have, such as {left[0]}; "
+                            "its config.json belongs to another model")
+        for name in own_tensors(model):
+            if found[name] != expected[name]:
+                raise UserError(f"{self.folder}: {name} has shape {found[name]}, but {expected[name]} in {kind} of its "
+                                "config.json, which belongs to another model")
+
+    def _match_ties(self, model: PreTrainedModel) -> None:
+        ties = model.all_tied_weights_keys
+        for target, source in list(ties.items()):
+            if {target, source} <= self._stored.keys() and not torch.equal(self.get(target), self.get(source)):
+                # T5 v1.1: its config cannot say that the head is not the embedding.
+                del ties[target]
+                parent, _, short = target.rpartition(".")
+                setattr(model.get_submodule(parent), short, nn.Parameter(torch.empty_like(model.get_parameter(target))))
+        for names in (ties.items(), ((source, target) for target, source in ties.items())):
+            for here, other in names:
+                if here in self._stored:
+                    self._stored.setdefault(other, self._stored[here])
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -105,23 +201,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
     return model
 
 
-def _skeleton(folder: TensorFolder, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = empty_model(config, dtype)
-    for name, shape in folder.shapes.items():
-        (num_values,), stored = folder.spec(f"{name}.values")
-        if stored == "I8":
-            raise UserError(f"{folder.folder}: {name} is quantised; it runs (sparse-train generate) but does not "
-                            "train, so give the fp32 or bf16 folder here")
-        bitmask = torch.empty(folder.spec(f"{name}.bitmask")[0], dtype=torch.uint8, device="meta")
-        sparsify(model, {name: BitmaskTensor(torch.empty(num_values, dtype=dtype, device="meta"), bitmask, shape)})
-    model.tie_weights()
-    needed = own_tensors(model)
-    stored = [*folder.names, *(f"{name}.{part}" for name in folder.shapes for part in ("values", "bitmask"))]
-    # A tied tensor may be stored under its other name as well.
-    wrong = [name for name in needed if name not in stored] + sorted(set(stored) - set(model.state_dict()))
-    if wrong:
-        raise UserError(f"{folder.folder}: {wrong[0]} is missing from the checkpoint or not part of its model")
-    return model
+def fill(model: PreTrainedModel, folder: ModelFolder) -> None:
+    """Read what has no data yet, into the dtype that it is to have."""
+    model.load_state_dict({name: folder.get(name).to(empty.dtype) for name, empty in own_tensors(model).items()
+                           if empty.is_meta}, strict=False, assign=True)
+    left = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    model.tie_weights(missing_keys=left, recompute_mapping=False)
 
 
 def save_model(folder: Path, model: PreTrainedModel, processor,

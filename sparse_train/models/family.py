@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Stack:
     blocks: str
     """Dotted name of the ModuleList of blocks. Block outputs are the feature points of SquareHead."""
-    final_norm: str
-    """Dotted name of the norm behind the last block."""
+    final_norm: str | None
+    """Dotted name of the norm behind the last block, where there is one."""
     side: str = "decoder"
     """Whose tokens its states belong to: encoder, or decoder, which a model without an encoder is as well."""
 
@@ -46,12 +46,19 @@ class Family:
                 for index, block in enumerate(model.get_submodule(stack.blocks))}
 
     def feature_points(self, model: nn.Module, last: str = "block") -> list[FeaturePoint]:
-        """All blocks; `last` "norm" puts each stack's final norm in the place of its last block."""
+        """All blocks; `last` "norm" puts each stack's final norm in the place of its last block.
+
+        Raises UserError where a stack ends without a norm.
+        """
         points = []
         for stack in self.stacks:
             modules = list(model.get_submodule(stack.blocks))
             if last == "norm":
-                modules[-1] = model.get_submodule(stack.final_norm)
+                # OPT has one or not, as its config says.
+                modules[-1] = dict(model.named_modules()).get(stack.final_norm)
+                if modules[-1] is None:
+                    raise UserError(f"final_feature=norm: this {self.model_type} model has no norm behind "
+                                    f"{stack.blocks}; use final_feature=block")
             points += [FeaturePoint(stack.side, index, module) for index, module in enumerate(modules)]
         return points
 
@@ -96,10 +103,19 @@ def family_of(model: nn.Module) -> Family:
     return found
 
 
+_REFUSED = {
+    "Mamba": "computes with the weights of linears outside of them, where a sparse layer has no dense weight",
+    "ProphetNet": "carries several states per token through its blocks, which neither calibration nor features know",
+}
+
+
 def _derive(model: nn.Module) -> Family:
     config: PretrainedConfig = model.config
+    for part, reason in _REFUSED.items():
+        if any(part in type(module).__name__ for module in model.modules()):
+            raise UserError(f"model type {config.model_type!r} {reason}; supported are {', '.join(_FAMILIES)}")
     stacks: list[Stack] = []
-    names: dict[str, None] = {}
+    names: dict[str, dict[str, None]] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{stack.blocks}.") for stack in stacks)
         if not isinstance(module, nn.ModuleList) or inside or len({type(block) for block in module}) != 1:
@@ -109,20 +125,35 @@ def _derive(model: nn.Module) -> Family:
         if not linears:
             continue
         parent = path.rpartition(".")[0]
+        # BART's layernorm_embedding is the norm in front of the blocks.
         behind = [name for name, child in model.get_submodule(parent).named_children()
-                  if "norm" in type(child).__name__.lower()]
-        if not behind:
-            continue
+                  if "norm" in type(child).__name__.lower() and "emb" not in name]
         side = "encoder" if config.is_encoder_decoder and "encoder" in path else "decoder"
-        stacks.append(Stack(path, f"{parent}.{behind[-1]}".lstrip("."), side))
+        stacks.append(Stack(path, f"{parent}.{behind[-1]}".lstrip(".") if behind else None, side))
         # A router of experts decides where tokens go; it is small, and pruning it changes what the others see.
-        names |= dict.fromkeys(name for name in linears if name not in ("router", "gate"))
+        names[path] = dict.fromkeys(name for name in linears if name not in ("router", "gate"))
+    # Where some lists of blocks end in a norm, those that do not are something else, such as a tower of images.
+    stacks = [stack for stack in stacks if stack.final_norm] or stacks
     if not stacks:
-        raise UserError(f"model type {config.model_type!r} has no list of equal blocks with linears and a norm behind "
-                        f"it, so what to prune cannot be derived; supported are {', '.join(_FAMILIES)}")
-    log.warning("model type %r is not in the table of families; derived: blocks %s; prunable %s; features after each "
-                "block", config.model_type, ", ".join(stack.blocks for stack in stacks), ", ".join(names))
-    return Family(config.model_type, tuple(stacks), tuple(names))
+        raise UserError(f"model type {config.model_type!r} has no list of equal blocks with linears, so what to prune "
+                        f"cannot be derived; supported are {', '.join(_FAMILIES)}")
+    prunable = tuple({name: None for stack in stacks for name in names[stack.blocks]})
+    family = Family(config.model_type, tuple(stacks), prunable)
+    log.warning("model type %r is not in the table of families; derived: blocks %s; prunable %s, %.0f%% of the blocks' "
+                "parameters; features after each block", config.model_type, ", ".join(s.blocks for s in stacks),
+                ", ".join(prunable), 100 * _share(family, model))
+    return family
+
+
+def _share(family: Family, model: nn.Module) -> float:
+    """Of the blocks' parameters: prunable. Experts in one tensor, for one, are not."""
+    linears = family.prunable_linears(model)
+    prunable = sum(linear.in_features * linear.out_features for linear in linears.values())
+    # A partitioned parameter is empty, and says how large it is.
+    rest = sum(getattr(parameter, "ds_numel", parameter.numel()) for prefix, block in family.blocks(model).items()
+               for name, parameter in block.named_parameters(prefix)
+               if name.rpartition(".")[0] not in linears or name.endswith(".bias"))
+    return prunable / (prunable + rest)
 
 
 def block_output(output) -> "object":

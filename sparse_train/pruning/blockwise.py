@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train.config import PruneConfig
+from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.models.family import block_output
 from sparse_train.pruning.pattern import check_pattern, magnitude
@@ -31,7 +32,7 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig,
 
     `batches` are on the model's device and are not touched by magnitude pruning. `earlier`: name -> keep (R, C) of a
     model that was pruned before; what it dropped stays dropped. Raises UserError for a pattern that does not divide a
-    width.
+    width, and where SparseGPT gets no token.
     """
     family = family_of(model)
     linears, earlier = family.prunable_linears(model), earlier or {}
@@ -58,6 +59,10 @@ def _prune_blocks(model, family, linears, batches, spec, progress, earlier) -> d
             own = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.")}
             now = [made[index].with_hidden(states) for made, states in zip(calls, hidden, strict=True)]
             for name, hessian in _hessians(block, own, now, batches, stack.side).items():
+                if not hessian.num_tokens:
+                    raise UserError(f"no calibration token reached {name}, and SparseGPT prunes by its inputs; give "
+                                    "more or shorter examples (prune.num_calibration, task.max_length), or take "
+                                    "prune.method=magnitude")
                 weights[name] = _apply(own[name], *sparsegpt(own[name].weight, hessian.mean(), spec, name,
                                                              earlier.get(name)))
             hidden = [block_output(block(*call.args, **call.kwargs)) for call in now]
@@ -121,6 +126,9 @@ def _hessians(block, linears, calls: list[_Call], batches: list[Batch], side: st
             # Cross-attention multiplies the encoder's states as they came in; everything else is the block's own.
             foreign = any(inputs.data_ptr() == other.data_ptr() for other in call.others())
             real = attends["encoder" if foreign else side]
+            if inputs[..., 0].numel() != real.numel():
+                raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
+                                f"{real.numel()}, so padding cannot be left out; use prune.method=magnitude")
             found[name].add(inputs.reshape(-1, inputs.shape[-1])[real.flatten()])
         return add
 

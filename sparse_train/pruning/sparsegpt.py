@@ -33,7 +33,7 @@ class Hessian:
         self.num_tokens += len(inputs)
 
     def mean(self) -> torch.Tensor:
-        return self.sum / max(1, self.num_tokens)
+        return self.sum / self.num_tokens
 
 
 def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, spec: PruneConfig,

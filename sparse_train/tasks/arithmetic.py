@@ -20,12 +20,12 @@ _LARGEST_TERM = 30
 class Arithmetic(WordProblems):
     endless = True
 
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
+    def read(self, split: str) -> Sequence[Example]:
         def draw(random_: random.Random) -> tuple[str, Example]:
             question, answer = _problem(random_)
             return f"Question: {question}\nAnswer:", self.problem(question, answer, split)
 
-        return Generated("sparse-train arithmetic 1", split, num_examples, draw)
+        return Generated("sparse-train arithmetic 1", split, draw)
 
 
 def _problem(draw: random.Random) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Examples as tensors. Letters: B examples, T tokens of the decoder, S states of the encoder."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,24 +73,51 @@ class Batch:
 def encode(example: Example, processor: Processor) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids with end-of-text), each tokenised alone, so that generation sees the same prompt.
 
-    An encoder's prompt has an end-of-text of its own; sound has no prompt ids.
+    A decoder's prompt starts with what its tokenizer puts before any text, such as Llama's beginning-of-text. An
+    encoder's has an end-of-text of its own; sound has no prompt ids.
     """
     tokenizer = processor.tokenizer
     prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (example.prompt, example.answer))
     if processor.decoder_prefix:
         prompt = [] if example.sound else [*prompt, tokenizer.eos_token_id]
+    else:
+        prompt = [*_before_text(tokenizer), *prompt]
     return prompt, [*answer, tokenizer.eos_token_id]
 
 
+@functools.lru_cache(maxsize=4)
+def _before_text(tokenizer) -> list[int]:
+    """Special tokens that the tokenizer adds in front."""
+    whole, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return next((whole[:start] for start in range(len(whole)) if whole[start:start + len(bare)] == bare), [])
+
+
 def windows(example: Example, processor: Processor) -> list[Example]:
-    """The example itself, or one per window of a sound that is longer than the model's."""
+    """The example itself, or one per piece of a sound that is longer than the model's window.
+
+    A piece ends at the quietest 20 ms of the window's last fifth, where a word is least likely to be cut, and what is
+    left for the last one is at least 0.1 s.
+    """
     if processor.features is None or example.sound is None:
         return [example]
-    sound, size = example.sound(processor.features.sampling_rate), processor.features.n_samples
+    rate, size = processor.features.sampling_rate, processor.features.n_samples
+    sound = example.sound(rate)
     if len(sound) <= size:
         return [example]
-    return [replace(example, sound=lambda rate, part=sound[start:start + size]: part)
-            for start in range(0, len(sound), size)]
+    return [replace(example, sound=lambda rate, part=part: part) for part in np.split(sound, _cuts(sound, size, rate))]
+
+
+def _cuts(sound: np.ndarray, size: int, rate: int) -> list[int]:
+    """Where to cut a sound (samples,) into pieces of at most `size` samples."""
+    cuts, frame, shortest = [0], rate // 50, min(rate // 10, size // 2)
+    while len(sound) - cuts[-1] > size:
+        latest = min(cuts[-1] + size, len(sound) - shortest)
+        num_frames = max(0, latest - cuts[-1] - size + size // 5) // frame
+        # From the back, so that of equally quiet places the last is taken.
+        ends = sound[latest - num_frames * frame:latest].reshape(num_frames, frame)[::-1]
+        quietest = int(np.square(ends, dtype=np.float64).sum(1).argmin()) if num_frames else 0
+        cuts.append(latest - quietest * frame - (frame // 2 if num_frames else 0))
+    return cuts[1:]
 
 
 def collate(examples: Sequence[Example], processor: Processor) -> Batch:

@@ -20,8 +20,8 @@ _KEYS = "123456789*0#"
 class DialTones(Transcribing):
     endless = True
 
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        return Generated("sparse-train dialtones 1", split, num_examples, _draw)
+    def read(self, split: str) -> Sequence[Example]:
+        return Generated("sparse-train dialtones 1", split, _draw)
 
 
 def _draw(random_: random.Random) -> tuple[str, Example]:

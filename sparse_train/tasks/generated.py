@@ -12,17 +12,20 @@ _TEST_SHARE = 26 / 256
 
 class Generated(Sequence):
     """Example i of a split is a function of (seed, split, i). `draw(random) -> (text, example)`: the text decides the
-    split, so no test example is ever a training one."""
+    split, so no test example is ever a training one. `[:n]` are the first n of them."""
 
-    def __init__(self, seed: str, split: str, num_examples: int | None,
-                 draw: Callable[[random.Random], tuple[str, Example]]):
-        self._seed, self._split, self._draw = seed, split, draw
-        self._length = sys.maxsize if num_examples is None else num_examples
+    def __init__(self, seed: str, split: str, draw: Callable[[random.Random], tuple[str, Example]],
+                 length: int = sys.maxsize):
+        self._seed, self._split, self._draw, self._length = seed, split, draw, length
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            if index.start or index.step:
+                raise IndexError(index)
+            return Generated(self._seed, self._split, self._draw, self._length if index.stop is None else index.stop)
         if not 0 <= index < self._length:
             raise IndexError(index)
         random_ = random.Random(f"{self._seed} {self._split} {index}")

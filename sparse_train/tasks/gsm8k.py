@@ -3,10 +3,16 @@
 The paper trains on the raw question followed by the raw answer and evaluates with "Question: ...\nAnswer:"; here both
 have the latter, unless the templates say otherwise (task.prompt, task.answer, task.test_prompt). Answers keep their
 <<a*b=c>> marks.
+
+Scores are those of lm-evaluation-harness's task gsm8k 3.0, strict-match and flexible-extract, with these differences:
+task.shots solved examples are the first training ones, the same for every test example, 0 by default where the harness
+has 5; generation ends at the end of text or evaluate.max_new_tokens, and what follows a "Question:" is cut afterwards.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparse_train.config import TaskConfig
@@ -15,9 +21,10 @@ from sparse_train.tasks import read
 from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
 
-# GSM8K's own rule, as in lm-evaluation-harness "strict-match"; "flexible" takes the last number of the text.
+# Both filters and what an exact match ignores, as the harness has them.
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
-_NUMBER = re.compile(r"-?[0-9][0-9.,]*")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
 _PROMPT, _ANSWER, _NEXT = "Question: {question}\nAnswer:", " {answer}", "Question:"
 
 
@@ -25,23 +32,22 @@ class WordProblems(Task):
     """Questions with a number as their answer."""
 
     metric = "exact_match"
+    also = ("exact_match_flexible",)
+    settings = ("shots",)
 
     def problem(self, question: str, answer: str, split: str = "train") -> Example:
-        template = (self.config.test_prompt if split == "test" else None) or self.config.prompt or _PROMPT
-        columns = {"question": question, "answer": answer}
-        return Example(read.fill(template, "prompt", **columns),
-                       read.fill(self.config.answer or _ANSWER, "answer", **columns))
+        return self.filled(split, (_PROMPT, _ANSWER), {"question": question, "answer": answer})
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """exact_match (the number after ####), exact_match_flexible (the last number), and how many shots."""
-        flexible = 0
         for sample in samples:
-            # As the harness does: what a model says after it asks itself a new question does not count.
-            said, wanted = sample["prediction"].partition(_NEXT)[0], final_number(sample["answer"])
+            # What a model says after it asks itself a new question does not count.
+            said, wanted = sample["prediction"].partition(_NEXT)[0], _plain(sample["answer"].strip())
             sample["correct"] = final_number(said) == wanted
-            flexible += last_number(said) == wanted
+            sample["correct_flexible"] = last_number(said) == wanted
         return {"exact_match": sum(sample["correct"] for sample in samples) / len(samples),
-                "exact_match_flexible": flexible / len(samples), "shots": self.config.shots}
+                "exact_match_flexible": sum(sample["correct_flexible"] for sample in samples) / len(samples),
+                "shots": self.config.shots}
 
 
 def final_number(text: str) -> str | None:
@@ -50,31 +56,40 @@ def final_number(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    found = _NUMBER.findall(text)
-    return _plain(found[-1]) if found else None
+    found = _FLEXIBLE.findall(text)
+    return _plain("".join(found[-1])) if found else None  # one of the two groups is empty
 
 
 def _plain(number: str) -> str:
-    return number.replace(",", "").rstrip(".")
+    for ignored in _IGNORED:
+        number = ignored.sub("", number)
+    return number
 
 
 class Gsm8k(WordProblems):
     def __init__(self, config: TaskConfig):
         super().__init__(config)
-        path = read.local(config, "a folder with train.jsonl[.gz] and test.jsonl[.gz]")
-        self._splits = {}
-        for split in ("train", "test"):
-            if path is None:
-                rows, parse = read.hub_rows(config, split, config.subset or "main"), dict
-            else:
-                file = read.split_file(path, split, "jsonl")
-                if file is None:
-                    raise UserError(f"task.path={config.path} holds no {split}.jsonl and no {split}.jsonl.gz")
-                rows, parse = read.lines(file), read.parse_json
-            self._splits[split] = read.usable(rows, lambda row, split=split, parse=parse: self.problem(
-                read.text_of(row := parse(row), "question"), read.text_of(row, "answer"), split), config)
-        solved = "".join(f"{example.prompt}{example.answer}\n\n" for example in self._splits["train"][:config.shots])
-        self._splits["test"] = [Example(solved + example.prompt, example.answer) for example in self._splits["test"]]
+        self._path = read.local(config, "a folder with train.jsonl[.gz] and test.jsonl[.gz]")
 
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        return self._splits[split][:num_examples]
+    def read(self, split: str) -> Sequence[Example]:
+        solved = ""
+        if split == "test" and self.config.shots:
+            shown = [self.problem(*pair, split) for pair in self._pairs("train")[:self.config.shots]]
+            solved = "".join(f"{example.prompt}{example.answer}\n\n" for example in shown)
+        return [replace(example, prompt=solved + example.prompt) for example in
+                (self.problem(*pair, split) for pair in self._pairs(split))]
+
+    def _pairs(self, split: str) -> list[tuple[str, str]]:
+        config, name = self.config, self.config.split_name(split)
+        if self._path is None:
+            rows = read.placed(read.hub_rows(config, name, config.subset or "main"), config, name)
+            return read.usable(rows, lambda numbered: _columns(numbered[1]), config)
+        files = read.split_files(self._path, name, "jsonl")
+        if not files:
+            raise UserError(f"task.path={config.path} holds no {name}.jsonl and no {name}.jsonl.gz")
+        rows = itertools.chain.from_iterable(map(read.lines, files))
+        return read.usable(rows, lambda line: _columns(read.parse_json(line)), config)
+
+
+def _columns(row: dict) -> tuple[str, str]:
+    return read.text_of(row, "question"), read.text_of(row, "answer")

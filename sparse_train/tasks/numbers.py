@@ -13,9 +13,9 @@ from sparse_train.tasks.translation import Translating
 class Numbers(Translating):
     endless = True
 
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
+    def read(self, split: str) -> Sequence[Example]:
         def draw(random_: random.Random) -> tuple[str, Example]:
             number = random_.randrange(10 ** random_.randint(1, 6))
             return str(number), self.pair(num2words(number, lang="en"), num2words(number, lang="de"), split)
 
-        return Generated("sparse-train numbers 1", split, num_examples, draw)
+        return Generated("sparse-train numbers 1", split, draw)

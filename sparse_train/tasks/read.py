@@ -3,6 +3,7 @@
 Nothing is unpickled or executed: text, JSON, audio bytes.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -10,9 +11,12 @@ import json
 import logging
 import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from sparse_train.config import TaskConfig
 from sparse_train.errors import UserError
@@ -21,10 +25,28 @@ log = logging.getLogger(__name__)
 _NAMED = 3
 T = TypeVar("T")
 _OPEN = {".gz": gzip.open, ".xz": lzma.open}
+# All that reading a damaged file or archive raises.
+DAMAGED = (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
+           RuntimeError)
 
 
 class Unusable(ValueError):
     """A row that cannot become an example; the text says why."""
+
+
+class Rows(Sequence):
+    """make(rows[i]) for i in `order`, made when asked for: millions of examples need no memory."""
+
+    def __init__(self, rows: Sequence, order: Sequence[int], make: Callable[[Any], Any] = lambda row: row):
+        self._rows, self._order, self._make = rows, np.asarray(order, dtype=np.int64), make
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Rows(self._rows, self._order[index], self._make)
+        return self._make(self._rows[int(self._order[index])])
 
 
 def usable(rows: Iterable[tuple[str, Any]], make: Callable[[Any], T], config: TaskConfig) -> list[T]:
@@ -36,25 +58,31 @@ def usable(rows: Iterable[tuple[str, Any]], make: Callable[[Any], T], config: Ta
             found.append(make(row))
         except Unusable as error:
             bad.append(f"{place}: {error}")
-    named = "; ".join(bad[:_NAMED]) + ("; ..." if len(bad) > _NAMED else "")
-    if not total:
-        raise UserError(f"task.path={config.path} holds no rows")
     if len(bad) > config.max_bad_share * total:
         raise UserError(f"task.path={config.path}: {len(bad)} of {total} rows cannot be used, more than "
-                        f"task.max_bad_share={config.max_bad_share:g}: {named}")
+                        f"task.max_bad_share={config.max_bad_share:g}: {some(bad)}")
     if bad:
-        log.warning("%s: %d of %d rows left out: %s", config.path, len(bad), total, named)
+        log.warning("%s: %d of %d rows left out: %s", config.path, len(bad), total, some(bad))
     return found
+
+
+def some(named: Sequence[str]) -> str:
+    return "; ".join(named[:_NAMED]) + ("; ..." if len(named) > _NAMED else "")
 
 
 def in_test(text: str, share: float) -> bool:
     """The split of a text depends on it alone: equal texts are never on both sides."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * 2**64
+    return text_hash(text) < share * 2**64
+
+
+def text_hash(text: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def shuffled(examples: Sequence[T], key: Callable[[T], str]) -> list[T]:
     """In an order that depends on the texts alone, so that the first hundred are like the rest."""
-    return sorted(examples, key=lambda example: hashlib.sha256(key(example).encode()).digest())
+    return sorted(examples, key=lambda example: text_hash(key(example)))
 
 
 def local(config: TaskConfig, what: str) -> Path | None:
@@ -69,47 +97,62 @@ def local(config: TaskConfig, what: str) -> Path | None:
     return None
 
 
-def hub_rows(config: TaskConfig, split: str, subset: str | None = None, undecoded: str | None = None
-             ) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a hub data set; `undecoded`: an audio column to leave as bytes."""
+def hub_rows(config: TaskConfig, split: str, subset: str | None = None, undecoded: str | None = None) -> Sequence[dict]:
+    """Rows of a hub data set, which stay on disk; `undecoded`: an audio column to leave as bytes."""
     import datasets
 
-    try:
+    with _hub_errors(config):
         rows = datasets.load_dataset(config.path, subset or config.subset, split=split)
-        if undecoded:
-            rows = rows.cast_column(undecoded, datasets.Audio(decode=False))
-    except Exception as error:  # datasets raises many kinds; each means that the name cannot be had
-        line = str(error).strip().split("\n")[0]
+        return rows.cast_column(undecoded, datasets.Audio(decode=False)) if undecoded else rows
+
+
+def hub_splits(config: TaskConfig) -> list[str]:
+    import datasets
+
+    with _hub_errors(config):
+        return datasets.get_dataset_split_names(config.path, config.subset)
+
+
+@contextlib.contextmanager
+def _hub_errors(config: TaskConfig) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # datasets raises many kinds; each means that the data cannot be had
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # "an error occurred" around what did
+            cause = cause.__cause__
+        line = str(cause).strip().split("\n")[0] or type(cause).__name__
         raise UserError(f"task.path={config.path} is no file or folder, and no data set that can be loaded: "
                         f"{line}") from error
-    return ((f"{config.path} {split} {index}", row) for index, row in enumerate(rows))
 
 
-def split_file(folder: Path, split: str, *endings: str) -> Path | None:
-    """folder/split.ENDING, packed or not."""
-    for ending in endings:
-        for packed in ("", *_OPEN):
-            if (file := folder / f"{split}.{ending}{packed}").is_file():
-                return file
-    return None
+def placed(rows: Iterable[dict], config: TaskConfig, split: str) -> Iterator[tuple[str, tuple[int, dict]]]:
+    """(place, (index, row)) of hub rows."""
+    return ((f"{config.path} {split} {index}", (index, row)) for index, row in enumerate(rows))
 
 
-def lines(file: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
+def split_files(folder: Path, name: str, *endings: str) -> list[Path]:
+    """folder/SPLIT.ENDING, packed or not, of each split that `name` joins by +; none where one of them is missing."""
+    found = [next((file for ending in endings for packed in ("", *_OPEN)
+                   if (file := folder / f"{split}.{ending}{packed}").is_file()), None) for split in name.split("+")]
+    return [] if None in found else found
+
+
+def lines(file: Path | zipfile.Path) -> Iterator[tuple[str, str]]:
     """(place, line) of a text file, plain, .gz or .xz, or of the one .txt, .tsv or .jsonl of a .zip."""
     try:
         if file.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist()
-                         if name.endswith((".txt", ".tsv", ".jsonl")) and not Path(name).name.startswith("_")]
-                if len(names) != 1:
-                    raise UserError(f"{file} holds {len(names)} text files; it must be one .txt, .tsv or .jsonl")
-                with io.TextIOWrapper(archive.open(names[0]), encoding) as opened:
-                    yield from ((f"{file}/{names[0]} line {number}", line.rstrip("\n"))
-                                for number, line in enumerate(opened, 1))
-        else:
-            with _OPEN.get(file.suffix, open)(file, "rt", encoding=encoding) as opened:
-                yield from ((f"{file} line {number}", line.rstrip("\n")) for number, line in enumerate(opened, 1))
-    except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, lzma.LZMAError) as error:
+            archive = zipfile.ZipFile(file)
+            names = [name for name in archive.namelist()
+                     if name.endswith((".txt", ".tsv", ".jsonl")) and not Path(name).name.startswith("_")]
+            if len(names) != 1:
+                raise UserError(f"{file} holds {len(names)} text files; it must be one .txt, .tsv or .jsonl")
+            file = zipfile.Path(archive, names[0])
+        # The mark that some editors put in front of UTF-8 is not part of the first column.
+        with (file.open("rb") as stored, _OPEN.get(file.suffix, contextlib.nullcontext)(stored) as unpacked,
+              io.TextIOWrapper(unpacked, "utf-8-sig") as opened):
+            yield from ((f"{file} line {number}", line.rstrip("\n")) for number, line in enumerate(opened, 1))
+    except DAMAGED as error:
         raise UserError(f"cannot read {file}: {error}") from error
 
 
@@ -123,8 +166,8 @@ def parse_json(line: str) -> dict:
     return row
 
 
-def text_of(row: dict, column: str) -> str:
-    value = row.get(column)
+def text_of(row: Any, column: str) -> str:
+    value = row.get(column) if isinstance(row, dict) else None
     if not isinstance(value, str):
         raise Unusable(f"no text in column {column!r}")
     if not value.strip():
@@ -132,7 +175,7 @@ def text_of(row: dict, column: str) -> str:
     return value
 
 
-def fill(template: str, key: str, **columns: str) -> str:
+def fill(template: str, key: str, columns: dict[str, str]) -> str:
     """`template` with {column} replaced. Raises UserError for a name that is not there."""
     try:
         return template.format(**columns)

@@ -1,15 +1,22 @@
 """Speech recognition, scored by word and character error rate.
 
-task.path is one of: a hub data set with `audio` and `sentence` columns (Common Voice); a folder with index.tsv (columns
-file, text and, where there is one, split) and the clips beside it or in .zip files beside it.
+task.path is one of: a folder with index.tsv (columns file, text and, where there is one, split) and the clips beside it
+or in .zip files beside it; Common Voice as Mozilla packs it ({train,dev,test,validated}.tsv with columns path and
+sentence, clips/); a .zip of either; a hub data set with `audio` and `sentence` columns. Sentences, which are Common
+Voice's, are lower-cased, as in the paper.
+
+A clip is checked when it is listed: its header, that its end decodes, and that no byte which it declares is missing.
 """
 
+import collections
 import functools
 import io
+import itertools
+import logging
 import re
 import unicodedata
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +31,13 @@ from sparse_train.tasks import read
 from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
 
+log = logging.getLogger(__name__)
+
 
 class Transcribing(Task):
+    sounds = True
     metric = "wer"
+    also = ("wer_normalised", "cer", "cer_normalised")
     best = min
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -40,42 +51,59 @@ class Transcribing(Task):
 
 
 def normalise(text: str) -> str:
-    """Lower case; symbols and punctuation become spaces; letters keep their marks, which Hindi's vowels are."""
-    kept = "".join(" " if unicodedata.category(c)[0] in "PSZC" else c for c in unicodedata.normalize("NFKC", text))
+    """Lower case; symbols and punctuation become spaces; letters keep their marks, which Hindi's vowels are.
+
+    Characters that only shape their neighbours, such as the zero-width joiner, leave nothing behind.
+    """
+    shown = (c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    kept = "".join(" " if unicodedata.category(c)[0] in "PSZC" else c for c in shown)
     return re.sub(r"\s+", " ", kept.lower()).strip() or "-"
 
 
 class Speech(Transcribing):
     def __init__(self, config: TaskConfig):
         super().__init__(config)
-        path = read.local(config, "a folder with index.tsv and audio")
-        if path is None:
-            self._splits = {split: read.usable(read.hub_rows(config, split, undecoded="audio"), _hub_clip, config)
-                            for split in ("train", "test")}
-        else:
-            self._splits = self._read(path)
+        self._path = read.local(config, "a folder or .zip with index.tsv and audio, or Common Voice's")
 
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        return self._splits[split][:num_examples]
+    def read(self, split: str) -> Sequence[Example]:
+        config, name = self.config, self.config.split_name(split)
+        if self._path is None:
+            rows = read.hub_rows(config, name, undecoded="audio")
+            found = read.usable(read.placed(rows, config, name), lambda numbered: _hub_clip(rows, *numbered), config)
+            return read.shuffled(found, lambda example: example.answer)
+        clips = _Clips(self._path)
+        found = read.usable(self._rows(clips.root, split, name), clips.example, config)
+        return read.shuffled(found, lambda example: example.sound.name)
 
-    def _read(self, folder: Path) -> dict[str, list[Example]]:
-        rows = read.lines(folder / "index.tsv")
-        columns = next(rows, ("", ""))[1].split("\t")
-        for column in ("file", "text"):
-            if column not in columns:
-                raise UserError(f"{folder / 'index.tsv'} has no column {column!r}; its first line must name file and "
-                                "text")
-        clips = _Clips(folder)
+    def _rows(self, root: Path | zipfile.Path, split: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """(place, row) of the split."""
+        if not (index := root / "index.tsv").is_file():
+            files = read.split_files(root, name, "tsv")
+            if not files:
+                raise UserError(f"task.path={self.config.path} holds neither index.tsv nor {name}.tsv; see "
+                                f"task.{split}_split")
+            yield from itertools.chain.from_iterable(map(_table, files))
+            return
+        known = {part for both in ("train", "test") for part in self.config.split_name(both).split("+")}
+        others: collections.Counter[str] = collections.Counter()
+        for place, row in _table(index):
+            given = row.get("split")
+            if given and given not in known:
+                others[given] += 1
+            elif given in name.split("+") if given else (
+                    read.in_test(row.get("file") or row.get("path", ""), self.config.test_share) == (split == "test")):
+                yield place, row
+        if others:
+            log.warning("%s: rows of splits that neither task.train_split nor task.test_split names are left out: %s",
+                        index, ", ".join(f"{other} {count}" for other, count in others.items()))
 
-        def make(line: str) -> tuple[str, Example]:
-            row = dict(zip(columns, line.split("\t"), strict=False))
-            name, text = read.text_of(row, "file"), read.text_of(row, "text")
-            split = row.get("split") or ("test" if read.in_test(name, self.config.test_share) else "train")
-            sound = clips.sound(name)
-            return split, Example("", text, sound)
 
-        found = read.shuffled(read.usable(rows, make, self.config), lambda pair: pair[1].sound.name)
-        return {split: [example for which, example in found if which == split] for split in ("train", "test")}
+def _table(file: Path | zipfile.Path) -> Iterator[tuple[str, dict[str, str]]]:
+    rows = read.lines(file)
+    columns = next(rows, ("", ""))[1].split("\t")
+    if not {"file", "text"} <= set(columns) and not {"path", "sentence"} <= set(columns):
+        raise UserError(f"{file} lacks a column; its first line must name file and text, or path and sentence")
+    return ((place, dict(zip(columns, line.split("\t"), strict=False))) for place, line in rows)
 
 
 class Sound:
@@ -84,47 +112,109 @@ class Sound:
     def __init__(self, name: str, encoded: Callable[[], bytes]):
         self.name, self._encoded = name, encoded
         try:
-            self.seconds = soundfile.info(io.BytesIO(encoded())).duration
-        except (soundfile.SoundFileError, OSError, KeyError) as error:
+            data = encoded()
+            with soundfile.SoundFile(io.BytesIO(data)) as opened:
+                num_samples = opened.frames
+                opened.seek(max(0, num_samples - 1))
+                is_whole = len(opened.read(1)) == 1 and not _is_cut(data)
+        except (soundfile.SoundFileError, *read.DAMAGED) as error:
             raise read.Unusable(f"{name} does not decode as audio") from error
-        if not self.seconds:
+        if not num_samples:
             raise read.Unusable(f"{name} has no sound in it")
+        if not is_whole:
+            raise read.Unusable(f"{name} is shorter than it declares")
 
     def __call__(self, sampling_rate: int) -> np.ndarray:
-        """(samples,) float32."""
-        return _decode(self._encoded, sampling_rate)
+        """(samples,) float32. Raises UserError where it does not decode."""
+        held = _decoded.get((self, sampling_rate))
+        if held is None:
+            try:
+                samples, rate = soundfile.read(io.BytesIO(self._encoded()), dtype="float32", always_2d=True)
+            except (soundfile.SoundFileError, *read.DAMAGED) as error:
+                raise UserError(f"{self.name} does not decode as audio: {error}; repair it or take it out") from error
+            held = soxr.resample(samples.mean(1), rate, sampling_rate).astype(np.float32)
+            _decoded.put((self, sampling_rate), held)
+        return held
 
 
-@functools.lru_cache(maxsize=20_000)  # clips of seconds: a small data set stays decoded
-def _decode(encoded: Callable[[], bytes], sampling_rate: int) -> np.ndarray:
-    samples, rate = soundfile.read(io.BytesIO(encoded()), dtype="float32", always_2d=True)
-    return soxr.resample(samples.mean(1), rate, sampling_rate).astype(np.float32)
+class Decoded:
+    """The sounds asked for last, as many as `most_bytes` hold."""
+
+    def __init__(self, most_bytes: int):
+        self._most_bytes, self.num_bytes = most_bytes, 0
+        self._held: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
+
+    def get(self, key: Any) -> np.ndarray | None:
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def put(self, key: Any, samples: np.ndarray) -> None:
+        self._held[key] = samples
+        self.num_bytes += samples.nbytes
+        while self.num_bytes > self._most_bytes:
+            self.num_bytes -= self._held.popitem(last=False)[1].nbytes
+
+
+_decoded = Decoded(512 * 2**20)  # per process: two hours at 16 kHz, so that a small data set stays decoded
+
+
+def _is_cut(data: bytes) -> bool:
+    """WAV and AIFF say how long they are; libsndfile reads what is there and says nothing."""
+    order = {b"RIFF": "little", b"FORM": "big"}.get(data[:4])
+    declared = int.from_bytes(data[4:8], order) if order else 0
+    # One byte less is a missing pad; all ones are written by a stream that does not know yet.
+    return len(data) + 1 < declared + 8 and declared != 0xFFFFFFFF
 
 
 class _Clips:
-    """Files of a folder and of the archives in it."""
+    """Files of a folder and of the archives in it, or of one archive."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._archives = folder, {}
-        for file in sorted(folder.glob("*.zip")):
-            try:
-                archive = zipfile.ZipFile(file)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"cannot read {file}: {error}") from error
+    def __init__(self, path: Path):
+        self._archives: dict[str, zipfile.ZipFile] = {}
+        self.root: Path | zipfile.Path = path
+        if not path.is_dir():
+            self.root = _top(zipfile.Path(_opened(path)))
+            return
+        for file in sorted(path.glob("*.zip")):
+            archive = _opened(file)
             self._archives |= dict.fromkeys(archive.namelist(), archive)
 
-    def sound(self, name: str) -> Sound:
-        file = (self._folder / name).resolve()
+    def example(self, row: dict[str, str]) -> Example:
+        if "sentence" in row:
+            return Example("", read.text_of(row, "sentence").lower(), self._sound(f"clips/{read.text_of(row, 'path')}"))
+        return Example("", read.text_of(row, "text"), self._sound(read.text_of(row, "file")))
+
+    def _sound(self, name: str) -> Sound:
         if name in self._archives:
             return Sound(name, functools.partial(self._archives[name].read, name))
-        if not file.is_relative_to(self._folder.resolve()) or not file.is_file():
+        file = self.root / name
+        outside = isinstance(file, Path) and not file.resolve().is_relative_to(self.root.resolve())
+        if outside or not file.is_file():
             raise read.Unusable(f"there is no {name}")
         return Sound(name, file.read_bytes)
 
 
-def _hub_clip(row: dict) -> Example:
-    audio = row["audio"]
-    encoded = audio.get("bytes")
-    name = str(audio.get("path"))
-    return Example("", read.text_of(row, "sentence").lower(),
-                   Sound(name, (lambda: encoded) if encoded else Path(name).read_bytes))
+def _opened(file: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except read.DAMAGED as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def _top(folder: zipfile.Path) -> zipfile.Path:
+    """Past the one folder that an archive may have around everything."""
+    inside = list(folder.iterdir())
+    return _top(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+def _hub_clip(rows: Sequence[dict], index: int, row: dict) -> Example:
+    audio = row.get("audio")
+    if not isinstance(audio, dict) or not (audio.get("bytes") or audio.get("path")):
+        raise read.Unusable("no sound in column 'audio'")
+
+    def encoded() -> bytes:
+        audio = rows[index]["audio"]  # stays on disk
+        return audio.get("bytes") or Path(audio["path"]).read_bytes()
+
+    return Example("", read.text_of(row, "sentence").lower(), Sound(str(audio.get("path") or f"clip {index}"), encoded))

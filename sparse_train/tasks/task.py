@@ -1,5 +1,6 @@
 """What every task shares: batches, generation, the score."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,8 +12,13 @@ from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 
 from sparse_train.config import EvaluateConfig, TaskConfig
+from sparse_train.errors import UserError
 from sparse_train.models import Processor
+from sparse_train.tasks import read
 from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode, encoder_input, pad_rows, windows
+
+log = logging.getLogger(__name__)
+_TRIED = 1000  # examples of an endless task, before none is taken to fit
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,14 @@ class Score:
 class Task(ABC):
     endless = False
     """Whether the training examples never repeat."""
+    sounds = False
+    """Whether examples are sound, which speech models take, and only they."""
     metric: str
-    """The headline among the metrics of measure(), or cross_entropy."""
+    """The headline among the metrics of measure(), or perplexity."""
+    also: tuple[str, ...] = ()
+    """Other metrics that a table shows."""
+    settings: tuple[str, ...] = ()
+    """What of measure() is no metric but says how they were taken."""
     best = max
     """min where less of the metric is better."""
     generates = True
@@ -34,10 +46,29 @@ class Task(ABC):
 
     def __init__(self, config: TaskConfig):
         self.config = config
+        self._splits: dict[str, Sequence[Example]] = {}
 
     @abstractmethod
+    def read(self, split: str) -> Sequence[Example]:
+        """All examples of "train" or "test"."""
+
     def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        """The first `num_examples` (None: all) of "train" or "test"."""
+        """The first `num_examples` (None: all) of "train" or "test", which is read when it is first asked for.
+
+        Raises UserError where the data cannot be read or has none.
+        """
+        if split not in self._splits:
+            self._splits[split] = self.read(split)
+            if not self._splits[split]:
+                raise UserError(f"task.path={self.config.path} has no row of the {split} split; see task.{split}_split "
+                                f"({self.config.split_name(split)}) and, for data without splits, task.test_share")
+        return self._splits[split][:num_examples]
+
+    def filled(self, split: str, defaults: tuple[str, str], columns: dict[str, str]) -> Example:
+        """The config's templates of prompt and answer, or `defaults`, with {column} replaced. Raises UserError."""
+        key = "test_prompt" if split == "test" and self.config.test_prompt else "prompt"
+        return Example(read.fill(getattr(self.config, key) or defaults[0], key, columns),
+                       read.fill(self.config.answer or defaults[1], "answer", columns))
 
     @abstractmethod
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -47,10 +78,12 @@ class Task(ABC):
         return collate(examples, processor)
 
     def fits(self, example: Example, processor: Processor) -> bool:
-        """Whether a training example is at most config.max_length tokens long and its sound fits the model's window."""
-        if sum(map(len, encode(example, processor))) > self.config.max_length:
-            return False
-        return len(windows(example, processor)) == 1
+        """Whether a training example is at most config.max_length tokens long and its sound fits the model's window.
+
+        What a decoder starts from takes positions too: all but its last token come before the answer's.
+        """
+        num_tokens = max(0, len(processor.decoder_prefix) - 1) + sum(map(len, encode(example, processor)))
+        return num_tokens <= self.config.max_length and len(windows(example, processor)) == 1
 
     def score(self, model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
               progress: Callable[[int, int], None] | None = None) -> Score:
@@ -58,7 +91,7 @@ class Task(ABC):
 
         Metrics: measure()'s; cross_entropy (nats per token of the true answers, end of text included) and perplexity;
         num_examples. Sound longer than the model's window is answered window by window; its true answer cannot be
-        laid against them and is left out of the cross-entropy.
+        laid against them and is left out of the cross-entropy, which is None, as perplexity is, where all are longer.
         """
         was_training = model.training
         model.eval()
@@ -79,19 +112,38 @@ class Task(ABC):
         model.train(was_training)
         samples = [{"prompt": example.prompt, "answer": example.answer, "prediction": predictions.get(i, "")}
                    for i, example in enumerate(examples)]
-        cross_entropy = float(total[0] / total[1].clamp(min=1))
+        cross_entropy = float(total[0] / total[1]) if total[1] else None
+        perplexity = None if cross_entropy is None else math.exp(min(cross_entropy, 700))
         return Score({**(self.measure(samples) if self.generates else {}), "cross_entropy": cross_entropy,
-                      "perplexity": math.exp(min(cross_entropy, 700)), "num_examples": len(samples)}, samples)
+                      "perplexity": perplexity, "num_examples": len(samples)}, samples)
 
 
 def training_examples(task: Task, processor: Processor,
                       num_examples: int | None) -> tuple[Sequence[Example], int]:
-    """(the first `num_examples` training examples, how many of them were too long and are left out)."""
-    examples = task.examples("train", num_examples)
+    """(the first `num_examples` training examples that fit, how many before them are too long and left out).
+
+    Raises UserError where none fits.
+    """
+    examples = task.examples("train")
     if task.endless and num_examples is None:
         return examples, 0
-    kept = [example for example in examples if task.fits(example, processor)]
-    return kept, len(examples) - len(kept)
+    kept: list[int] = []
+    left_out: list[str] = []
+    for index, example in enumerate(examples):
+        if len(kept) == num_examples or (task.endless and not kept and index == _TRIED):
+            break
+        if task.fits(example, processor):
+            kept.append(index)
+        else:
+            left_out.append(f"{example.prompt}{example.answer}"[:40])
+    told = (f"{len(left_out)} of the first {len(kept) + len(left_out)} training examples are longer than "
+            f"task.max_length={task.config.max_length} tokens or than the model's window: "
+            f"{read.some([*map(repr, left_out)])}")
+    if not kept:
+        raise UserError(f"no training example is left: {told}; raise task.max_length, or split them")
+    if left_out:
+        log.warning("%s", told)
+    return read.Rows(examples, kept), len(left_out)
 
 
 def _cross_entropy(model, batch: Batch) -> torch.Tensor:

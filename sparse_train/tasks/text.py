@@ -1,14 +1,15 @@
 """Plain text: perplexity, and general calibration data.
 
-task.path: a text file (.txt, .md, packed .gz or .xz), a folder of such files, or a hub data set with a `text` column.
-Pieces are split into training and test by their text.
+task.path: a folder with {train,test}.txt or .md (packed .gz or .xz too), a text file, a folder of such files, or a hub
+data set with a `text` column. Where the data has no test split, pieces are split into training and test by their text.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from sparse_train.config import TaskConfig
-from sparse_train.errors import UserError
 from sparse_train.tasks import read
 from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
@@ -23,23 +24,20 @@ class Text(Task):
 
     def __init__(self, config: TaskConfig):
         super().__init__(config)
-        pieces = read.shuffled(list(self._pieces()), str)
-        if not pieces:
-            raise UserError(f"task.path={config.path} holds no text")
-        self._splits = {split: [Example("", piece) for piece in pieces
-                                if read.in_test(piece, config.test_share) == (split == "test")]
-                        for split in ("train", "test")}
+        self._path = read.local(config, "a text file or a folder of them")
 
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        return self._splits[split][:num_examples]
+    def read(self, split: str) -> Sequence[Example]:
+        paragraphs, is_given = self._paragraphs(split)
+        return [Example("", piece) for piece in read.shuffled(list(self._pieces(paragraphs)), str)
+                if is_given or read.in_test(piece, self.config.test_share) == (split == "test")]
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
 
-    def _pieces(self) -> Iterator[str]:
+    def _pieces(self, paragraphs: Iterable[str]) -> Iterator[str]:
         """Paragraphs joined up to a length; longer ones are cut."""
         largest, held = self.config.max_length * _CHARACTERS_PER_TOKEN, ""
-        for paragraph in self._paragraphs():
+        for paragraph in paragraphs:
             if held and len(held) + len(paragraph) + 2 > largest:
                 yield held
                 held = ""
@@ -50,21 +48,36 @@ class Text(Task):
         if held:
             yield held
 
-    def _paragraphs(self) -> Iterator[str]:
-        path = read.local(self.config, "a text file or a folder of them")
+    def _paragraphs(self, split: str) -> tuple[Iterable[str], bool]:
+        """(those of the split, True), or (those of all the data, False) where it has no splits."""
+        path, config = self._path, self.config
         if path is None:
-            yield from read.usable(read.hub_rows(self.config, "train"), lambda row: read.text_of(row, "text"),
-                                   self.config)
-            return
-        files = [path] if path.is_file() else [file for file in sorted(path.rglob("*"))
-                                               if {".txt", ".md"} & set(file.suffixes)]
-        for file in files:
-            held: list[str] = []
-            for _, line in read.lines(file):
-                if line.strip():
-                    held.append(line.strip())
-                elif held:
-                    yield " ".join(held)
-                    held = []
-            if held:
-                yield " ".join(held)
+            is_given = set(config.test_split.split("+")) <= set(read.hub_splits(config))
+            name = config.split_name(split) if is_given else config.train_split
+            rows = read.placed(read.hub_rows(config, name), config, name)
+            return filter(None, read.usable(rows, lambda numbered: _text(numbered[1]), config)), is_given
+        given = {part: read.split_files(path, config.split_name(part), "txt", "md") for part in ("train", "test")}
+        is_given = all(given.values())
+        files = given[split] if is_given else [path] if path.is_file() else [
+            file for file in sorted(path.rglob("*")) if {".txt", ".md"} & set(file.suffixes)]
+        return itertools.chain.from_iterable(map(_file_paragraphs, files)), is_given
+
+
+def _text(row: dict) -> str:
+    """May be empty: data sets of lines have blank ones between paragraphs."""
+    value = row.get("text")
+    if not isinstance(value, str):
+        raise read.Unusable("no text in column 'text'")
+    return value.strip()
+
+
+def _file_paragraphs(file: Path) -> Iterator[str]:
+    held: list[str] = []
+    for _, line in read.lines(file):
+        if line.strip():
+            held.append(line.strip())
+        elif held:
+            yield " ".join(held)
+            held = []
+    if held:
+        yield " ".join(held)

@@ -1,7 +1,8 @@
 """Translation, scored by sacreBLEU.
 
-task.path is one of: a hub data set with a `translation` column (wmt14); a folder with {train,test}.tsv or .jsonl; one
-file of pairs, tab- or JSON-separated, also in a .zip, whose split is by source sentence: no test sentence was trained.
+task.path is one of: a hub data set with a `translation` column (wmt14), taken in an order that depends on its texts
+alone; a folder with {train,test}.tsv or .jsonl; one file of pairs, tab- or JSON-separated, also in a .zip, whose split
+is by source sentence: no test sentence was trained.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ _NAMES = {"en": "English", "de": "German", "fr": "French", "ro": "Romanian", "es
 
 class Translating(Task):
     metric = "bleu"
+    also = ("chrf",)
+    settings = ("bleu_signature",)
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """bleu (0..100), chrf, and bleu_signature, which says how."""
@@ -34,57 +37,51 @@ class Translating(Task):
         """The paper's prefix, T5's own: "translate English to German: "."""
         names = [_NAMES.get(name, name) for name in self.config.languages]
         default = f"translate {names[0]} to {names[1]}: {{source}}"
-        template = (self.config.test_prompt if split == "test" else None) or self.config.prompt or default
-        columns = {"source": source, "target": target}
-        return Example(read.fill(template, "prompt", **columns),
-                       read.fill(self.config.answer or "{target}", "answer", **columns))
+        return self.filled(split, (default, "{target}"), {"source": source, "target": target})
 
 
 class Translation(Translating):
     def __init__(self, config: TaskConfig):
         super().__init__(config)
-        path = read.local(config, "a file of pairs, or a folder with {train,test}.tsv or .jsonl")
+        self._path = read.local(config, "a file of pairs, or a folder with {train,test}.tsv or .jsonl")
+
+    def read(self, split: str) -> Sequence[Example]:
+        path, name = self._path, self.config.split_name(split)
         if path is None:
-            self._splits = {split: [self.pair(*pair, split) for pair in self._hub(split)]
-                            for split in ("train", "test")}
-        else:
-            self._splits = self._read(path)
-
-    def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        return self._splits[split][:num_examples]
-
-    def _hub(self, split: str) -> list[tuple[str, str]]:
-        source, target = self.config.languages
-        return read.usable(read.hub_rows(self.config, split), lambda row: (
-            read.text_of(row["translation"], source), read.text_of(row["translation"], target)), self.config)
-
-    def _read(self, path: Path) -> dict[str, list[Example]]:
-        found = {}
-        for split in ("train", "test"):
-            file = read.split_file(path, split, "tsv", "jsonl") if path.is_dir() else None
-            if file:
-                found[split] = [self.pair(*pair, split) for pair in self._pairs(file)]
-        if len(found) == 2:
-            return found
+            return self._hub(split, name)
         if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.suffix in (".zip", ".tsv", ".jsonl")]
-            if len(files) != 1:
-                raise UserError(f"task.path={path} holds neither {{train,test}}.tsv or .jsonl nor one file of pairs")
-            path = files[0]
-        pairs = read.shuffled(self._pairs(path), "\t".join)
-        return {split: [self.pair(*pair, split) for pair in pairs
-                        if read.in_test(pair[0], self.config.test_share) == (split == "test")]
-                for split in ("train", "test")}
+            files = {part: read.split_files(path, self.config.split_name(part), "tsv", "jsonl")
+                     for part in ("train", "test")}
+            if all(files.values()):
+                return [self.pair(*pair, split) for file in files[split] for pair in self._pairs(file)]
+            single = [file for file in sorted(path.iterdir()) if file.suffix in (".zip", ".tsv", ".jsonl")]
+            if len(single) != 1:
+                raise UserError(f"task.path={path} holds neither {self.config.train_split} and {self.config.test_split}"
+                                ".tsv or .jsonl (task.train_split, task.test_split) nor one file of pairs")
+            path = single[0]
+        return [self.pair(*pair, split) for pair in read.shuffled(self._pairs(path), "\t".join)
+                if read.in_test(pair[0], self.config.test_share) == (split == "test")]
+
+    def _hub(self, split: str, name: str) -> Sequence[Example]:
+        rows = read.hub_rows(self.config, name)
+
+        def key(numbered: tuple[int, dict]) -> int:
+            index, row = numbered
+            return read.text_hash("\t".join(self._columns(row.get("translation")))) << 32 | index
+
+        keys = sorted(read.usable(read.placed(rows, self.config, name), key, self.config))
+        return read.Rows(rows, [key & 0xFFFFFFFF for key in keys],
+                         lambda row: self.pair(*self._columns(row["translation"]), split))
 
     def _pairs(self, file: Path) -> list[tuple[str, str]]:
-        source, target = self.config.languages
-
         def parse(line: str) -> tuple[str, str]:
             if line.startswith("{"):
                 row = read.parse_json(line)
-                row = row.get("translation", row)
-            else:
-                row = dict(zip((source, target), line.split("\t"), strict=False))
-            return read.text_of(row, source), read.text_of(row, target)
+                return self._columns(row.get("translation", row))
+            return self._columns(dict(zip(self.config.languages, line.split("\t"), strict=False)))
 
         return read.usable(read.lines(file), parse, self.config)
+
+    def _columns(self, row: dict) -> tuple[str, str]:
+        source, target = self.config.languages
+        return read.text_of(row, source), read.text_of(row, target)

@@ -102,6 +102,11 @@ class _Reader:
         return torch.cat(parts)
 
 
+def newest_step(folder: Path) -> int:
+    """Of the newest signed checkpoint, 0 when there is none."""
+    return int(signed[-1].name.rpartition("-")[2]) if (signed := _signed(folder)) else 0
+
+
 def _signed(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{artifacts.DONE}"))

@@ -1,11 +1,13 @@
 """The training loop: fetch, loss, backward, step, log, save. Dense and sparse students run the same one.
 
-A stop signal sets a flag; the ranks agree on it at a logged step, save together and return unfinished.
+A stop signal sets a flag, and so does a deadline that comes near; the ranks agree on it at a logged step, save together
+and return unfinished.
 """
 
 import contextlib
 import inspect
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -43,30 +46,33 @@ class Outcome:
 
 def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[int]], Batch], order: Order,
           config: TrainConfig, loss: LossConfig, folder: Path, tracker: Tracker | None = None,
-          progress: Progress | None = None, seed: int = 0, teacher_config: TeacherConfig | None = None) -> Outcome:
+          progress: Progress | None = None, seed: int = 0, teacher_config: TeacherConfig | None = None,
+          deadline: float | None = None) -> Outcome:
     """Train `student` for config.steps optimizer steps, from the newest checkpoint below `folder` if there is one.
 
     `fetch` turns this rank's example indices into a batch (an empty list into a row of padding). `tracker` and
-    `progress` are rank 0's. Raises FloatingPointError, on every rank and in the step where it happens, when a gradient
-    is not finite.
+    `progress` are rank 0's, and so is `deadline`, when the process will be ended (seconds since the epoch): the state
+    is saved in time for it, judged by what steps and saves have taken so far. Raises FloatingPointError, on every rank
+    and in the step where it happens, when a gradient is not finite.
     """
     trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
     start = checkpoint.resume(trainer.engine, trainer.bits, folder)
     if tracker:
         tracker.rewind(start)
     metrics: dict[str, Any] = {}
-    with _StopSignal() as stop:
+    with _Stop(deadline) as stop:
         for step in range(start + 1, config.steps + 1):
             trainer.step(step)
             stopping = False
             if step % config.log_every == 0 or step == config.steps:
-                metrics, stopping = trainer.metrics(step, stop.requested)
+                metrics, stopping = trainer.metrics(step, stop.requested())
                 if tracker:
                     tracker.log(step, metrics)
                 if progress:
                     progress(step, config.steps, f"loss {metrics['loss']:.3f}")
             if step < config.steps and (stopping or step % config.checkpoint_every == 0):
-                checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept)
+                with stop.saving():
+                    checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept)
             if stopping and step < config.steps:
                 return Outcome(trainer.engine, trainer.bits, finished=False, metrics=metrics)
     trainer.bits.check()
@@ -177,28 +183,76 @@ class Trainer:
 
     def metrics(self, step: int, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         """Collective. Means since the last call, and whether any rank was asked to stop."""
-        sums = torch.cat([self._terms.double(), self._num_tokens.double()[None],
+        node, num_nodes = dist.node()
+        use = torch.zeros(num_nodes, len(_USE), dtype=torch.double, device=self._terms.device)
+        use[node] = torch.tensor(_use_of_node(self._terms.device))
+        sums = torch.cat([use.flatten(), self._terms.double(), self._num_tokens.double()[None],
                           torch.tensor([float(stop_requested)], dtype=torch.double, device=self._terms.device)])
-        *terms, num_tokens, num_stops = dist.sum_over_ranks(sums).tolist()
+        summed = dist.sum_over_ranks(sums)
+        use = summed[:use.numel()].view_as(use).tolist()
+        *terms, num_tokens, num_stops = summed[num_nodes * len(_USE):].tolist()
         loss, task, logit, *feature = (term / self._num_micro_steps for term in terms)
         found = {"loss": loss, "task": task, "logit": logit, "feature": sum(feature),
                  "squarehead": {str(layer): term for layer, term in enumerate(feature)},
                  "learning_rate": learning_rate(self._config, step), "gradient_norm": self._norm,
-                 "tokens_per_second": num_tokens / (time.perf_counter() - self._since)}
+                 "tokens_per_second": num_tokens / (time.perf_counter() - self._since),
+                 "nodes": {str(index): dict(zip(_USE, row, strict=True)) for index, row in enumerate(use)}}
         self._reset()
         return found, num_stops > 0
 
 
-class _StopSignal:
-    """While open, SIGTERM only sets a flag: a save needs all ranks, and they agree on it at a step's end."""
+_USE = ("memory_gb", "gpu_memory_gb", "gpu_percent")
+
+
+def _use_of_node(device: torch.device) -> list[float]:
+    """This rank's part of what its node uses, for a sum over the ranks: resident memory, device memory, mean load."""
+    memory = psutil.Process().memory_info().rss / 1e9
+    if device.type != "cuda":
+        return [memory, 0.0, 0.0]
+    try:
+        load = torch.cuda.utilization(device) / dist.local_size()
+    except Exception:  # the driver's library is missing or will not tell; not worth a training
+        load = 0.0
+    return [memory, torch.cuda.memory_reserved(device) / 1e9, load]
+
+
+class _Stop:
+    """While open, SIGTERM and SIGUSR2 (SLURM's warning) only set a flag: a save needs all ranks, and they agree on it
+    at a step's end. A second signal leaves at once."""
+
+    _SAME_EVENT_S = 2.0
+    """A batch system may send both signals for one reason."""
+
+    def __init__(self, deadline: float | None):
+        self._deadline, self._signalled = deadline, None
+        self._asked, self._pause_s = time.monotonic(), 0.0
+        self._save_s = 10.0  # until one is measured
 
     def __enter__(self):
-        self.requested = False
-        self._before = signal.signal(signal.SIGTERM, self._set)
+        self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGUSR2)}
         return self
 
     def _set(self, number, frame):
-        self.requested = True
+        if self._signalled is not None and time.monotonic() - self._signalled > self._SAME_EVENT_S:
+            os._exit(128 + number)
+        self._signalled = self._signalled or time.monotonic()
+
+    def requested(self) -> bool:
+        """To be asked at every step at which the ranks agree: one more of them must fit before the deadline."""
+        now = time.monotonic()
+        # The first pause has the compilation of everything in it, and none is known before it.
+        self._pause_s, self._asked = max(now - self._asked, 0.5 * self._pause_s), now
+        if self._signalled is not None:
+            return True
+        return self._deadline is not None and time.time() + 1.5 * (self._pause_s + self._save_s) > self._deadline
+
+    @contextlib.contextmanager
+    def saving(self):
+        started = time.monotonic()
+        yield
+        self._save_s = time.monotonic() - started
+        self._asked = time.monotonic()
 
     def __exit__(self, *exception):
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

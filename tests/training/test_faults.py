@@ -36,7 +36,7 @@ class _Tell:
 
 def _rank(rank, port, folder, told):
     torch.set_num_threads(1)
-    dist.start(rank, _WORLD, rank, "127.0.0.1", port)
+    dist.start(rank, _WORLD, rank, _WORLD, "127.0.0.1", port)
     student, teacher = _models()
     outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _CONFIG, _LOSS, folder,
                     _Tell(told) if rank == 0 else None)

@@ -17,6 +17,7 @@ from sparse_train.training import audit, load_student, load_teacher
 from sparse_train.training.engine import FrozenBits, build_student, build_teacher, gathered_tensors
 from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
+from tests.test_families import made
 from tests.training.test_parity import _models
 
 _CONFIG = TrainConfig(zero=ZeroConfig(persistence_threshold=0))
@@ -38,6 +39,15 @@ def test_slices_make_up_the_checkpoint(kind, tmp_path, monkeypatch):
         for name, tensor in own_tensors(model).items():
             assert sizes[name] == -(-tensor.numel() // 3), name
             assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_head_that_is_stored_beside_the_embedding_is_sliced_too(tmp_path):
+    model, processor = made("t5-gated")
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
+    save_model(tmp_path, model, processor)
+    for _, tensors in run_ranks(_load, 2, tmp_path):
+        assert tensors.keys() == own_tensors(model).keys() and "lm_head.weight" in tensors
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in own_tensors(model).items())
 
 
 def _flipped(path):

@@ -1,0 +1,56 @@
+"""The last step of each batch script: the job failed, so is it to run again?
+
+    python -m launch.afterwards RUN STAGE CODE
+
+A stage that was stopped, by a signal or its time limit, or that lost a rank runs again while it gets further. A mistake
+in the recipe and an error of the code's own do not: they would come again. SLURM itself requeues a preempted job and
+one whose node is gone; then this has nothing to do.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch import attempts
+from launch.attempts import EXIT_CODES, Ending
+from launch.cluster import CLUSTER, ClusterConfig
+from launch.place import attempt_of_job
+from launch.stages import find_stage, log_folder, read_run
+from sparse_train.config import load_config
+
+
+def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> str | None:
+    config = read_run(run)
+    logs, cluster = log_folder(find_stage(config, stage_id), config), load_config(ClusterConfig, run / CLUSTER)
+    tried = attempts.read_attempts(logs)
+    if tried and tried[-1]["id"] == attempt:
+        ending = attempts.read_ending(logs, attempt, tried[-1]["ranks"])
+        num_tries = sum(1 for one in tried if one["from_step"] == tried[-1]["from_step"])
+    else:
+        status = "broken" if code == EXIT_CODES["broken"] else "lost"  # such as a package that cannot be imported
+        ending, num_tries = Ending(status, "ended before it began"), 1 + int(attempt.rpartition(".")[2])
+    print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
+    if ending.status not in ("stopped", "lost"):
+        return None
+    if num_tries >= cluster.tries:
+        print(f"not requeued: {num_tries} tries came no further; cluster.tries=N allows more", flush=True)
+        return None
+    return f"after try {num_tries} of {cluster.tries} from the same step"
+
+
+def main(run: str, stage_id: str, code: int) -> int:
+    reason = reason_to_run_again(Path(run), stage_id, attempt_of_job(), code)
+    job = os.environ["SLURM_JOB_ID"]
+    state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
+    if reason is None or state != "RUNNING":  # cancelled, or SLURM has requeued it already
+        return code
+    print(f"requeued {reason}", flush=True)
+    if subprocess.run(["scontrol", "requeue", job]).returncode == 0:
+        time.sleep(600)  # until SLURM ends this script; an exit now would race with it
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -1,0 +1,88 @@
+"""Attempts at a stage, and how the processes of one came to their ends. All of it is files, readable from any node.
+
+    RUN/logs/STAGE/attempts.jsonl     one line per attempt: id, job, nodes, ranks, the step it went on from, when
+    RUN/logs/STAGE/attempt            the id of the newest: an older one that still runs somewhere must not write
+    RUN/logs/STAGE/endings/RANK.json  how that rank of the newest attempt ended
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.place import Place
+from sparse_train import artifacts
+from sparse_train.errors import UserError
+
+Status = Literal["finished", "mistake", "broken", "lost", "stopped"]
+EXIT_CODES: dict[Status, int] = {"finished": 0, "broken": 1, "mistake": 2, "stopped": 75, "lost": 76}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process of a stage came to its end."""
+
+    status: Status
+    """mistake: the user's; broken: an error of its own; lost: another rank fell silent or away; stopped: by a signal or
+    the time limit, state saved. After the last two the same command goes on."""
+    message: str = ""
+    rank: int = 0
+
+
+class Superseded(Exception):
+    """A newer attempt is at work on the stage; this one must not write any more."""
+
+
+def begin(logs: Path, place: Place, from_step: int) -> None:
+    """To be called by one rank, before any other writes."""
+    artifacts.write_text(logs / "attempt", place.attempt)
+    line = {"id": place.attempt, "job": place.job, "nodes": place.nodes, "ranks": place.num_ranks,
+            "from_step": from_step, "started": time.time()}
+    with open(logs / "attempts.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def require_newest(logs: Path, attempt: str) -> None:
+    if (newest := (logs / "attempt").read_text()) != attempt:
+        raise Superseded(f"attempt {attempt} ends here: {newest} is at work on the stage")
+
+
+def read_attempts(logs: Path) -> list[dict[str, Any]]:
+    """Oldest first."""
+    file = logs / "attempts.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def write_ending(logs: Path, attempt: str, ending: Ending) -> None:
+    folder = logs / "endings"
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(folder / f"{ending.rank}.json", {"attempt": attempt, **asdict(ending)})
+
+
+def newest_ending(logs: Path, tried: list[dict[str, Any]]) -> Ending | None:
+    """Of the last of `tried`; None while none of its ranks has come to an end."""
+    if not tried or not any(_endings_of(logs, tried[-1]["id"], tried[-1]["ranks"]).values()):
+        return None
+    return read_ending(logs, tried[-1]["id"], tried[-1]["ranks"])
+
+
+def read_ending(logs: Path, attempt: str, num_ranks: int) -> Ending:
+    """The most telling one: a mistake, an error of a rank's own, a stop; else a lost rank, which leaves nothing."""
+    found = [ending or Ending("lost", "ended without a result; it was killed, or ran out of memory", rank)
+             for rank, ending in _endings_of(logs, attempt, num_ranks).items()]
+    order = ("mistake", "broken", "stopped", "lost", "finished")
+    # Of lost ranks, one that says nothing tells more than its peers, who only heard the connection break.
+    return min(found, key=lambda ending: (order.index(ending.status), not ending.message.startswith("ended without")))
+
+
+def _endings_of(logs: Path, attempt: str, num_ranks: int) -> dict[int, Ending | None]:
+    found: dict[int, Ending | None] = dict.fromkeys(range(num_ranks))
+    for rank in found:
+        try:
+            told = artifacts.read_json(logs / "endings" / f"{rank}.json")
+        except UserError:  # not there
+            continue
+        if told["attempt"] == attempt:
+            found[rank] = Ending(told["status"], told["message"], rank)
+    return found

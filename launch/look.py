@@ -1,0 +1,219 @@
+"""Looking at runs and ending them: status, logs, cancel, runs. All from files and from SLURM's answers, on any node."""
+
+import argparse
+import contextlib
+import platform
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+
+from launch import attempts, slurm
+from launch.runner import plan, rank_log
+from launch.slurm import JobState, job_states, read_jobs
+from launch.stages import CONFIG, Stage, find_stage, log_folder, progress_file, read_run
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import UserError
+from sparse_train.tables import make_table, print_table
+
+_HEADER = ("stage", "state", "job", "nodes", "tries", "progress", "", "left")
+_WATCH_S = 2.0
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    status = commands.add_parser("status", help="the stages of a run: state, node, progress")
+    status.add_argument("run", type=Path, metavar="RUN", help="such as runs/demo")
+    status.add_argument("--watch", action="store_true", help="until Ctrl-C")
+    status.set_defaults(command=_status)
+
+    logs = commands.add_parser("logs", help="what a stage printed")
+    logs.add_argument("run", type=Path, metavar="RUN")
+    logs.add_argument("stage", metavar="STAGE", help="such as finetune/squarehead")
+    logs.add_argument("--rank", type=int, default=0, metavar="R")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing until the stage ends")
+    logs.set_defaults(command=_logs)
+
+    cancel = commands.add_parser("cancel", help="end a run's jobs; the same run command goes on from their state")
+    cancel.add_argument("run", type=Path, metavar="RUN")
+    cancel.set_defaults(command=_cancel)
+
+    runs = commands.add_parser("runs", help="all runs of a folder")
+    runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER")
+    runs.set_defaults(command=_runs)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A stage as it is now."""
+
+    stage: Stage
+    state: str
+    """done, running, waiting, failed, cancelled, stopped, not done yet, or why it will run again."""
+    job: str = ""
+    nodes: str = ""
+    tries: int = 0
+    progress: dict[str, Any] | None = None
+
+    def cells(self) -> list[str]:
+        progress = self.progress or {}
+        left = progress.get("seconds_left")
+        done = f"{progress['done']}/{progress['total']}" if progress else ""
+        return [self.stage.id, self.state, self.job, self.nodes, str(self.tries or ""), done, progress.get("note", ""),
+                f"{left / 60:.0f} min" if left is not None and self.state == "running" else ""]
+
+
+def look_at(config: RunConfig) -> list[Look]:
+    jobs = read_jobs(config.path)
+    states, found, failed = job_states(jobs), [], []
+    for stage, reason in plan(config, []):
+        logs = log_folder(stage, config)
+        tried = attempts.read_attempts(logs)
+        job, state = jobs.get(stage.id, {}).get("job", ""), states.get(stage.id)
+        if reason == "current":
+            manifest = artifacts.read_manifest(config.path / stage.id)
+            found.append(Look(stage, f"done in {manifest['seconds']:.0f} s", job, _short(manifest.get("nodes", ())),
+                              len(tried)))
+            continue
+        progress = None
+        with contextlib.suppress(UserError):
+            progress = artifacts.read_json(progress_file(stage, config))
+        text = _told(config, stage, reason, state, tried, failed)
+        if text.startswith(("failed", "cancelled", "held")):
+            failed.append(stage.id)
+        nodes = state.nodes if state and state.state == "RUNNING" else ""
+        found.append(Look(stage, text, job, nodes, len(tried), progress))
+    return found
+
+
+def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, tried: list, failed: list[str]) -> str:
+    behind = [name for name in stage.inputs if name in failed]
+    if state is None:
+        newest = attempts.newest_ending(log_folder(stage, config), tried)
+        if tried and newest is None and _launcher(config.path) is not None:
+            return "running"
+        return f"failed: {newest.message}" if newest and newest.status in ("broken", "lost", "mistake") else reason
+    if state.is_active:
+        if state.state == "PENDING":
+            return f"waiting ({state.reason or 'starting'})"
+        return state.state.lower()
+    if state.state == "CANCELLED" and behind:
+        return f"held: {behind[0]} did not finish"
+    if state.state == "COMPLETED":
+        return reason
+    ending = attempts.newest_ending(log_folder(stage, config), tried)
+    cause = f"rank {ending.rank} {ending.message}" if ending and ending.status != "finished" else state.reason
+    return f"{'cancelled' if state.state == 'CANCELLED' else 'failed'}: {state.state} {cause}"
+
+
+def _short(nodes) -> str:
+    return ",".join(nodes[:2]) + (f" and {len(nodes) - 2} more" if len(nodes) > 2 else "")
+
+
+def _status(options, console: Console) -> None:
+    runs = _below(options.run)
+    if not options.watch:
+        for config in runs:
+            _print_run(config, console, len(runs) > 1)
+        return
+    with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while True:
+            live.update(make_table(_HEADER, [look.cells() for config in runs for look in look_at(config)], 5),
+                        refresh=True)
+            time.sleep(_WATCH_S)
+
+
+def _print_run(config: RunConfig, console: Console, named: bool) -> None:
+    if named:
+        console.print(f"[bold]{config.name}", highlight=False)
+    looks = look_at(config)
+    print_table(console, _HEADER, [look.cells() for look in looks], 5)
+    for look in looks:
+        if look.state.startswith("failed"):
+            console.print(f"logs: sparse-train logs {shlex.quote(str(config.path))} {look.stage.id}", highlight=False,
+                          soft_wrap=True)
+
+
+def _below(folder: Path) -> list[RunConfig]:
+    """The run in `folder`, or those of a sweep."""
+    if (folder / CONFIG).is_file():
+        return [read_run(folder)]
+    found = [read_run(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    return found or [read_run(folder)]
+
+
+def _logs(options, console: Console) -> None:
+    config = read_run(options.run)
+    stage = find_stage(config, options.stage)
+    file = _log_file(config, stage, options.rank)
+    stream = sys.stdout
+    with open(file, errors="replace") as opened:
+        while True:
+            # Asked before reading: what is written until the end is still read.
+            at_work = options.follow and not (config.path / stage.id / artifacts.DONE).is_file() and _is_at_work(
+                config, stage)
+            for line in opened:
+                stream.write(line)
+            stream.flush()
+            if not at_work:
+                return
+            time.sleep(0.5)
+
+
+def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
+    """Of the newest job."""
+    if known := read_jobs(config.path).get(stage.id):
+        file = rank_log(Path(known["logs"]), known["job"], rank)
+        files = [file] if file.is_file() else []
+    else:
+        files = sorted(log_folder(stage, config).glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise UserError(f"{config.path} has no log of {stage.id} rank {rank}; it has not run yet, or has fewer ranks")
+    return files[-1]
+
+
+def _is_at_work(config: RunConfig, stage: Stage) -> bool:
+    state = job_states(read_jobs(config.path)).get(stage.id)
+    return state.is_active if state else _launcher(config.path) is not None
+
+
+def _cancel(options, console: Console) -> None:
+    ended = []
+    for config in _below(options.run):
+        ended += slurm.cancel(read_jobs(config.path))
+        if (process := _launcher(config.path)) is not None:
+            process.send_signal(signal.SIGINT)
+            ended.append(f"process {process.pid}")
+    console.print(f"ended: {', '.join(ended)}" if ended else "nothing is running", highlight=False)
+
+
+def _launcher(run: Path) -> psutil.Process | None:
+    """The process of this machine that runs the stages, where one does."""
+    with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+        host, pid = (run / ".lock").read_text().split()
+        process = psutil.Process(int(pid))
+        if host == platform.node() and str(run / ".lock") in {file.path for file in process.open_files()}:
+            return process
+    return None
+
+
+def _runs(options, console: Console) -> None:
+    found = sorted(options.folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if not found:
+        raise UserError(f"{options.folder} holds no runs; give the folder that run folders are in")
+    rows = []
+    for path in found:
+        config = read_run(path.parent)
+        looks = look_at(config)
+        done = [look for look in looks if look.state.startswith("done")]
+        rest = [look for look in looks if look not in done]
+        rows.append([config.name, f"{len(done)}/{len(looks)}",
+                     f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"])
+    print_table(console, ("run", "stages", "state"), rows, 3)

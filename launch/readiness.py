@@ -1,0 +1,133 @@
+"""A look around from every rank before a training starts: what would fail after hours is told in seconds, in one line.
+
+    ranks and devices, printed as a table; a sum over all ranks; the run folder, written and read on every node; free
+    disk for checkpoints; memory
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from launch.place import Place
+from launch.preflight import Size, check
+from launch.stages import Stage
+from sparse_train import dist
+from sparse_train.config import RunConfig, TrainConfig
+from sparse_train.errors import UserError
+
+_MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes per trained value
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
+    """Collective. Raises UserError, the same on every rank."""
+    table = dist.gather_objects(_own_row(place))
+    if place.rank == 0:
+        print("\n".join(_lines(table)), flush=True)
+    dist.agree(lambda: _require_distinct_devices(table))
+    dist.agree(_require_sum)
+    dist.agree(lambda: _require_shared_folder(place, config.path))
+    size, _ = check(config)
+    dist.agree(lambda: _require_space(place, config, stage, size, table))
+
+
+def _own_row(place: Place) -> dict[str, Any]:
+    device = dist.device()
+    row = {"rank": place.rank, "host": place.host, "local_rank": place.local_rank, "device": str(device),
+           "cpus": len(os.sched_getaffinity(0)), "free_memory": psutil.virtual_memory().available}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        row |= {"name": properties.name, "uuid": str(properties.uuid), "free_device_memory":
+                torch.cuda.mem_get_info(device)[0]}
+    return row
+
+
+def _lines(table: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{len(table)} ranks on {len({row['host'] for row in table})} nodes"]
+    for row in table:
+        device = row.get("name", "")
+        lines.append(f"rank {row['rank']:>4}  {row['host']} local {row['local_rank']}  {row['device']} {device}  "
+                     f"{row['cpus']} CPUs  {row['free_memory'] / 1e9:.1f} GB free")
+    return lines
+
+
+def _require_distinct_devices(table: list[dict[str, Any]]) -> None:
+    taken: dict[str, int] = {}
+    for row in table:
+        if (uuid := row.get("uuid")) is None:
+            continue
+        if uuid in taken:
+            raise UserError(f"ranks {taken[uuid]} and {row['rank']} have the same GPU on {row['host']}; ask for as "
+                            "many gpus_per_node as ranks_per_node")
+        taken[uuid] = row["rank"]
+
+
+def _require_sum() -> None:
+    found = float(dist.sum_over_ranks(torch.tensor(float(dist.rank() + 1), device=dist.device())))
+    if found != (wanted := dist.world_size() * (dist.world_size() + 1) / 2):
+        raise UserError(f"a sum over all ranks is {found:g} and should be {wanted:g}; the network or its library is "
+                        "broken")
+
+
+def _require_shared_folder(place: Place, run: Path) -> None:
+    """Each rank leaves a file, and every node must see those of all."""
+    folder = run / "logs" / "preflight"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place.attempt}-{place.rank}").touch()
+        problem = ""
+    except OSError as error:
+        problem = f"cannot write to {run} on {place.host}: {error.strerror}"
+    problems = dist.gather_objects(problem)
+    if any(problems):
+        raise UserError(f"{next(filter(None, problems))}; the run folder must be on storage that all nodes share")
+    missing = [rank for rank in range(place.num_ranks) if not (folder / f"{place.attempt}-{rank}").is_file()]
+    unseen = [f"{place.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""]
+    unseen = [line for lines in dist.gather_objects(unseen) for line in lines if line]
+    if place.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    if unseen:
+        raise UserError(f"{unseen[0]}; the run folder must be on storage that all nodes share")
+
+
+def _require_space(place: Place, config: RunConfig, stage: Stage, size: Size, table: list[dict[str, Any]]) -> None:
+    train: TrainConfig = config.dense if stage.job == "dense" else config.finetune
+    trained = size.num_parameters
+    if stage.job == "finetune":
+        trained -= round(config.prune.levels[stage.level].sparsity * size.num_prunable)
+    needed, free = checkpoint_bytes(train, trained), shutil.disk_usage(config.path).free
+    if needed > free:
+        raise UserError(f"the checkpoints of {stage.id} take {needed / 1e9:.1f} GB and {config.path} has "
+                        f"{free / 1e9:.1f} GB free; make room, or give {stage.job}.checkpoints_kept=1")
+    own = state_bytes(train, trained, place.num_ranks)
+    if stage.job == "finetune" and config.finetune.losses[stage.id.rpartition("/")[2]].needs_teacher:
+        precision = config.finetune.teacher.precision or train.precision
+        own += _BYTES[precision] * size.num_parameters // place.num_ranks
+    row = table[place.rank]
+    if "free_device_memory" in row:
+        free, where = row["free_device_memory"], f"{row['device']} of {place.host}"
+        own = own if not train.zero.offload_optimizer else own - (_MASTER + _MOMENTS) * trained // place.num_ranks
+    else:  # the ranks of a node share its memory
+        free, where = row["free_memory"] // place.ranks_on_node, f"{place.host}, for each of its ranks"
+    if own > free:
+        raise UserError(f"{stage.id} needs {own / 1e9:.1f} GB per rank for weights, gradients and optimizer alone; "
+                        f"{where}, has {free / 1e9:.1f} GB free; use more ranks, a higher ZeRO stage, or "
+                        f"{stage.job}.zero.offload_optimizer=true")
+
+
+def checkpoint_bytes(train: TrainConfig, trained: int) -> int:
+    """Masters and moments of the kept checkpoints, one more while it is written, and the finished model."""
+    return (train.checkpoints_kept + 1) * (_MASTER + _MOMENTS) * trained + _MASTER * trained
+
+
+def state_bytes(train: TrainConfig, trained: int, num_ranks: int) -> int:
+    """Per rank: weights, gradients, masters and moments of the student under its ZeRO stage."""
+    share = {"optimizer": train.zero.stage >= 1, "gradient": train.zero.stage >= 2, "weight": train.zero.stage >= 3}
+    parts = {"optimizer": _MASTER + _MOMENTS, "gradient": _GRADIENT, "weight": _BYTES[train.precision]}
+    if train.precision == "fp32" and train.zero.stage == 0:
+        parts["optimizer"] = _MOMENTS  # the weights are their own masters
+    return sum(size * trained // (num_ranks if share[name] else 1) for name, size in parts.items())

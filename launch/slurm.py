@@ -1,0 +1,265 @@
+"""A run as SLURM jobs: one per stage, each after the stages that it reads; a sweep as arrays, a task per combination.
+
+submitit writes the batch files and starts the processes. What it does not do is decided here and in launch.afterwards:
+its handlers save on one rank only, count short jobs as timed out, and take a node failure for the end.
+"""
+
+import contextlib
+import itertools
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+from rich.console import Console
+
+from launch.cluster import ClusterConfig
+from launch.runner import StageFailed, freeze, locked, plan, process
+from launch.snapshot import freeze_code
+from launch.stages import Stage, build_stages, select
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import UserError
+
+JOBS_FILE, RUNS_FILE = "jobs.json", "runs.txt"
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+          "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
+
+
+@dataclass(frozen=True)
+class JobState:
+    state: str
+    """As SLURM calls it, such as RUNNING."""
+    reason: str = ""
+    """Why it waits."""
+    nodes: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console,
+           dry_run: bool = False) -> None:
+    """Submit the stages that are not current. With `dry_run` the batch files are printed and nothing is written."""
+    with _prepared(config.path, [config], cluster, dry_run) as code:
+        _submit_graph([config], cluster, names, console, dry_run, code)
+
+
+def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None:
+    """Write the run folder and print what slurm/pipeline.sh submits: the folder, then id, nodes, ranks per node and
+    inputs of each stage that is not current, tab-separated."""
+    with _prepared(config.path, [config], cluster, dry_run=False):
+        print(config.path.absolute())
+        for stage, reason in plan(config, names):
+            if reason != "current":
+                resources = cluster.resources(stage.id, stage.distributed)
+                print(stage.id, resources.nodes, resources.ranks_per_node, " ".join(stage.inputs), sep="\t")
+
+
+def submit_sweep(dense: Sequence[RunConfig], runs: Sequence[RunConfig], cluster: ClusterConfig, names: list[str],
+                 console: Console, dry_run: bool = False) -> None:
+    """The dense models of `dense` as one array, then each stage of `runs` as one; `names`: of their stages, or all."""
+    with _prepared(runs[0].path.parent, [*dense, *runs], cluster, dry_run) as code:
+        made = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
+        after = f"afterok:{_array_of(made[0]['dense'])}" if made and made[0] else ""
+        _submit_graph(runs, cluster, names, console, dry_run, code, after)
+
+
+@contextlib.contextmanager
+def _prepared(folder: Path, runs: Sequence[RunConfig], cluster: ClusterConfig, dry_run: bool) -> Iterator[Path]:
+    """The code, whose place is given, and each run's config stand in `folder`; none of its jobs is active."""
+    if shutil.which("sbatch") is None:
+        raise UserError("--on slurm: there is no sbatch here; run this on a login node of the cluster")
+    if "%" in str(folder.absolute()) or not str(folder.absolute()).isprintable():
+        raise UserError(f"{folder.absolute()}: SLURM takes % in a path for a pattern, and no line breaks; give another "
+                        "folder")
+    code = folder.absolute() / "code"
+    if dry_run:
+        yield code
+        return
+    with locked(folder):
+        for config in runs:
+            _require_idle(config)
+        freeze_code(folder)
+        for config in runs:
+            config.path.mkdir(parents=True, exist_ok=True)
+            freeze(config, cluster)
+        yield code
+
+
+def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool,
+                  code: Path, start_after: str = "") -> list[dict[str, str]]:
+    """stage -> job of each run. Stages without an input among them wait for `start_after`."""
+    to_run = [{stage.id for stage, reason in plan(config, names) if reason != "current"} for config in runs]
+    made: list[dict[str, str]] = [{} for _ in runs]
+    for stages in itertools.zip_longest(*(select(build_stages(config), names) for config in runs)):
+        if len({stage and stage.id for stage in stages}) > 1:
+            raise UserError("sweep: the combinations have different stages, so they cannot be arrays; sweep over keys "
+                            "that leave the stages alone, or use --on local")
+        stage = stages[0]
+        if not any(stage.id in todo for todo in to_run):
+            console.print(f"{stage.id:<22} current", highlight=False, style="dim")
+            continue
+        for config, own in zip(runs, made, strict=True):
+            _require_inputs(stage, config, own)
+        after = _dependency(stage, made) or start_after
+        executor = make_executor(stage, runs, cluster, code, after)
+        if dry_run:
+            console.print(f"{stage.id:<22} {after or 'at once'}", highlight=False, soft_wrap=True)
+            print(_indented(batch_text(executor, len(runs))))
+            ids = [f"<{stage.id}>"] * len(runs)
+        else:
+            ids = _submit(executor, stage, runs)
+            console.print(f"{stage.id:<22} job {_array_of(ids[0])} {after}", highlight=False, soft_wrap=True)
+        for config, own, job in zip(runs, made, ids, strict=True):
+            own[stage.id] = job
+            if not dry_run:  # at once: a submission that is cut off leaves no job unknown
+                _record(config, own, executor)
+    return made
+
+
+def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfig, code: Path,
+                  after: str = "") -> submitit.SlurmExecutor:
+    """submitit's, set up for one job, or for an array of as many tasks as runs."""
+    resources, root = cluster.resources(stage.id, stage.distributed), _root(runs)
+    folder = root / "logs" / stage.id
+    sbatch = {key.replace("_", "-"): value for key, value in resources.sbatch.items() if value not in (None, False)}
+    sbatch |= {"requeue": True, "kill-on-invalid-dep": "yes"}
+    if resources.time is not None:
+        sbatch["time"] = resources.time
+    # srun takes no --cpus-per-task over from sbatch since SLURM 22.05. A rank that is gone takes its step along.
+    cpus = [f"--cpus-per-task={resources.cpus_per_rank}"] if resources.cpus_per_rank else []
+    # Safe path: else the folder that the job was submitted from, perhaps the checkout, comes before the copy.
+    exports = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", **cluster.environment}
+    if len(runs) == 1:
+        run = shlex.quote(str(root))
+    else:  # the tasks of an array share one batch file
+        run = f'"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / RUNS_FILE))})"'
+    executor = submitit.SlurmExecutor(folder)
+    executor.update_parameters(
+        job_name=f"{root.name}/{stage.id}", time=None, wckey=None, nodes=resources.nodes,
+        ntasks_per_node=resources.ranks_per_node, cpus_per_task=resources.cpus_per_rank,
+        gpus_per_node=resources.gpus_per_node, mem=resources.memory, partition=resources.partition,
+        account=resources.account, qos=resources.qos, constraint=resources.constraint, dependency=after or None,
+        signal_delay_s=cluster.warning_s, stderr_to_stdout=True, additional_parameters=sbatch,
+        srun_args=["--kill-on-bad-exit=1", *cpus],
+        setup=[*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
+        teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
+                  f'{shlex.quote(sys.executable)} -m launch.afterwards {run} {shlex.quote(stage.id)} "$code"'],
+    )
+    return executor
+
+
+def _root(runs: Sequence[RunConfig]) -> Path:
+    """The folder of the run, or of the sweep."""
+    return (runs[0].path if len(runs) == 1 else runs[0].path.parent).absolute()
+
+
+def batch_text(executor: submitit.SlurmExecutor, num_runs: int) -> str:
+    """The batch file that the executor will submit."""
+    if num_runs > 1:
+        executor.parameters["map_count"] = num_runs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _submit(executor: submitit.SlurmExecutor, stage: Stage, runs: Sequence[RunConfig]) -> list[str]:
+    """Ids of its jobs, by run."""
+    targets = [str(config.path.absolute()) for config in runs]
+    try:
+        if len(runs) == 1:
+            return [executor.submit(process, targets[0], stage.id).job_id]
+        executor.folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(executor.folder / RUNS_FILE, "".join(f"{target}\n" for target in targets))
+        with executor.batch():
+            jobs = [executor.submit(process, target, stage.id) for target in targets]
+        return [job.job_id for job in jobs]
+    except submitit.core.utils.FailedJobError as error:
+        told = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
+        raise StageFailed(f"SLURM did not take stage {stage.id}: {told[0].strip()}; the jobs before it are submitted: "
+                          f"sparse-train cancel {shlex.quote(str(_root(runs)))} withdraws them") from error
+
+
+def _dependency(stage: Stage, made: list[dict[str, str]]) -> str:
+    """afterok of the jobs that make its inputs; of an array, each task after the same task of theirs."""
+    jobs = list(dict.fromkeys(_array_of(made[0][name]) for name in stage.inputs if name in made[0]))
+    kind = "afterok" if len(made) == 1 else "aftercorr"
+    return ",".join(f"{kind}:{job}" for job in jobs)
+
+
+def _array_of(job: str) -> str:
+    return job.partition("_")[0]
+
+
+def _require_inputs(stage: Stage, config: RunConfig, made: dict[str, str]) -> None:
+    for name in stage.inputs:
+        if name not in made and artifacts.read_manifest(config.path / name) is None:
+            raise UserError(f"stage {stage.id} needs {name}, which is neither finished nor submitted; add it to "
+                            "--stages")
+
+
+def _require_idle(config: RunConfig) -> None:
+    active = [name for name, state in job_states(read_jobs(config.path)).items() if state.is_active]
+    if active:
+        raise UserError(f"{config.path} has jobs in the queue ({', '.join(active)}); wait for them, or withdraw them: "
+                        f"sparse-train cancel {shlex.quote(str(config.path))}")
+
+
+def _record(config: RunConfig, jobs: dict[str, str], executor: submitit.SlurmExecutor) -> None:
+    """RUN/jobs.json: stage -> job and where its logs are. Stages of earlier submissions stay."""
+    known = read_jobs(config.path)
+    for stage, job in jobs.items():
+        if known.get(stage, {}).get("job") != job:
+            known[stage] = {"job": job, "logs": str(executor.folder)}
+    artifacts.write_json(config.path / JOBS_FILE, known)
+
+
+def read_jobs(run: Path) -> dict[str, dict[str, str]]:
+    """stage -> {"job", "logs"}; empty for a run that was never on SLURM."""
+    return artifacts.read_json(run / JOBS_FILE) if (run / JOBS_FILE).is_file() else {}
+
+
+def job_states(jobs: dict[str, dict[str, str]]) -> dict[str, JobState]:
+    """stage -> what SLURM says of its job: squeue of those in the queue, sacct of the others.
+
+    sacct alone would not do: between a node's failure and the requeue it says NODE_FAIL of a job that will run again.
+    """
+    ids = {row["job"]: stage for stage, row in jobs.items()}
+    if not ids:
+        return {}
+    found: dict[str, JobState] = {}
+    asked = _ask(["squeue", "-h", "-r", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"])
+    for job, state, reason, nodes in (line.split("|") for line in asked):
+        if job in ids:
+            found[ids[job]] = JobState(state, "" if reason == "None" else reason, nodes)
+    rest = [job for job, stage in ids.items() if stage not in found]
+    if rest:
+        asked = _ask(["sacct", "-n", "-P", "-X", "-j", ",".join(rest), "-o", "JobID,State,ExitCode,NodeList"])
+        for job, state, code, nodes in (line.split("|") for line in asked):
+            if job in rest:
+                found[ids[job]] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
+    return {stage: found.get(stage, JobState("UNKNOWN")) for stage in jobs}
+
+
+def cancel(jobs: dict[str, dict[str, str]]) -> list[str]:
+    """Withdraw the active ones; returns their stages."""
+    active = [stage for stage, state in job_states(jobs).items() if state.is_active]
+    if active:
+        subprocess.run(["scancel", *(jobs[stage]["job"] for stage in active)], check=True)
+    return active
+
+
+def _ask(command: list[str]) -> list[str]:
+    """Lines of its output. squeue fails when it knows none of the jobs any more, which is an answer too."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{command[0]} does not answer ({error}); ask from a login node of the cluster") from error
+
+
+def _indented(text: str) -> str:
+    return "".join(f"    {line}\n" if line else "\n" for line in text.splitlines())

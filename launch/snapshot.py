@@ -1,0 +1,38 @@
+"""The code of a run as it was at submission: editing the checkout changes no queued or requeued job.
+
+    RUN/code/{launch,jobs,sparse_train,configs}     a copy, native kernels included
+    RUN/code/sitecustomize.py                       makes Python take the copy rather than an editable install
+
+Jobs find it through PYTHONPATH. Packages from elsewhere are those of the environment; their versions are in each
+manifest.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from launch.cluster import CONFIGS
+
+_PACKAGES = ("launch", "jobs", "sparse_train")
+_CUSTOMIZE = '''"""An editable install puts its finder before the path; jobs of this run take the copy beside this."""
+
+import sys
+
+sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith(("_editable_", "__editable__"))]
+'''
+
+
+def freeze_code(run: Path) -> Path:
+    """Copy the code into `run`/code, replacing what was there; returns that folder."""
+    from sparse_train.kernels import _native
+
+    top, final, aside = CONFIGS.parent, run / "code", run / f".code.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in _PACKAGES:
+        shutil.copytree(top / name, aside / name, ignore=shutil.ignore_patterns("__pycache__", "csrc"))
+    shutil.copytree(CONFIGS, aside / CONFIGS.name)
+    shutil.copy2(_native.__file__, aside / "sparse_train" / "kernels")
+    (aside / "sitecustomize.py").write_text(_CUSTOMIZE)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    return final

@@ -1,0 +1,114 @@
+"""Whatever happens to a training job, it ends with the bits of an undisturbed one, and no job is left hanging.
+
+Each test disturbs a fine-tune of two nodes with two ranks in the middle and lets SLURM and the job do the rest.
+"""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import attempts
+from tests.cluster.conftest import (
+    STAGES,
+    STATE,
+    require_same_end,
+    state_of,
+    submit,
+    wait_for,
+    wait_for_end,
+)
+from tests.launch.test_pipeline import _cli
+
+_STAGE = "finetune/squarehead"
+
+
+def _restarted(run, tries=2):
+    wait_for(lambda: len(attempts.read_attempts(run / "logs" / _STAGE)) >= tries, 120, f"try {tries}")
+
+
+def test_the_whole_pipeline_and_its_dependents(undisturbed):
+    out, _ = _cli("status", undisturbed)
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[stage, "done"] for stage in STAGES]
+    nodes = attempts.read_attempts(undisturbed / "logs" / _STAGE)[0]["nodes"]
+    assert len(set(nodes)) == 2
+    log, _ = _cli("logs", undisturbed, _STAGE)
+    assert "4 ranks on 2 nodes" in log and "rank    3" in log
+
+
+def test_preempted_by_a_higher_partition(started, undisturbed):
+    subprocess.run(["srun", "-p", "urgent", "-N", "3", "--exclusive", "sleep", "1"], check=True, timeout=60)
+    assert wait_for_end(started, _STAGE).state == "COMPLETED"
+    require_same_end(started, undisturbed, tries=2)
+
+
+def test_a_killed_node_with_all_on_it(started, undisturbed):
+    node = attempts.read_attempts(started / "logs" / _STAGE)[0]["nodes"][1]
+    os.kill(int((STATE / "pids" / f"{node}.pid").read_text()), signal.SIGKILL)
+    _restarted(started)
+    assert wait_for_end(started, _STAGE).state == "COMPLETED"
+    require_same_end(started, undisturbed, tries=2)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_unplugged_node(index, started, undisturbed):
+    """Its ranks go on running, cut off: they must give up, and must not write where the new attempt does."""
+    node = attempts.read_attempts(started / "logs" / _STAGE)[0]["nodes"][index]
+    left = [pid for pid, rank in _ranks(state_of(started, _STAGE), read_job(started)).items() if rank // 2 == index]
+    subprocess.run(["ip", "link", "set", f"slurm-{node}", "down"], check=True)
+    _restarted(started)
+    assert wait_for_end(started, _STAGE).state == "COMPLETED"
+    require_same_end(started, undisturbed, tries=2)
+    assert len(left) == 2
+    wait_for(lambda: not [pid for pid in left if Path(f"/proc/{pid}").exists()], 60, "the end of the cut-off ranks")
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_killed_rank(rank, started, undisturbed):
+    [pid] = [pid for pid, found in _ranks(state_of(started, _STAGE), read_job(started)).items() if found == rank]
+    os.kill(pid, signal.SIGKILL)
+    _restarted(started)
+    assert wait_for_end(started, _STAGE).state == "COMPLETED"
+    require_same_end(started, undisturbed, tries=2)
+
+
+def test_scancel_and_the_same_command_again(started, undisturbed, place):
+    _cli("cancel", started)
+    assert wait_for_end(started, _STAGE).state == "CANCELLED"
+    out, _ = _cli("status", started)
+    assert "cancelled: CANCELLED" in out
+    submit(started, place)
+    assert wait_for_end(started, _STAGE).state == "COMPLETED"
+    require_same_end(started, undisturbed, tries=2)
+
+
+def test_the_time_limit(undisturbed, pruned, place):
+    """A limit of one minute, most of which goes into starting: each try saves in time, and none counts as failed."""
+    submit(pruned, place, "cluster.time=1", "cluster.warning_s=5")
+    assert wait_for_end(pruned, _STAGE, 500).state == "COMPLETED"
+    tries = len(attempts.read_attempts(pruned / "logs" / _STAGE))
+    assert tries > 1
+    require_same_end(pruned, undisturbed, tries)
+
+
+def read_job(run):
+    from launch.slurm import read_jobs
+
+    return read_jobs(run)[_STAGE]["job"]
+
+
+def _ranks(state, job):
+    """pid on this machine -> rank of a running job."""
+    assert state.state == "RUNNING"
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            given, command = ((folder / name).read_text().split("\0") for name in ("environ", "cmdline"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        if f"SLURM_JOB_ID={job}" in given and "submitit.core._submit" in command:
+            found[int(folder.name)] = next(int(entry.partition("=")[2]) for entry in given
+                                           if entry.startswith("SLURM_PROCID="))
+    return found

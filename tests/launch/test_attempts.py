@@ -1,0 +1,84 @@
+"""How a stage's processes end, which of their endings is told, and when a job runs again."""
+
+import pytest
+
+from launch import attempts
+from launch.afterwards import reason_to_run_again
+from launch.attempts import Ending, Superseded
+from launch.cluster import ClusterConfig
+from launch.place import Place
+from launch.runner import freeze
+from sparse_train.config import RunConfig, load_config
+from tests.launch.test_pipeline import RECIPE
+
+
+def _place(attempt="7.0", rank=0, num_ranks=3):
+    return Place(rank, num_ranks, rank, num_ranks, "node1", ("node1",), attempt)
+
+
+@pytest.mark.parametrize("given, told", [
+    ({0: "finished", 1: "finished", 2: "finished"}, ("finished", 0)),
+    ({0: "lost", 1: "mistake", 2: "lost"}, ("mistake", 1)),
+    ({0: "lost", 2: "broken"}, ("broken", 2)),  # rank 1 was ended with the step
+    ({0: "lost", 2: "lost"}, ("lost", 1)),  # the killed one says nothing
+    ({0: "stopped", 1: "stopped"}, ("stopped", 0)),
+    ({}, ("lost", 0)),
+])
+def test_the_most_telling_ending_is_told(given, told, tmp_path):
+    for rank, status in given.items():
+        attempts.write_ending(tmp_path, "7.0", Ending(status, f"says {rank}", rank))
+    found = attempts.read_ending(tmp_path, "7.0", 3)
+    assert (found.status, found.rank) == told
+
+
+def test_endings_of_an_earlier_attempt_do_not_count(tmp_path):
+    attempts.write_ending(tmp_path, "7.0", Ending("finished", "", 0))
+    assert attempts.read_ending(tmp_path, "7.1", 1).status == "lost"
+    assert attempts.newest_ending(tmp_path, [{"id": "7.1", "ranks": 1}]) is None
+
+
+def test_an_older_attempt_must_not_write(tmp_path):
+    attempts.begin(tmp_path, _place("7.0"), 0)
+    attempts.require_newest(tmp_path, "7.0")
+    attempts.begin(tmp_path, _place("7.1"), 20)
+    with pytest.raises(Superseded, match=r"7\.1 is at work"):
+        attempts.require_newest(tmp_path, "7.0")
+    assert [one["from_step"] for one in attempts.read_attempts(tmp_path)] == [0, 20]
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'"])
+    config.path.mkdir()
+    freeze(config, ClusterConfig(executor="slurm", tries=2))
+    return config.path
+
+
+def _tried(run, status, *from_steps):
+    logs = run / "logs" / "dense"
+    logs.mkdir(parents=True)
+    for restarts, step in enumerate(from_steps):
+        attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), step)
+    attempt = f"7.{len(from_steps) - 1}"
+    attempts.write_ending(logs, attempt, Ending(status, "why", 0))
+    return reason_to_run_again(run, "dense", attempt, 76)
+
+
+@pytest.mark.parametrize("status, from_steps, again", [
+    ("stopped", (0,), True), ("lost", (0,), True), ("mistake", (0,), False), ("broken", (0,), False),
+    ("lost", (0, 0), False), ("lost", (0, 0, 20), True), ("stopped", (0, 20, 40), True), ("stopped", (40, 40), False),
+])
+def test_a_job_runs_again_while_it_gets_further(status, from_steps, again, run, capsys):
+    assert bool(_tried(run, status, *from_steps)) == again
+    assert f"{status}: rank 0 why" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code, restarts, again", [(1, 0, False), (137, 0, True), (137, 1, False)])
+def test_a_job_that_ended_before_it_began(code, restarts, again, run):
+    assert bool(reason_to_run_again(run, "dense", f"7.{restarts}", code)) == again
+
+
+def test_a_requeued_job_takes_another_port(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    ports = {_place(f"{job}.{restarts}").port for job in range(5000, 5020) for restarts in range(3)}
+    assert len(ports) == 60 and all(20_000 <= port < 32_768 for port in ports)

@@ -1,0 +1,70 @@
+"""The look around before a training: what would fail later is one line now, the same on every rank."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from launch import readiness
+from launch.place import Place
+from launch.readiness import check_ranks, checkpoint_bytes, state_bytes
+from launch.stages import find_stage
+from sparse_train import dist
+from sparse_train.config import FinetuneConfig, RunConfig, TrainConfig, load_config
+from sparse_train.errors import UserError
+from tests.launch.test_pipeline import RECIPE
+from tests.ranks import run_ranks
+
+_Usage = namedtuple("_Usage", "total used free")
+
+
+def _look(folder, problem):
+    """What check_ranks says on this rank, of a machine with a problem."""
+    config = load_config(RunConfig, RECIPE, [f"folder='{folder}'"])
+    config.path.mkdir(exist_ok=True)
+    host = f"node{dist.rank()}"
+    place = Place(dist.rank(), dist.world_size(), 0, 1, host, ("node0", "node1"), "7.0")
+    if problem == "disk" and dist.rank() == 1:
+        shutil.disk_usage = lambda path: _Usage(10**9, 10**9, 1000)
+    if problem == "memory":
+        own = readiness._own_row
+        readiness._own_row = lambda place: own(place) | {"free_memory": 1000}
+    if problem == "gpu":
+        own = readiness._own_row
+        readiness._own_row = lambda place: own(place) | {"uuid": "same"}
+    if problem == "folder" and dist.rank() == 1:
+        config = config.model_copy(update={"folder": str(folder / "of this node alone")})
+    if problem == "read-only" and dist.rank() == 1:
+        config = config.model_copy(update={"folder": "/proc"})
+    try:
+        check_ranks(place, config, find_stage(config, "finetune/ce"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("problem, said", [
+    (None, None),
+    ("disk", "the checkpoints of finetune/ce take"),
+    ("memory", "needs 0.0 GB per rank for weights, gradients and optimizer alone; node0"),
+    ("gpu", "ranks 0 and 1 have the same GPU"),
+    ("folder", "does not see what rank"),
+    ("read-only", "cannot write to /proc/tiny on node1"),
+])
+def test_it_refuses_early_with_one_line_on_every_rank(problem, said, tmp_path):
+    told = run_ranks(_look, 2, tmp_path, problem)
+    assert told[0] == told[1]
+    assert (said in told[0] and "\n" not in told[0]) if said else told[0] is None
+
+
+@pytest.mark.parametrize("stage, precision, bytes_per_value", [
+    (0, "fp32", 4 + 8 + 4), (0, "bf16", 2 + 12 + 4), (1, "bf16", 2 + 4 + 3), (2, "bf16", 2 + 1 + 3),
+    (3, "fp32", (4 + 12 + 4) / 4), (3, "bf16", (2 + 12 + 4) / 4),
+])
+def test_predicted_state(stage, precision, bytes_per_value):
+    train = TrainConfig(zero={"stage": stage}, precision=precision)
+    assert state_bytes(train, 1_000_000, 4) == bytes_per_value * 1_000_000
+
+
+def test_predicted_checkpoints():
+    assert checkpoint_bytes(FinetuneConfig(checkpoints_kept=2), 10) == 3 * 120 + 40

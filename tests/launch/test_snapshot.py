@@ -1,0 +1,25 @@
+"""Jobs run the code as it was at submission, also below the checkout and with an editable install."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.snapshot import freeze_code
+
+
+def test_a_job_takes_the_copy_of_the_code(tmp_path):
+    code = freeze_code(tmp_path)
+    (code / "jobs" / "report.py").write_text("FROZEN = True\n")
+    shown = subprocess.run(
+        [sys.executable, "-c", "import launch, jobs.report, sparse_train.kernels as k; print(launch.__file__, "
+         "k._native.__file__, jobs.report.FROZEN, k.backend())"],
+        env={**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=True).stdout.split()
+    assert all(Path(file).is_relative_to(code) for file in shown[:2]) and shown[2] == "True"
+
+
+def test_a_new_submission_replaces_the_copy(tmp_path):
+    (freeze_code(tmp_path) / "stale.py").touch()
+    assert not (freeze_code(tmp_path) / "stale.py").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["code"]

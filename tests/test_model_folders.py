@@ -1,0 +1,172 @@
+"""Models as folders, ours and published ones: every way in reads the same, and refuses the same in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparse_train.config import PruneConfig
+from sparse_train.errors import UserError
+from sparse_train.inference import load
+from sparse_train.models import load_model, open_model, own_tensors, save_model
+from sparse_train.pruning import prune
+from sparse_train.sparse import sparsify
+from sparse_train.tasks.batch import collate
+from tests.test_families import examples, made
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "whisper"])
+def test_a_model_without_data_has_its_computed_buffers(family, tmp_path):
+    model, processor = made(family)
+    save_model(tmp_path, model, processor)
+    skeleton, _ = open_model(tmp_path)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(skeleton.get_buffer(name), buffer), name
+
+
+def _saved(family, folder, change=lambda tensors: None):
+    """A model in a folder, and the tensors of the folder changed; (model, one batch)."""
+    model, processor = made(family)
+    save_model(folder, model, processor)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors) or tensors, folder / "model.safetensors", {"format": "pt"})
+    return model, collate(examples(processor), processor)
+
+
+def _set(folder, file, **facts):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+_READERS = {"load_model": load_model, "runtime": lambda folder: load(folder).model}
+
+
+def test_a_head_that_is_stored_beside_the_embedding_is_its_own(tmp_path):
+    """T5 v1.1 and Flan-T5, whose config says that it is the embedding."""
+    model, processor = made("t5-gated")
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
+    batch = collate(examples(processor), processor)
+    save_model(tmp_path / "dense", model, processor)
+    expected = {"dense": model(**batch.inputs()).logits}
+    weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
+    expected["sparse"] = model(**batch.inputs()).logits
+    save_model(tmp_path / "sparse", sparsify(model, weights), processor)
+    for kind, logits in expected.items():
+        assert "lm_head.weight" in own_tensors(open_model(tmp_path / kind)[0])
+        for name, read in _READERS.items():
+            found = read(tmp_path / kind).eval()(**batch.inputs()).logits
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("names", [("shared.weight", "lm_head.weight"), ("lm_head.weight",),
+                                   ("decoder.embed_tokens.weight",)], ids=str)
+def test_a_tied_tensor_may_go_by_any_of_its_names(names, tmp_path):
+    model, batch = _saved("t5", tmp_path, lambda tensors: {
+        **{name: tensor for name, tensor in tensors.items() if name != "shared.weight"},
+        **{name: tensors["shared.weight"].clone() for name in names}})
+    again, (skeleton, folder) = load_model(tmp_path), open_model(tmp_path)
+    assert again.lm_head.weight is again.shared.weight and skeleton.lm_head.weight is skeleton.shared.weight
+    assert all(torch.equal(folder.get(name), tensor) for name, tensor in own_tensors(model).items())
+    assert torch.equal(again(**batch.inputs()).logits, model(**batch.inputs()).logits)
+
+
+@pytest.mark.parametrize("family, left_over", [
+    ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+    ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+    ("t5", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")])
+def test_what_published_checkpoints_have_left_over_is_not_minded(family, left_over, tmp_path):
+    model, batch = _saved(family, tmp_path, lambda tensors: tensors | {left_over: torch.zeros(4)})
+    assert own_tensors(open_model(tmp_path)[0]).keys() == own_tensors(model).keys()
+    for read in _READERS.values():
+        assert torch.equal(read(tmp_path).eval()(**batch.inputs()).logits, model(**batch.inputs()).logits)
+
+
+def test_the_name_of_the_model_without_its_head_may_be_left_out(tmp_path):
+    model, batch = _saved("opt", tmp_path, lambda tensors: {
+        name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    assert torch.equal(load_model(tmp_path)(**batch.inputs()).logits, model(**batch.inputs()).logits)
+    _, folder = open_model(tmp_path)
+    name = "model.decoder.layers.0.fc1.weight"
+    assert torch.equal(folder.get_range(name, 5, 9), model.get_parameter(name).flatten()[5:9])
+
+
+@pytest.mark.parametrize("read", [load_model, open_model, load])
+def test_a_folder_that_does_not_fit_its_config_is_refused_in_one_line(read, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    for change, told in (
+            (lambda tensors: tensors | {"model.extra.weight": torch.zeros(2, 2)},
+             "holds 1 tensors that a llama model does not have, such as model.extra.weight"),
+            (lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name},
+             f"lacks 1 tensors of a llama model, such as {name}"),
+            (lambda tensors: tensors | {name: torch.zeros(64, 32)},
+             rf"{name} has shape \(64, 32\), but \(128, 32\) in a llama model")):
+        _saved("llama", tmp_path, change)
+        with pytest.raises(UserError, match=told):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_model, open_model, load])
+def test_a_sparse_folder_that_does_not_fit_its_config_is_refused(read, tmp_path):
+    model, processor = made("llama")
+    weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
+    model = sparsify(model, weights)
+    save_model(tmp_path, model, processor, [*own_tensors(model).items(), ("model.extra.weight", torch.zeros(2))])
+    with pytest.raises(UserError, match=r"does not have, such as model\.extra\.weight"):
+        read(tmp_path)
+    save_model(tmp_path, model, processor)
+    _set(tmp_path, "config.json", intermediate_size=64)
+    with pytest.raises(UserError, match=r"has shape \(128, 32\), but \(64, 32\)"):
+        read(tmp_path)
+
+
+def test_how_a_model_generates_is_kept_whichever_way_it_is_read(tmp_path):
+    model, processor = made("whisper")
+    save_model(tmp_path / "dense", model, processor)
+    published = {"suppress_tokens": [1, 2], "begin_suppress_tokens": [5], "lang_to_id": {"<|hi|>": 7},
+                 "no_repeat_ngram_size": 3}
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(published))
+    weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
+    model = load_model(tmp_path / "dense")
+    save_model(tmp_path / "sparse", sparsify(model, weights), processor)
+    for kind in ("dense", "sparse"):
+        skeleton, _ = open_model(tmp_path / kind)
+        save_model(tmp_path / "again", skeleton, processor, own_tensors(model).items())
+        assert json.loads((tmp_path / "again" / "generation_config.json").read_text()).items() >= published.items()
+        for again in (skeleton, *(read(tmp_path / kind) for read in _READERS.values())):
+            assert {name: getattr(again.generation_config, name) for name in published} == published
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_pickled_weights_are_refused_with_what_to_do(where, tmp_path, monkeypatch):
+    model, processor = made("llama")
+    save_model(tmp_path, model, processor)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path
+    if where == "hub":
+        path = "owner/name"
+        monkeypatch.setattr("sparse_train.models.checkpoint.snapshot_download", lambda name, **_: str(tmp_path))
+    else:
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for read in (load_model, open_model, load):
+        with pytest.raises(UserError, match=f"{path} has no weights in safetensors; pickled ones.*convert them"):
+            read(path)
+
+
+@pytest.mark.parametrize("facts, told", [
+    ({"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2}}, "attn_type=grouped_query_attention"),
+    ({"attn_config": {"attn_type": "multiquery_attention"}}, "attn_type=multiquery_attention is not supported"),
+    ({"attn_config": {"qk_ln": True}}, "qk_ln=True is not supported"),
+    ({"attn_config": {"alibi": False}}, "alibi=False is not supported"),
+    ({"logit_scale": "inv_sqrt_d_model"}, "logit_scale=inv_sqrt_d_model is not supported"),
+    ({"n_heads": "four"}, "the config of .* is not valid: .*n_heads"),
+], ids=str)
+def test_an_mpt_that_transformers_would_compute_otherwise_is_refused(facts, told, tmp_path):
+    _saved("mpt", tmp_path)
+    load_model(tmp_path)
+    _set(tmp_path, "config.json", **facts)
+    for read in (load_model, open_model):
+        with pytest.raises(UserError, match=told) as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,71 @@
+"""What a run is refused for before its first job: a task that is not for the model, lengths that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.preflight import check
+from sparse_train.config import ModelConfig, RunConfig, load_config
+from sparse_train.errors import UserError
+from sparse_train.models import build_model, build_processor, save_model
+from tests.models import tiny_tokenizer
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def _run(family, task=None, **more):
+    return RunConfig.model_validate({"model": {"family": family, "d_model": 32, "n_layers": 1, "max_seq_len": 512},
+                                     "prune": {"sparsity": 0.5}, **({"task": task} if task else {}), **more})
+
+
+@pytest.mark.parametrize("family, task", [("mpt", "dialtones"), ("t5", "dialtones"), ("whisper", "arithmetic"),
+                                          ("whisper", "numbers")])
+def test_sound_is_for_speech_models_and_for_them_only(family, task):
+    with pytest.raises(UserError, match=rf"^task.name={task} has (sound|text) .* {family} model takes"):
+        check(_run(family, {"name": task}))
+    calibration = {"sparsity": 0.5, "calibration": {"name": task}}
+    with pytest.raises(UserError, match=rf"^prune.calibration.name={task} has"):
+        check(_run(family, prune=calibration))
+
+
+@pytest.mark.parametrize("family", ["mpt", "t5", "whisper", "llama"])
+def test_every_family_has_an_embedded_task(family):
+    check(_run(family))
+
+
+def test_text_has_nothing_for_an_encoder(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} word " * 30 for i in range(400)))
+    text = {"name": "text", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"task.name=text has no prompts"):
+        check(_run("t5", text))
+    check(_run("mpt", text))
+
+
+def test_lengths_are_held_against_the_positions():
+    for key, value, most in (("evaluate.max_new_tokens", 16, 15), ("benchmark.new_tokens", 16, 15),
+                             ("task.max_length", 17, 16)):
+        config = load_config(RunConfig, _CONFIGS / "dialtones" / "demo.yaml", [f"{key}={value}"])
+        with pytest.raises(UserError, match=f"^{key}={value} .*; give at most {most}$"):
+            check(config)
+    check(load_config(RunConfig, _CONFIGS / "dialtones" / "demo.yaml", ["evaluate.max_new_tokens=15"]))
+
+
+def test_a_model_of_many_languages_needs_one(tmp_path):
+    size = ModelConfig(family="whisper", d_model=32, n_layers=1, n_heads=2, max_seq_len=448)
+    processor = build_processor(size, tiny_tokenizer())
+    save_model(tmp_path / "m", build_model(size, processor), processor)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"vocab_size": 51865}))
+    task = {"name": "dialtones", "max_length": 448}
+    run = {"dense": {"path": str(tmp_path / "m")}, "evaluate": {"max_new_tokens": 100}}
+    with pytest.raises(UserError, match=r"task.language is missing: .* task.language=hindi"):
+        check(_run("whisper", task, **run))
+    check(_run("whisper", task | {"language": "hindi"}, **run))
+
+
+def test_data_without_test_rows_is_told_before_the_first_job(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no row of the test split"):
+        check(_run("mpt", {"name": "gsm8k", "path": str(tmp_path)}))

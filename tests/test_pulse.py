@@ -1,0 +1,66 @@
+"""A rank that falls silent is named by the others within the time-out; nobody waits for it."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import distributed
+
+from launch.runner import free_port
+from sparse_train.pulse import Pulse
+from tests.ranks import CONTEXT, run_ranks
+
+_SILENCE_S = 3.0
+
+
+def _rank(rank, world, silent, port, told):
+    from sparse_train import dist
+
+    dist.start(rank, world, rank, world, "127.0.0.1", port)
+    Pulse(f"host{rank}", "127.0.0.1", _SILENCE_S, lambda text: (told.put((rank, text)), time.sleep(0.5), os._exit(3)))
+    dist.barrier()
+    told.put((rank, "up"))
+    if rank == silent:
+        told.close()
+        told.join_thread()  # what it said is on its way
+        os.kill(os.getpid(), signal.SIGSTOP)
+    distributed.all_reduce(torch.zeros(1))  # waits for the silent one
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_rank_is_named_and_the_others_end(silent):
+    told, port = CONTEXT.Queue(), free_port()
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, 3, silent, port, told), daemon=True) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    try:
+        heard = [told.get(timeout=60) for _ in range(3)]
+        assert all(text == "up" for _, text in heard)
+        reports = dict(told.get(timeout=5 * _SILENCE_S) for _ in range(2))
+        assert set(reports) == {0, 1, 2} - {silent}
+        assert set(reports.values()) == {f"rank {silent} (host{silent}) went silent for 3 s"}
+        for rank, process in enumerate(ranks):
+            if rank != silent:
+                process.join(10)
+                assert process.exitcode == 3
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def _quiet_end():
+    from sparse_train import dist
+
+    reports = []
+    pulse = Pulse("host", "127.0.0.1", 1.0, reports.append)
+    time.sleep(2.5)
+    dist.barrier()
+    pulse.stop()
+    time.sleep(0.5)
+    return reports
+
+
+def test_ranks_that_live_are_left_alone():
+    assert run_ranks(_quiet_end, 2) == [[], []]

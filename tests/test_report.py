@@ -1,0 +1,61 @@
+"""The report's tables, and what its decoding rows count."""
+
+import json
+
+import torch
+from rich.console import Console
+
+from jobs.report import _page, print_tables
+from sparse_train.bench import decode_rows
+from sparse_train.config import ModelConfig
+from sparse_train.inference import Runtime
+from sparse_train.models import build_model, build_processor
+from sparse_train.tasks import Example
+from tests.models import tiny_tokenizer
+
+
+def _data(task, metric, **metrics):
+    scores = [{"loss": "dense", "engine": "fp32", "sparsity": 0.0, "metric": name, "value": value}
+              for name, value in {**metrics, "num_examples": 7}.items()]
+    return {"run": "r", "about": "", "task": task, "metric": metric, "scores": scores, "speed": [],
+            "compressed_loss": "ce", "num_bytes": {"dense": 10},
+            "machine": {"threads": 1, "backend": "x", "read_bandwidth_bytes_per_second": 1e9}}
+
+
+def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
+    for task, metric, metrics, told in (
+            ("gsm8k", "exact_match", {"exact_match_flexible": 0.75, "shots": 5, "cross_entropy": 1.0},
+             ["0.500", "exact match flexible", "0.750", "shots: 5"]),
+            ("translation", "bleu", {"chrf": 30.0, "bleu_signature": "nrefs:1|case:mixed", "cross_entropy": 1.0},
+             ["chrf", "30.000", "bleu signature: nrefs:1|case:mixed"]),
+            ("speech", "wer", {"cer": 0.25, "wer_normalised": 0.4, "cer_normalised": 0.2, "cross_entropy": None},
+             ["cer normalised", "0.250", "0.400", "-"])):
+        data = _data(task, metric, **{metric: 0.5, **metrics})
+        (tmp_path / "report.json").write_text(json.dumps(data))
+        (tmp_path / "picture.png").write_bytes(b"")
+        console = Console(record=True, width=160)
+        print_tables(tmp_path / "report.json", console)
+        shown, page = console.export_text(), _page(data, tmp_path / "picture.png")
+        assert all(text in shown and text in page for text in told), shown
+
+
+def _decoded(family, example):
+    size = ModelConfig(family=family, d_model=32, n_layers=2, window_seconds=0.4, max_seq_len=128)
+    processor = build_processor(size, tiny_tokenizer())
+    model = build_model(size, processor).eval()
+    return model, decode_rows("m", {("torch", "fp32", 0.0): Runtime(model, processor)}, example, 3, 1, 1e9)[0]
+
+
+def test_what_runs_once_per_answer_is_not_counted_per_token():
+    for family, encoder, cross, example in (
+            ("t5", "encoder.", ("EncDecAttention.k.", "EncDecAttention.v."), Example("one", "eins")),
+            ("whisper", "model.encoder.", ("encoder_attn.k_proj.", "encoder_attn.v_proj."),
+             Example("", "1", lambda rate: torch.zeros(1600).numpy()))):
+        model, row = _decoded(family, example)
+        own = {id(p): p.nbytes for name, p in model.named_parameters()
+               if not name.startswith(encoder) and not any(part in name for part in cross)}
+        assert row["bytes"] == sum(own.values()), family
+
+
+def test_a_text_is_prompted_with_its_own_beginning():
+    assert _decoded("mpt", Example("", "a text without a prompt"))[1]["tokens_per_second"] > 0
