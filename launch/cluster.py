@@ -68,7 +68,7 @@ class ClusterConfig(Resources):
     executor: Literal["local", "slurm"] = "local"
     """local: processes on this machine; slurm: jobs, one per stage. Both are started by submitit."""
     silence_s: Annotated[float, Field(gt=0)] = 600
-    """Ranks give up when one of them has not been heard of for this long, or a collective takes longer."""
+    """Ranks give up when one of them has not been heard of for this long, or a collective takes twice as long."""
     warning_s: Positive = 120
     """SLURM signals this long before the time limit or a preemption; training saves then."""
     tries: Positive = 3

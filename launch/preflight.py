@@ -50,10 +50,21 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
         _check_task(calibration, shape, "prune.calibration")
     _check_lengths(config, shape, is_new=path is None)
     model = empty_model(shape)
-    linears = family_of(model).prunable_linears(model)
-    check_pattern({name: linear.in_features for name, linear in linears.items()}, config.prune)
+    family = family_of(model)
+    check_pattern({name: linear.in_features for name, linear in family.prunable_linears(model).items()}, config.prune)
+    for loss in config.finetune.losses.values():
+        if loss.feature_weight:
+            family.feature_points(model, loss.final_feature)
+    return size_of(model), remarks
+
+
+def size_of(model) -> Size:
+    """Of a model with or without data."""
+    from sparse_train.models import family_of
+
+    linears = family_of(model).prunable_linears(model).values()
     return Size(sum(math.prod(p.shape) for p in model.parameters()),
-                sum(linear.in_features * linear.out_features for linear in linears.values())), remarks
+                sum(linear.in_features * linear.out_features for linear in linears))
 
 
 def _check_task(task: TaskConfig, shape, key: str) -> None:
@@ -72,9 +83,10 @@ def _check_task(task: TaskConfig, shape, key: str) -> None:
 def _check_lengths(config: RunConfig, shape, is_new: bool) -> None:
     """Against the positions of the decoder, where it has a last one. A decoder that is also the encoder of its prompt
     is not asked about task.max_length, which only bounds what most examples are far below."""
+    from sparse_train.models.processor import MULTILINGUAL
+
     hears = shape.model_type == "whisper"
-    # Whisper's own rule for whether a tokenizer knows languages.
-    if hears and not is_new and shape.vocab_size >= 51865 and config.task.language is None:
+    if hears and not is_new and shape.vocab_size >= MULTILINGUAL and config.task.language is None:
         raise UserError("task.language is missing: the model knows many languages; give one, such as "
                         "task.language=hindi")
     positions = next((value for name in ("max_target_positions", "max_position_embeddings", "max_seq_len")

@@ -13,11 +13,12 @@ import psutil
 import torch
 
 from launch.place import Place
-from launch.preflight import Size, check
+from launch.preflight import Size, size_of
 from launch.stages import Stage
 from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.errors import UserError
+from sparse_train.models import describe, empty_model, read_config
 
 _MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes per trained value
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -31,7 +32,8 @@ def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
     dist.agree(lambda: _require_distinct_devices(table))
     dist.agree(_require_sum)
     dist.agree(lambda: _require_shared_folder(place, config.path))
-    size, _ = check(config)
+    path = config.dense.path or config.model.path
+    size = size_of(empty_model(read_config(path) if path else describe(config.model)))
     dist.agree(lambda: _require_space(place, config, stage, size, table))
 
 

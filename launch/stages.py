@@ -118,6 +118,8 @@ def stage_key(stage: Stage, config: RunConfig) -> str | None:
     parts = {section: _part(tree, section) for section in stage.sections}
     outside = [*stage.external.values(), *(tree[section]["path"] for section in ("task", "model")
                                            if section in stage.sections)]
+    if stage.job == "prune" and config.prune.calibration:
+        outside.append(config.prune.calibration.path)
     inputs: dict = {path: _fingerprint(Path(path)) for path in outside if path}
     for name in stage.inputs:
         manifest = artifacts.read_manifest(config.path / name)
@@ -152,9 +154,10 @@ def progress_file(stage: Stage, config: RunConfig) -> Path:
 
 
 def _fingerprint(path: Path) -> list:
-    """Name, size and time of every file of a folder from outside: reading a large model to skip a stage is too much."""
+    """Name, size and time of a file or of a folder's: reading a large model to skip a stage is too much."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
     return [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns)
-            for file in sorted(path.rglob("*")) if file.is_file()]
+            for file in files if file.is_file()]
 
 
 def _part(tree: dict, section: str):

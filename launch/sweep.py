@@ -104,7 +104,7 @@ def print_sweep(table: list[dict[str, Any]], metric: str, console: Console) -> N
 
 
 def _mean(found: dict[str, dict[Any, float]], loss: str) -> str:
-    values = [*found.get(loss, {}).values()]
+    values = [value for value in found.get(loss, {}).values() if value is not None]
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -108,8 +108,9 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
 def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Pulse:
     """Make this process the rank that it was started as, and watch over the others."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.ranks_on_node))
+    # Twice as long as silence: a time-out of a collective cannot say whose fault it is, the pulse can.
     dist.start(place.rank, place.num_ranks, place.local_rank, place.ranks_on_node, place.nodes[0], port,
-               timedelta(seconds=cluster.silence_s))
+               timedelta(seconds=2 * cluster.silence_s))
 
     def give_up(silence: str) -> None:
         print(f"giving up: {silence}", file=sys.stderr, flush=True)

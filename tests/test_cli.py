@@ -20,7 +20,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["run", _DEMO, "task.name=gsm8k", "task.path=EMPTY"], "holds no train.jsonl"),
     (["run", _DEMO, "dense.path=EMPTY"], "is no checkpoint"),
     (["run", _DEMO, "dense.path=./nowhere"], "there is no folder ./nowhere"),
-    (["run", _DEMO, "--on", "mars"], "choose one of: local"),
+    (["run", _DEMO, "--on", "mars"], "one of: local, slurm"),
     (["run", _DEMO, "--stages", "prun"], "there is no such stage"),
     (["run", _DEMO, "--stages", "report"], "stage report needs dense"),
     (["status", "EMPTY"], "is no run folder"),

@@ -52,8 +52,10 @@ def _opt(c: ModelConfig, **tokens) -> PretrainedConfig:
 def _t5(c: ModelConfig, **tokens) -> PretrainedConfig:
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if c.family == "t5-gated" else {}
     tokens.pop("bos_token_id")
+    # No dropout, as in the pretraining of T5 1.1: a new model here sees too little to overfit.
     return T5Config(d_model=c.d_model, d_kv=c.d_model // c.n_heads, d_ff=c.ffn_width, num_layers=c.n_layers,
-                    num_heads=c.n_heads, decoder_start_token_id=tokens["pad_token_id"], **gated, **tokens)
+                    num_heads=c.n_heads, dropout_rate=0.0, decoder_start_token_id=tokens["pad_token_id"], **gated,
+                    **tokens)
 
 
 def _whisper(c: ModelConfig, **tokens) -> PretrainedConfig:

@@ -8,6 +8,9 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenize
 from sparse_train.errors import UserError
 from sparse_train.models.checkpoint import first_line, read_config
 
+MULTILINGUAL = 51_865
+"""Whisper's own rule: a tokenizer with at least so many entries knows languages and tasks."""
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -41,7 +44,8 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
     prefix = (config.decoder_start_token_id,) if config.is_encoder_decoder else ()
     if hasattr(tokenizer, "set_prefix_tokens") and tokenizer.convert_tokens_to_ids("<|transcribe|>") is not None:
         try:
-            tokenizer.set_prefix_tokens(language=language, task="transcribe", predict_timestamps=False)
+            tokenizer.set_prefix_tokens(language=language, predict_timestamps=False,
+                                        task="transcribe" if config.vocab_size >= MULTILINGUAL else None)
         except ValueError as error:
             raise UserError(f"task.language={language}: {first_line(error)}") from error
         prefix = tuple(tokenizer.prefix_tokens)

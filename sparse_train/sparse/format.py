@@ -38,9 +38,9 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
 
     `shapes` gives (R, C) of each sparse weight and is empty for a dense model.
     """
-    metadata = {"format": "pt"}
-    if shapes:
-        metadata[_HEADER] = json.dumps({"version": _VERSION, "shapes": {name: list(s) for name, s in shapes.items()}})
+    # One entry: safetensors writes several in random order, and the same weights shall be the same bytes.
+    metadata = {"format": "pt"} if not shapes else {
+        _HEADER: json.dumps({"version": _VERSION, "shapes": {name: list(s) for name, s in shapes.items()}})}
     stem = _SPARSE if shapes else _DENSE
     parts: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}

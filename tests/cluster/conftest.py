@@ -25,7 +25,8 @@ warning_s: 30
 environment: {DS_ACCELERATOR: cpu, OMP_NUM_THREADS: "1", WANDB_MODE: offline, WANDB_SILENT: "true"}
 """
 # Long enough to be disturbed in the middle, with checkpoints on the way.
-LONG = ("finetune.steps=150", "finetune.checkpoint_every=20", "tracking.wandb={mode: offline}")
+NUM_STEPS = 400
+LONG = (f"finetune.steps={NUM_STEPS}", "finetune.checkpoint_every=20", "tracking.wandb={mode: offline}")
 
 
 def pytest_collection_modifyitems(items):
@@ -130,7 +131,7 @@ def require_same_end(run: Path, undisturbed: Path, tries: int):
     assert (stage / "sparse.safetensors").read_bytes() == \
         (undisturbed / "finetune" / "squarehead" / "sparse.safetensors").read_bytes()
     lines = [line.split(",")[0] for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [f'{{"step": {step}' for step in range(1, 151)]
+    assert lines == [f'{{"step": {step}' for step in range(1, NUM_STEPS + 1)]
     attempts = (run / "logs" / "finetune" / "squarehead" / "attempts.jsonl").read_text().splitlines()
     assert len(attempts) == tries
     kept = (stage / "wandb-id").read_text()

@@ -12,7 +12,7 @@ import pytest
 from launch import attempts
 from launch.slurm import read_jobs
 from sparse_train import artifacts
-from tests.cluster.conftest import PLACE, at_work, submit, wait_for, wait_for_end
+from tests.cluster.conftest import NUM_STEPS, PLACE, at_work, submit, wait_for, wait_for_end
 from tests.launch.test_pipeline import RECIPE, _cli
 
 _TOP = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_another_number_of_nodes_after_a_requeue(pruned, place):
     tried = attempts.read_attempts(pruned / "logs" / "finetune" / "squarehead")
     assert [one["ranks"] for one in tried] == [4, 1] and tried[1]["from_step"] > 0
     lines = (pruned / "finetune" / "squarehead" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 151))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 
 
 def test_plain_sbatch_does_the_same(undisturbed, place, tmp_path):

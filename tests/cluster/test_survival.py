@@ -8,6 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import attempts
@@ -62,7 +63,10 @@ def test_an_unplugged_node(index, started, undisturbed):
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
     require_same_end(started, undisturbed, tries=2)
     assert len(left) == 2
-    wait_for(lambda: not [pid for pid in left if Path(f"/proc/{pid}").exists()], 60, "the end of the cut-off ranks")
+    logs = "".join(file.read_text() for file in (started / "logs" / _STAGE).glob("*_log.out"))
+    assert "went silent for 20 s" in logs
+    # The unplugged node's own daemon may not have buried them yet.
+    wait_for(lambda: not [pid for pid in left if _lives(pid)], 60, "the end of the cut-off ranks")
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -93,6 +97,10 @@ def test_the_time_limit(undisturbed, pruned, place):
     require_same_end(pruned, undisturbed, tries)
 
 
+def _lives(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def read_job(run):
     from launch.slurm import read_jobs
 
@@ -111,4 +119,5 @@ def _ranks(state, job):
         if f"SLURM_JOB_ID={job}" in given and "submitit.core._submit" in command:
             found[int(folder.name)] = next(int(entry.partition("=")[2]) for entry in given
                                            if entry.startswith("SLURM_PROCID="))
-    return found
+    # wandb's helper is a fork of rank 0.
+    return {pid: rank for pid, rank in found.items() if psutil.Process(pid).ppid() not in found}

@@ -133,8 +133,8 @@ def test_a_failed_stage_names_its_cause_and_its_log(tmp_path):
     assert "FloatingPointError" in log.read_text()
     shown, _ = _cli("status", tmp_path / "tiny")
     assert shown.splitlines()[1].split()[:3] == ["dense", "failed:", "FloatingPointError:"]
-    shown, _ = _cli("logs", tmp_path / "tiny", "dense")
-    assert "FloatingPointError" in shown
+    shown = subprocess.run(_command("logs", tmp_path / "tiny", "dense"), capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout == (tmp_path / "tiny" / "logs" / "dense" / log.name).read_text()
 
 
 def test_a_damaged_input_is_refused_by_name(tmp_path):
