@@ -1,6 +1,8 @@
 """benchmark: the run's own model and the linears of MPT-7B, dense torch against sparse, against the byte bound.
 
     rows.json   {"machine": ..., "rows": [...]}; no time is asserted, ratios come from this one process
+
+On the CPU with the kernels of the compressed models, on a GPU with weights that are expanded there.
 """
 
 import platform
@@ -9,9 +11,11 @@ from typing import Any
 import torch
 
 from jobs.job import Job
-from sparse_train import artifacts, kernels
+from sparse_train import artifacts, dist, kernels
 from sparse_train.bench import MPT_7B_BLOCK, decode_rows, layer_rows
+from sparse_train.bench.gpu import device_bandwidth, device_decode_rows, device_layer_rows
 from sparse_train.bench.layers import random_weights
+from sparse_train.errors import UserError
 from sparse_train.inference import load
 from sparse_train.models import load_model
 from sparse_train.sparse import sparse_linears
@@ -19,30 +23,56 @@ from sparse_train.tasks import build_task
 
 
 def run(job: Job) -> dict[str, Any]:
-    config, spec = job.config, job.config.benchmark
-    bandwidth = kernels.read_bandwidth()
-    student = load_model(job.input_of("finetune"))
-    rows = layer_rows(config.name, [linear.weight for linear in sparse_linears(student).values()], spec.repeats,
-                      bandwidth, _stage(job, 0, "own layers"))
-    rows += _decode(job, bandwidth, rows[-1]["sparsity"])
-    if spec.reference_layers == "mpt-7b":
-        weights = random_weights(MPT_7B_BLOCK, config.prune.levels[-1].sparsity)
-        rows += layer_rows("mpt-7b block", weights, spec.repeats, bandwidth, _stage(job, 2, "mpt-7b block"))
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-               "backend": kernels.backend(), "read_bandwidth_bytes_per_second": bandwidth}
+    spec = job.config.benchmark
+    machine, rows = _on_gpu(job) if spec.devices[job.level] == "gpu" else _on_cpu(job)
     artifacts.write_json(job.out / "rows.json", {"machine": machine, "rows": rows})
     return machine
 
 
-def _decode(job: Job, bandwidth: float, sparsity: float) -> list[dict[str, Any]]:
-    spec, compress = job.config.benchmark, job.inputs["compress"]
+def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    spec, name = job.config.benchmark, job.config.name
+    bandwidth = kernels.read_bandwidth()
+    rows = layer_rows(name, _own_weights(job), spec.repeats, bandwidth, _stage(job, 0, "own layers"))
+    sparsity, compress = rows[-1]["sparsity"], job.inputs["compress"]
     runtimes = {("torch", "fp32", 0.0): load(job.inputs["dense"])}
     for precision in job.config.compress.precisions:
         if precision != "bf16":  # computed in fp32, so it would be the same row twice
             runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
-    example = build_task(job.config.task).examples("test", 1)[0]
-    return decode_rows(job.config.name, runtimes, example, spec.new_tokens, spec.repeats, bandwidth,
-                       _stage(job, 1, "decode"))
+    rows += decode_rows(name, runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
+                        _stage(job, 1, "decode"))
+    if spec.reference_layers == "mpt-7b":
+        rows += layer_rows("mpt-7b block", _reference_weights(job), spec.repeats, bandwidth,
+                           _stage(job, 2, "mpt-7b block"))
+    return {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+            "backend": kernels.backend(), "read_bandwidth_bytes_per_second": bandwidth}, rows
+
+
+def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    spec, name, device = job.config.benchmark, f"{job.config.name} (gpu)", dist.device()
+    if device.type == "cpu":
+        raise UserError(f"benchmark.devices={list(spec.devices)}: this process sees no GPU; on a cluster give the "
+                        "stage one, cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out")
+    bandwidth = device_bandwidth(device)
+    rows = device_layer_rows(name, _own_weights(job), spec.repeats, bandwidth, device, _stage(job, 0, "own layers"))
+    rows += device_decode_rows(name, job.inputs["dense"], job.input_of("finetune"), rows[-1]["sparsity"],
+                               _example(job), spec.new_tokens, spec.repeats, bandwidth, device,
+                               _stage(job, 1, "decode"))
+    if spec.reference_layers == "mpt-7b":
+        rows += device_layer_rows("mpt-7b block (gpu)", _reference_weights(job), spec.repeats, bandwidth, device,
+                                  _stage(job, 2, "mpt-7b block"))
+    return {"device": torch.cuda.get_device_name(device), "read_bandwidth_bytes_per_second": bandwidth}, rows
+
+
+def _own_weights(job: Job):
+    return [linear.weight for linear in sparse_linears(load_model(job.input_of("finetune"))).values()]
+
+
+def _reference_weights(job: Job):
+    return random_weights(MPT_7B_BLOCK, job.config.prune.levels[-1].sparsity)
+
+
+def _example(job: Job):
+    return build_task(job.config.task).examples("test", 1)[0]
 
 
 def _stage(job: Job, index: int, note: str):

@@ -18,7 +18,7 @@ class Job:
     stage: str
     """Its id, such as finetune/squarehead."""
     level: int = 0
-    """prune: which of config.prune.levels."""
+    """prune: which of config.prune.levels; benchmark: which of config.benchmark.devices."""
     deadline: float | None = None
     """When the process will be ended, in seconds since the epoch; known to rank 0."""
 

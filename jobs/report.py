@@ -43,12 +43,14 @@ def _collect(job: Job) -> dict[str, Any]:
     compressed = artifacts.read_json(inputs["compress"] / "scores.json")
     for precision, metrics in compressed["scores"].items():
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
-    benchmark = artifacts.read_json(inputs["benchmark"] / "rows.json")
+    benchmarks = [artifacts.read_json(path / "rows.json") for stage, path in inputs.items()
+                  if stage.partition("/")[0] == "benchmark"]
     return {"run": config.name, "about": config.about, "task": config.task.name,
             "metric": task_class(config.task.name).metric, "prune": config.prune.model_dump(mode="json"),
             "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
-            "compressed_loss": compressed["loss"], "scores": scores, "speed": benchmark["rows"],
-            "machine": benchmark["machine"], "num_bytes": compressed["num_bytes"],
+            "compressed_loss": compressed["loss"], "scores": scores,
+            "speed": [row for benchmark in benchmarks for row in benchmark["rows"]],
+            "machines": [benchmark["machine"] for benchmark in benchmarks], "num_bytes": compressed["num_bytes"],
             "seconds": {stage: manifest["seconds"] for stage, path in inputs.items()
                         if (manifest := artifacts.read_manifest(Path(path)))}}
 
@@ -64,7 +66,7 @@ def _plot(path: Path, data: dict[str, Any]) -> None:
     dense = next(row["value"] for row in exact if row["loss"] == "dense")
     speeds = [{"label": f"{row['engine']} {row['precision']}", "speedup": row["speedup"],
                "value": dense if row["engine"] == "torch" else value[f"runtime {row['precision']}"]}
-              for row in data["speed"] if row["what"] == "decode"]
+              for row in data["speed"] if row["what"] == "decode" and row["model"] == data["run"]]
     plot_accuracy(path, data["metric"].replace("_", " "), [row for row in exact if row["engine"] == "fp32"], speeds)
 
 
@@ -107,9 +109,13 @@ def print_tables(path: Path, console: Console) -> None:
 
 
 def _machine_line(data: dict[str, Any]) -> str:
-    machine = data["machine"]
-    return (f"({machine['threads']} threads, {machine['backend']} kernels, streaming read "
-            f"{machine['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s)")
+    told = []
+    for machine in data["machines"]:
+        what = machine["device"]
+        if "threads" in machine:
+            what = f"{machine['threads']} threads, {machine['backend']} kernels"
+        told.append(f"{what}, streaming read {machine['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s")
+    return f"({'; '.join(told)})"
 
 
 def _page(data: dict[str, Any], picture: Path) -> str:

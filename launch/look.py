@@ -6,6 +6,7 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from sparse_train.errors import UserError
 from sparse_train.tables import make_table, print_table
 
 _HEADER = ("stage", "state", "job", "nodes", "tries", "progress", "", "left")
-_WATCH_S = 2.0
+_WATCH_S, _STATE_WIDTH = 2.0, 50
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -66,7 +67,8 @@ class Look:
         progress = self.progress or {}
         left = progress.get("seconds_left")
         done = f"{progress['done']}/{progress['total']}" if progress else ""
-        return [self.stage.id, self.state, self.job, self.nodes, str(self.tries or ""), done, progress.get("note", ""),
+        state = textwrap.shorten(self.state, _STATE_WIDTH, placeholder=" ...")
+        return [self.stage.id, state, self.job, self.nodes, str(self.tries or ""), done, progress.get("note", ""),
                 f"{left / 60:.0f} min" if left is not None and self.state == "running" else ""]
 
 
@@ -137,8 +139,9 @@ def _print_run(config: RunConfig, console: Console, named: bool) -> None:
     print_table(console, _HEADER, [look.cells() for look in looks], 5)
     for look in looks:
         if look.state.startswith("failed"):
-            console.print(f"logs: sparse-train logs {shlex.quote(str(config.path))} {look.stage.id}", highlight=False,
-                          soft_wrap=True)
+            for line in (f"{look.stage.id} {look.state}",
+                         f"    sparse-train logs {shlex.quote(str(config.path))} {look.stage.id}"):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _below(folder: Path) -> list[RunConfig]:

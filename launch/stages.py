@@ -28,7 +28,7 @@ class Stage:
     """Inputs from outside the run: id -> folder or hub name."""
 
     level: int = 0
-    """prune, finetune: which of config.prune.levels."""
+    """prune, finetune: which of config.prune.levels; benchmark: which of config.benchmark.devices."""
 
     @property
     def job(self) -> str:
@@ -64,14 +64,17 @@ def build_stages(config: RunConfig) -> list[Stage]:
         Stage("dense", ("seed", "task", "model", *(f"dense.{name}" for name in training)), distributed=True)]
     chain, one_shots, tuned = _chain(config, training, dense, external)
     stages += chain
-    last = tuned[-1]
+    last, devices = tuned[-1], config.benchmark.devices
+    benchmarks = [Stage(f"benchmark/{device}" if len(devices) > 1 else "benchmark",
+                        ("name", "task", "benchmark", "prune.sparsity"), (*dense, last, "compress"), external=external,
+                        level=index) for index, device in enumerate(devices)]
     stages += [
         Stage("evaluate", ("task", "evaluate"), (*dense, *one_shots, *tuned), external=external),
         Stage("compress", ("task", "evaluate", "compress"), (last,)),
-        Stage("benchmark", ("name", "task", "benchmark", "prune.sparsity"), (*dense, last, "compress"),
-              external=external),
+        *benchmarks,
         Stage("report", ("name", "about", "finetune.losses", "prune"),
-              (*dense, *(stage.id for stage in chain), "evaluate", "compress", "benchmark"), external=external),
+              (*dense, *(stage.id for stage in chain), "evaluate", "compress", *(stage.id for stage in benchmarks)),
+              external=external),
     ]
     return stages
 

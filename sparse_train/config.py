@@ -335,11 +335,20 @@ class CompressConfig(Section):
 
 
 class BenchmarkConfig(Section):
+    devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu",)
+    """One benchmark stage each; on a cluster each can have a place of its own."""
     repeats: Positive = 20
     new_tokens: Positive = 64
     """Tokens decoded per measurement of tokens/s."""
     reference_layers: Literal["mpt-7b", "none"] = "mpt-7b"
     """The linears of one block of this model are timed beside the run's own."""
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_differ(cls, devices):
+        if not devices or len(set(devices)) < len(devices):
+            raise ValueError(f"devices={list(devices)}: name cpu, gpu or both, each once")
+        return devices
 
 
 class WandbConfig(Section):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparse_train.bench.timing import interleave
+from sparse_train.bench.timing import Timing, interleave
 from sparse_train.compress import quantise_rows
 from sparse_train.kernels import PackedMatrix
 from sparse_train.sparse import BitmaskTensor
@@ -31,14 +31,21 @@ def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandw
 
     timings = interleave({name: (lambda operands=operands: one_pass(operands)) for name, (operands, _) in
                           engines.items()}, repeats, progress)
-    dense = timings["torch", "fp32"].median
+    return rows_of(model, weights, timings, {key: num_bytes for key, (_, num_bytes) in engines.items()}, bandwidth)
+
+
+def rows_of(model: str, weights: Sequence[BitmaskTensor], timings: dict[tuple[str, str], Timing],
+            num_bytes: dict[tuple[str, str], int], bandwidth: float) -> list[dict[str, Any]]:
+    """`timings` and `num_bytes` (read per pass) by (engine, precision); torch's, dense, is the first."""
+    dense = next(iter(timings.values())).median
     sparsity = 1 - sum(w.values.numel() for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
     return [{
         "model": model, "what": "linears", "engine": engine, "precision": precision,
         "sparsity": 0.0 if engine == "torch" else round(sparsity, 4), "milliseconds": 1e3 * timing.median,
-        "low": 1e3 * timing.low, "high": 1e3 * timing.high, "bytes": num_bytes, "speedup": dense / timing.median,
-        "fraction_of_byte_bound": num_bytes / bandwidth / timing.median,
-    } for (engine, precision), timing in timings.items() for num_bytes in [engines[engine, precision][1]]]
+        "low": 1e3 * timing.low, "high": 1e3 * timing.high, "bytes": num_bytes[engine, precision],
+        "speedup": dense / timing.median,
+        "fraction_of_byte_bound": num_bytes[engine, precision] / bandwidth / timing.median,
+    } for (engine, precision), timing in timings.items()]
 
 
 def random_weights(shapes: Sequence[tuple[int, int]], sparsity: float, seed: int = 0) -> list[BitmaskTensor]:

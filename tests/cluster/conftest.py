@@ -82,6 +82,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="session")
 def undisturbed(place, tmp_path_factory):
     """The folder of a complete run on the cluster."""
+    repair()
     folder = tmp_path_factory.mktemp("on the cluster; quote me")
     _cli("run", RECIPE, f"folder='{folder}'", "--on", place, *LONG)
     for stage in STAGES:

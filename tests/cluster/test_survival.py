@@ -119,5 +119,5 @@ def _ranks(state, job):
         if f"SLURM_JOB_ID={job}" in given and "submitit.core._submit" in command:
             found[int(folder.name)] = next(int(entry.partition("=")[2]) for entry in given
                                            if entry.startswith("SLURM_PROCID="))
-    # wandb's helper is a fork of rank 0.
+    # A rank's helpers, such as wandb's, are forks of it.
     return {pid: rank for pid, rank in found.items() if psutil.Process(pid).ppid() not in found}
