@@ -17,8 +17,7 @@ test: setup
 	.venv/bin/python -m pytest
 
 test-cluster: setup
-	slurm/cluster/start.sh
-	.venv/bin/python -m pytest tests/cluster; code=$$?; slurm/cluster/stop.sh; exit $$code
+	trap slurm/cluster/stop.sh EXIT; slurm/cluster/start.sh && REQUIRE_CLUSTER=1 .venv/bin/python -m pytest tests/cluster
 
 lint: setup
 	.venv/bin/ruff check .

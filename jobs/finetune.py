@@ -47,6 +47,7 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, pro
     if tracker:
         tracker.close()
     if not outcome.finished:
+        dist.barrier()  # the first rank that leaves takes its step along, and rank 0 may still be telling wandb
         raise Stopped
     tensors = gathered_tensors(outcome.engine)
     if dist.rank() == 0:

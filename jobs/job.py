@@ -33,5 +33,5 @@ class Job:
         return path
 
 
-class Stopped(Exception):
-    """A stop signal or the deadline ended the stage early; run it again to go on."""
+class Stopped(BaseException):
+    """A stop signal or the deadline ended the stage early; run it again to go on. No library shall swallow it."""

@@ -7,7 +7,6 @@ in the recipe and an error of the code's own do not: they would come again. SLUR
 one whose node is gone; then this has nothing to do.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -20,17 +19,23 @@ from launch.place import attempt_of_job
 from launch.stages import find_stage, log_folder, read_run
 from sparse_train.config import load_config
 
+_PATIENCE = 12
+
 
 def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> str | None:
     config = read_run(run)
     logs, cluster = log_folder(find_stage(config, stage_id), config), load_config(ClusterConfig, run / CLUSTER)
-    tried = attempts.read_attempts(logs)
+    job, _, restarts = attempt.rpartition(".")
+    tried = [one for one in attempts.read_attempts(logs) if one["job"] == job]
+    if any(int(one["id"].rpartition(".")[2]) > int(restarts) for one in tried):
+        print("this job runs again already", flush=True)  # a node that was cut off has come back
+        return None
     if tried and tried[-1]["id"] == attempt:
         ending = attempts.read_ending(logs, attempt, tried[-1]["ranks"])
         num_tries = sum(1 for one in tried if one["from_step"] == tried[-1]["from_step"])
     else:
         status = "broken" if code == EXIT_CODES["broken"] else "lost"  # such as a package that cannot be imported
-        ending, num_tries = Ending(status, "ended before it began"), 1 + int(attempt.rpartition(".")[2])
+        ending, num_tries = Ending(status, "ended before it began"), 1 + int(restarts)
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
     if ending.status not in ("stopped", "lost"):
         return None
@@ -42,13 +47,19 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> st
 
 def main(run: str, stage_id: str, code: int) -> int:
     reason = reason_to_run_again(Path(run), stage_id, attempt_of_job(), code)
-    job = os.environ["SLURM_JOB_ID"]
-    state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
-    if reason is None or state != "RUNNING":  # cancelled, or SLURM has requeued it already
+    if reason is None:
         return code
-    print(f"requeued {reason}", flush=True)
-    if subprocess.run(["scontrol", "requeue", job]).returncode == 0:
-        time.sleep(600)  # until SLURM ends this script; an exit now would race with it
+    job = attempt_of_job().rpartition(".")[0]  # of an array its task: the bare number may be the whole array's
+    for _ in range(_PATIENCE):
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
+        if asked.returncode == 0:
+            if asked.stdout.strip() != "RUNNING":  # cancelled, or SLURM has requeued it already
+                return code
+            print(f"requeued {reason}", flush=True)
+            if subprocess.run(["scontrol", "requeue", job]).returncode == 0:
+                time.sleep(600)  # until SLURM ends this script; an exit now would race with it
+                return code
+        time.sleep(10)  # a controller that is busy or restarts
     return code
 
 

@@ -2,9 +2,10 @@
 
     RUN/logs/STAGE/attempts.jsonl     one line per attempt: id, job, nodes, ranks, the step it went on from, when
     RUN/logs/STAGE/attempt            the id of the newest: an older one that still runs somewhere must not write
-    RUN/logs/STAGE/endings/RANK.json  how that rank of the newest attempt ended
+    RUN/logs/STAGE/endings/ATTEMPT/RANK.json   how that rank ended
 """
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -50,14 +51,17 @@ def require_newest(logs: Path, attempt: str) -> None:
 
 def read_attempts(logs: Path) -> list[dict[str, Any]]:
     """Oldest first."""
-    file = logs / "attempts.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    found, file = [], logs / "attempts.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):  # half a line, of a node that died
+            found.append(json.loads(line))
+    return found
 
 
 def write_ending(logs: Path, attempt: str, ending: Ending) -> None:
-    folder = logs / "endings"
+    folder = logs / "endings" / attempt
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(folder / f"{ending.rank}.json", {"attempt": attempt, **asdict(ending)})
+    artifacts.write_json(folder / f"{ending.rank}.json", asdict(ending))
 
 
 def newest_ending(logs: Path, tried: list[dict[str, Any]]) -> Ending | None:
@@ -79,10 +83,6 @@ def read_ending(logs: Path, attempt: str, num_ranks: int) -> Ending:
 def _endings_of(logs: Path, attempt: str, num_ranks: int) -> dict[int, Ending | None]:
     found: dict[int, Ending | None] = dict.fromkeys(range(num_ranks))
     for rank in found:
-        try:
-            told = artifacts.read_json(logs / "endings" / f"{rank}.json")
-        except UserError:  # not there
-            continue
-        if told["attempt"] == attempt:
-            found[rank] = Ending(told["status"], told["message"], rank)
+        with contextlib.suppress(UserError):  # it is not there
+            found[rank] = Ending(**artifacts.read_json(logs / "endings" / attempt / f"{rank}.json"))
     return found

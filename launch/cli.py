@@ -109,6 +109,7 @@ def _run(options, console: Console) -> int:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
+    slurm.require_idle(config)
     runner.run(config, cluster, names, console)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":

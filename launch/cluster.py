@@ -1,5 +1,6 @@
 """Where jobs run: one file of configs/cluster per place, with cluster.key=value overrides."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,6 +92,15 @@ class ClusterConfig(Resources):
                 raise ValueError(f"there is no stage {stage}; choose from: {', '.join(JOBS)}")
         return stages
 
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, environment):
+        for name in environment:
+            if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()):
+                raise ValueError(f"environment.{name} would be written to files and logs; export it in your shell, "
+                                 "which jobs inherit")
+        return environment
+
     @model_validator(mode="after")
     def _this_machine_is_one_node(self):
         if self.executor == "local" and self.nodes > 1:
@@ -106,7 +116,11 @@ class ClusterConfig(Resources):
             if own := self.stages.get(name):
                 given = {key: getattr(own, key) for key in own.model_fields_set}
                 found |= given | {"sbatch": {**found["sbatch"], **own.sbatch}}
-        return Resources.model_validate(found)
+        resources = Resources.model_validate(found)
+        if not distributed and resources.ranks > 1:
+            raise UserError(f"stages.{stage}: {resources.ranks} ranks, but this stage is one process; leave nodes and "
+                            "ranks_per_node out")
+        return resources
 
     def visible_gpus(self, num_ranks: int) -> int:
         """On this machine."""

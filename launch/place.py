@@ -56,8 +56,9 @@ def deadline() -> float | None:
     if told := os.environ.get("SLURM_JOB_END_TIME"):  # since SLURM 23.02
         return float(told)
     try:
-        asked = subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e"], capture_output=True,
-                               text=True, timeout=30, check=True)
+        job = submitit.JobEnvironment().job_id
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, timeout=30,
+                               check=True)
         return datetime.fromisoformat(asked.stdout.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # also "NONE", of a job without a limit
         return None

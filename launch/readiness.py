@@ -14,7 +14,7 @@ import torch
 
 from launch.place import Place
 from launch.preflight import Size, size_of
-from launch.stages import Stage
+from launch.stages import Stage, log_folder
 from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.errors import UserError
@@ -31,7 +31,7 @@ def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
         print("\n".join(_lines(table)), flush=True)
     dist.agree(lambda: _require_distinct_devices(table))
     dist.agree(_require_sum)
-    dist.agree(lambda: _require_shared_folder(place, config.path))
+    dist.agree(lambda: _require_shared_folder(place, config.path, log_folder(stage, config)))
     path = config.dense.path or config.model.path
     size = size_of(empty_model(read_config(path) if path else describe(config.model)))
     dist.agree(lambda: _require_space(place, config, stage, size, table))
@@ -75,19 +75,19 @@ def _require_sum() -> None:
                         "broken")
 
 
-def _require_shared_folder(place: Place, run: Path) -> None:
+def _require_shared_folder(place: Place, run: Path, logs: Path) -> None:
     """Each rank leaves a file, and every node must see those of all."""
-    folder = run / "logs" / "preflight"
+    folder = logs / f"preflight-{place.attempt}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{place.attempt}-{place.rank}").touch()
+        (folder / str(place.rank)).touch()
         problem = ""
     except OSError as error:
         problem = f"cannot write to {run} on {place.host}: {error.strerror}"
     problems = dist.gather_objects(problem)
     if any(problems):
         raise UserError(f"{next(filter(None, problems))}; the run folder must be on storage that all nodes share")
-    missing = [rank for rank in range(place.num_ranks) if not (folder / f"{place.attempt}-{rank}").is_file()]
+    missing = [rank for rank in range(place.num_ranks) if not (folder / str(rank)).is_file()]
     unseen = [f"{place.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""]
     unseen = [line for lines in dist.gather_objects(unseen) for line in lines if line]
     if place.rank == 0:

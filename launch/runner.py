@@ -72,7 +72,7 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{folder} is in use by another sparse-train; wait for it, or give name=OTHER") from error
         file.truncate(0)
         file.write(f"{platform.node()} {os.getpid()}")

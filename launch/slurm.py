@@ -6,6 +6,7 @@ its handlers save on one rank only, count short jobs as timed out, and take a no
 
 import contextlib
 import itertools
+import os
 import shlex
 import shutil
 import subprocess
@@ -48,6 +49,7 @@ def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console:
     """Submit the stages that are not current. With `dry_run` the batch files are printed and nothing is written."""
     with _prepared(config.path, [config], cluster, dry_run) as code:
         _submit_graph([config], cluster, names, console, dry_run, code)
+    _tell_how_to_look(config.path, console)
 
 
 def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None:
@@ -61,13 +63,23 @@ def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None
                 print(stage.id, resources.nodes, resources.ranks_per_node, " ".join(stage.inputs), sep="\t")
 
 
-def submit_sweep(dense: Sequence[RunConfig], runs: Sequence[RunConfig], cluster: ClusterConfig, names: list[str],
-                 console: Console, dry_run: bool = False) -> None:
-    """The dense models of `dense` as one array, then each stage of `runs` as one; `names`: of their stages, or all."""
-    with _prepared(runs[0].path.parent, [*dense, *runs], cluster, dry_run) as code:
+def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunConfig], cluster: ClusterConfig,
+                 names: list[str], console: Console, dry_run: bool = False) -> None:
+    """The dense models of `dense` as one array, then each stage of `runs`, where there are any, as one.
+
+    `names`: of their stages, or all. All are runs of the sweep in `folder`.
+    """
+    with _prepared(folder, [*dense, *runs], cluster, dry_run) as code:
         made = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
         after = f"afterok:{_array_of(made[0]['dense'])}" if made and made[0] else ""
-        _submit_graph(runs, cluster, names, console, dry_run, code, after)
+        if runs:
+            _submit_graph(runs, cluster, names, console, dry_run, code, after)
+    _tell_how_to_look(folder, console)
+
+
+def _tell_how_to_look(folder: Path, console: Console) -> None:
+    console.print(f"sparse-train status {shlex.quote(str(folder))} --watch", highlight=False, markup=False,
+                  soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -84,7 +96,7 @@ def _prepared(folder: Path, runs: Sequence[RunConfig], cluster: ClusterConfig, d
         return
     with locked(folder):
         for config in runs:
-            _require_idle(config)
+            require_idle(config)
         freeze_code(folder)
         for config in runs:
             config.path.mkdir(parents=True, exist_ok=True)
@@ -135,7 +147,9 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
     # srun takes no --cpus-per-task over from sbatch since SLURM 22.05. A rank that is gone takes its step along.
     cpus = [f"--cpus-per-task={resources.cpus_per_rank}"] if resources.cpus_per_rank else []
     # Safe path: else the folder that the job was submitted from, perhaps the checkout, comes before the copy.
-    exports = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", **cluster.environment}
+    # 76: srun could not start the step, which is no error of the code's; launch.afterwards tells them apart.
+    exports = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "SLURM_EXIT_ERROR": "76", "SLURM_EXIT_IMMEDIATE": "76",
+               **cluster.environment}
     if len(runs) == 1:
         run = shlex.quote(str(root))
     else:  # the tasks of an array share one batch file
@@ -147,7 +161,7 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
         gpus_per_node=resources.gpus_per_node, mem=resources.memory, partition=resources.partition,
         account=resources.account, qos=resources.qos, constraint=resources.constraint, dependency=after or None,
         signal_delay_s=cluster.warning_s, stderr_to_stdout=True, additional_parameters=sbatch,
-        srun_args=["--kill-on-bad-exit=1", *cpus],
+        srun_args=["--export=ALL", "--kill-on-bad-exit=1", *cpus],
         setup=[*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
         teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
                   f'{shlex.quote(sys.executable)} -m launch.afterwards {run} {shlex.quote(stage.id)} "$code"'],
@@ -172,16 +186,29 @@ def _submit(executor: submitit.SlurmExecutor, stage: Stage, runs: Sequence[RunCo
     targets = [str(config.path.absolute()) for config in runs]
     try:
         if len(runs) == 1:
-            return [executor.submit(process, targets[0], stage.id).job_id]
+            with _own_environment():
+                return [executor.submit(process, targets[0], stage.id).job_id]
         executor.folder.mkdir(parents=True, exist_ok=True)
         artifacts.write_text(executor.folder / RUNS_FILE, "".join(f"{target}\n" for target in targets))
-        with executor.batch():
+        with _own_environment(), executor.batch():
             jobs = [executor.submit(process, target, stage.id) for target in targets]
         return [job.job_id for job in jobs]
     except submitit.core.utils.FailedJobError as error:
         told = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
         raise StageFailed(f"SLURM did not take stage {stage.id}: {told[0].strip()}; the jobs before it are submitted: "
                           f"sparse-train cancel {shlex.quote(str(_root(runs)))} withdraws them") from error
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Without what another job, from which this is submitted, or a shell's habit would put into the new ones."""
+    odd = ("SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_SIGNAL", "SBATCH_OPEN_MODE", "SBATCH_EXPORT")
+    hidden = {key: os.environ.pop(key) for key in list(os.environ)
+              if key in odd or (key.startswith(("SLURM_", "SUBMITIT_")) and key != "SLURM_CONF")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _dependency(stage: Stage, made: list[dict[str, str]]) -> str:
@@ -202,7 +229,8 @@ def _require_inputs(stage: Stage, config: RunConfig, made: dict[str, str]) -> No
                             "--stages")
 
 
-def _require_idle(config: RunConfig) -> None:
+def require_idle(config: RunConfig) -> None:
+    """Raises UserError where jobs of the run are in the queue."""
     active = [name for name, state in job_states(read_jobs(config.path)).items() if state.is_active]
     if active:
         raise UserError(f"{config.path} has jobs in the queue ({', '.join(active)}); wait for them, or withdraw them: "
@@ -254,11 +282,15 @@ def cancel(jobs: dict[str, dict[str, str]]) -> list[str]:
 
 
 def _ask(command: list[str]) -> list[str]:
-    """Lines of its output. squeue fails when it knows none of the jobs any more, which is an answer too."""
+    """Lines of its output. squeue fails when it knows none of the jobs any more, which is an answer too; sacct where
+    there is no accounting."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]} does not answer ({error}); ask from a login node of the cluster") from error
+    if asked.returncode and command[0] == "squeue" and "Invalid job id" not in asked.stderr:
+        raise UserError(f"squeue failed: {asked.stderr.strip()}; try again")
+    return asked.stdout.splitlines()
 
 
 def _indented(text: str) -> str:

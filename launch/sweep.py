@@ -36,7 +36,8 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
     later = [name for name in names if name != "dense"]
     if cluster.executor == "slurm":
-        slurm.submit_sweep(list({one.name: one for one in shared.values()}.values()), [config for _, config in points],
+        runs = [config for _, config in points] if later or not names else []
+        slurm.submit_sweep(points[0][1].path.parent, list({one.name: one for one in shared.values()}.values()), runs,
                            cluster, later, console, dry_run)
         return 0
     if dry_run:

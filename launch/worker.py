@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -21,13 +22,26 @@ from launch import attempts, readiness
 from launch.attempts import EXIT_CODES, Ending, Superseded
 from launch.cluster import CLUSTER, ClusterConfig
 from launch.place import Place, deadline, find_place
-from launch.stages import Stage, find_stage, input_paths, log_folder, partial_folder, progress_file, read_run, stage_key
+from launch.stages import (
+    Stage,
+    find_stage,
+    input_paths,
+    is_current,
+    log_folder,
+    partial_folder,
+    progress_file,
+    read_run,
+    stage_key,
+)
 from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
 from sparse_train.pulse import Pulse
 from sparse_train.tracking import Progress, log_results
 from sparse_train.training import checkpoint
+
+_KEY = "key"
+_SCRATCH = (_KEY, "checkpoints")
 
 
 def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
@@ -65,7 +79,7 @@ def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
         do()
         return Ending("finished", rank=place.rank)
     except Stopped:
-        return Ending("stopped", "it was asked to stop, or its time ran out, and saved its state", place.rank)
+        return Ending("stopped", "it was asked to stop, or its time ran out", place.rank)
     except UserError as error:
         print(error, file=sys.stderr)
         return Ending("mistake", str(error), place.rank)
@@ -86,6 +100,8 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage, port: int) -> None:
+    if is_current(stage, config):  # of an array of which another task is to run, or requeued after its end
+        return
     logs = log_folder(stage, config)
     started = time.time()
     if place.rank == 0:  # before anything can go wrong, and before an attempt that is still alive somewhere writes more
@@ -113,6 +129,10 @@ def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | Non
                timedelta(seconds=2 * cluster.silence_s))
 
     def give_up(silence: str) -> None:
+        # Storage may be behind the cut as well: what follows must not wait for it.
+        timer = threading.Timer(10, os._exit, (EXIT_CODES["lost"],))
+        timer.daemon = True
+        timer.start()
         print(f"giving up: {silence}", file=sys.stderr, flush=True)
         if logs is not None:
             attempts.write_ending(logs, place.attempt, Ending("lost", silence, place.rank))
@@ -142,7 +162,7 @@ def _run_job(place: Place, stage: Stage, config: RunConfig) -> dict:
 
 def _prepare(out: Path, key: str) -> None:
     """Keep what an earlier try at the same key left, such as its checkpoints; clear what belongs to another."""
-    note = out / "key"
+    note = out / _KEY
     if not note.is_file() or note.read_text() != key:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -150,14 +170,13 @@ def _prepare(out: Path, key: str) -> None:
 
 
 def _publish(stage: Stage, config: RunConfig, metrics: dict, seconds: float, place: Place) -> None:
-    out, key = partial_folder(stage, config), stage_key(stage, config)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "key").unlink()
-    artifacts.publish(out, config.path / stage.id, {
-        "stage": stage.id, "key": key, "config": config.model_dump(mode="json"),
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # it is as good as done
+        signal.signal(number, signal.SIG_IGN)
+    artifacts.publish(partial_folder(stage, config), config.path / stage.id, {
+        "stage": stage.id, "key": stage_key(stage, config), "config": config.model_dump(mode="json"),
         "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
         "num_ranks": place.num_ranks, "nodes": place.nodes, "seconds": round(seconds, 3), "metrics": metrics,
-    })
+    }, _SCRATCH)
     if not stage.distributed and config.tracking.wandb:
         log_results(config.path, stage.id, metrics, config.tracking.wandb)
 

@@ -1,4 +1,4 @@
-"""Files of a run: written aside, renamed, then signed.
+"""Files of a run: written aside, signed, then renamed.
 
     runs/demo/config.yaml               the resolved config
     runs/demo/dense.partial/            a stage at work (training keeps its checkpoints here and goes on from them)
@@ -60,8 +60,9 @@ def digest_file(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Relative paths of the files below `folder`, manifest and DONE left out."""
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Relative paths of the files below `folder`; manifest and DONE are left out, and what a killed write_text left."""
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+                   if path.is_file() and not path.name.startswith("."))
     return [name for name in found if name not in (MANIFEST, DONE)]
 
 
@@ -72,13 +73,29 @@ def sign(folder: Path, manifest: dict[str, Any], files: dict[str, dict] | None =
     (folder / DONE).touch()
 
 
-def publish(partial: Path, final: Path, manifest: dict[str, Any], files: dict[str, dict] | None = None) -> None:
-    """Rename a finished `partial` folder to `final`, replacing what was there, then sign it."""
+def publish(partial: Path, final: Path, manifest: dict[str, Any], scratch: tuple[str, ...] = (),
+            files: dict[str, dict] | None = None) -> None:
+    """Sign a finished `partial` folder and rename it to `final`, replacing what was there.
+
+    The files and folders named in `scratch` are not signed, and go once the rest is safe: who is killed before finds
+    them as they were.
+    """
+    if files is None:
+        files = {name: digest_file(partial / name) for name in _files(partial) if Path(name).parts[0] not in scratch}
+    sign(partial, manifest, files)
     if final.exists():
         (final / DONE).unlink(missing_ok=True)
         shutil.rmtree(final)
     os.replace(partial, final)
-    sign(final, manifest, files)
+    clear(final, scratch)
+
+
+def clear(folder: Path, names: tuple[str, ...]) -> None:
+    """Remove files and folders, as far as they are there."""
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_file():
+            (folder / name).unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

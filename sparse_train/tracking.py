@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from sparse_train.artifacts import read_json, write_json, write_text
 from sparse_train.config import WandbConfig
 
 log = logging.getLogger(__name__)
+_FINISH_S = 30
 
 
 class Tracker:
@@ -96,19 +98,30 @@ class _Guest:
             self._try(lambda: self._run.log(metrics))
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        from wandb import Table
+        def tell():
+            from wandb import Table
 
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        self.log({name: Table(columns, [[row.get(key) for key in columns] for row in rows])})
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            self._run.log({name: Table(columns, [[row.get(key) for key in columns] for row in rows])})
+
+        if self._run:
+            self._try(tell)
 
     def log_picture(self, file: Path) -> None:
-        from wandb import Image
+        def tell():
+            from wandb import Image
 
-        self.log({file.stem: Image(str(file))})
+            self._run.log({file.stem: Image(str(file))})
+
+        if self._run:
+            self._try(tell)
 
     def close(self) -> None:
+        """Waits for wandb, but not for ever: a job that stops for its time limit has little of it left."""
         if self._run:
-            self._try(self._run.finish)
+            ending = threading.Thread(target=lambda: self._try(self._run.finish), daemon=True)
+            ending.start()
+            ending.join(_FINISH_S)
 
     def _try(self, do: Callable[[], Any]) -> None:
         try:

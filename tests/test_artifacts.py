@@ -46,6 +46,26 @@ def test_publishing_again_replaces_the_whole_folder(tmp_path):
     assert artifacts.read_manifest(tmp_path / "a")["files"] == {}
 
 
+def test_who_is_killed_while_publishing_can_go_on(tmp_path, monkeypatch):
+    partial = tmp_path / "a.partial"
+    (partial / "checkpoints").mkdir(parents=True)
+    for name in ("key", "checkpoints/step", "model"):
+        (partial / name).touch()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for what in ("digest_file", "write_json", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"sparse_train.artifacts.{what}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                artifacts.publish(partial, tmp_path / "a", {}, ("key", "checkpoints"))
+        assert (partial / "key").is_file() and (partial / "checkpoints" / "step").is_file()
+    artifacts.publish(partial, tmp_path / "a", {}, ("key", "checkpoints"))
+    assert artifacts.damage(tmp_path / "a") is None
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["DONE", "manifest.json", "model"]
+
+
 def test_a_broken_json_file_is_a_clear_line(tmp_path):
     (tmp_path / "m.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*m\.json"):

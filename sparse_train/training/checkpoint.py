@@ -39,7 +39,8 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2) -
                for fragment in own_fragments(engine) for kind, tensor in fragment.tensors.items()}, file)
     written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
-        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests}, dict(written))
+        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests},
+                          files=dict(written))
         kept = _signed(folder)[-num_kept:]
         for old in folder.glob("step-*"):  # unsigned ones, of a job killed in a save, too
             if old not in kept:
@@ -52,7 +53,15 @@ def resume(engine, bits: FrozenBits, folder: Path) -> int:
 
     Raises UserError when it is of a model with other parameters or other bits.
     """
-    newest = next((path for path in reversed(_signed(folder)) if _is_sound(path)), None)
+    newest = None
+    for path in reversed(_signed(folder)):
+        if _is_sound(path):
+            newest = path
+            break
+        # Left signed it would count as the newest of those to keep, before every sound one that is written now.
+        if dist.rank() == 0:
+            (path / artifacts.DONE).unlink()
+    dist.barrier()
     if newest is None:
         return 0
     manifest = artifacts.read_manifest(newest)

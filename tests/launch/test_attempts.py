@@ -1,8 +1,10 @@
 """How a stage's processes end, which of their endings is told, and when a job runs again."""
 
+import subprocess
+
 import pytest
 
-from launch import attempts
+from launch import afterwards, attempts
 from launch.afterwards import reason_to_run_again
 from launch.attempts import Ending, Superseded
 from launch.cluster import ClusterConfig
@@ -71,6 +73,50 @@ def _tried(run, status, *from_steps):
 def test_a_job_runs_again_while_it_gets_further(status, from_steps, again, run, capsys):
     assert bool(_tried(run, status, *from_steps)) == again
     assert f"{status}: rank 0 why" in capsys.readouterr().out
+
+
+def test_a_batch_script_that_came_back_late_requeues_nothing(run, capsys):
+    """Its node was cut off; SLURM has long since run the job again elsewhere."""
+    logs = run / "logs" / "dense"
+    logs.mkdir(parents=True)
+    for restarts in range(2):
+        attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), 0)
+    assert reason_to_run_again(run, "dense", "7.0", 137) is None
+    assert "runs again already" in capsys.readouterr().out
+
+
+def test_tries_of_earlier_jobs_do_not_count(run):
+    logs = run / "logs" / "dense"
+    logs.mkdir(parents=True)
+    for job in (4, 5, 6):
+        attempts.begin(logs, _place(f"{job}.0", num_ranks=1), 0)
+    attempts.begin(logs, _place("7.0", num_ranks=1), 0)
+    assert reason_to_run_again(run, "dense", "7.0", 137)
+
+
+@pytest.mark.parametrize("state, requeued", [("RUNNING", ["scontrol", "requeue", "12_3"]), ("COMPLETING", None)])
+def test_a_task_of_an_array_is_requeued_by_its_own_id(state, requeued, run, monkeypatch):
+    """The bare number of one task is that of the whole array."""
+    asked = []
+
+    def answer(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, f"{state}\n")
+
+    for key, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12",
+                       "SLURM_ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert afterwards.main(str(run), "dense", 76) == 76
+    assert asked[0][:4] == ["squeue", "-h", "-j", "12_3"] and (asked[1] if asked[1:] else None) == requeued
+
+
+def test_half_a_line_of_a_node_that_died_is_left_out(tmp_path):
+    attempts.begin(tmp_path, _place("7.0"), 0)
+    with open(tmp_path / "attempts.jsonl", "a") as file:
+        file.write('{"id": "7.')
+    assert [one["id"] for one in attempts.read_attempts(tmp_path)] == ["7.0"]
 
 
 @pytest.mark.parametrize("code, restarts, again", [(1, 0, False), (137, 0, True), (137, 1, False)])

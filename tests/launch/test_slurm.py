@@ -90,6 +90,7 @@ def test_values_reach_processes_as_they_are_and_no_shell(tmp_path):
     ({"stages": {"prune": {"tme": "1"}}}, "did you mean time"),
     ({"nodes": 2, "executor": "local"}, "this machine is one node"),
     ({"environment": {"A-B": "c"}}, "environment"),
+    ({"environment": {"WANDB_API_KEY": "c"}}, "export it in your shell"),
 ])
 def test_a_mistake_in_a_cluster_file_is_one_line(given, said, tmp_path):
     file = tmp_path / "c.yaml"
