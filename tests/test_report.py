@@ -19,7 +19,7 @@ def _data(task, metric, **metrics):
               for name, value in {**metrics, "num_examples": 7}.items()]
     return {"run": "r", "about": "", "task": task, "metric": metric, "scores": scores, "speed": [],
             "compressed_loss": "ce", "num_bytes": {"dense": 10},
-            "machines": [{"threads": 1, "backend": "x", "read_bandwidth_bytes_per_second": 1e9}]}
+            "machines": [{"device": "cpu", "threads": 1, "backend": "x", "read_bandwidth_bytes_per_second": 1e9}]}
 
 
 def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
