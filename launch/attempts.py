@@ -37,6 +37,7 @@ class Superseded(Exception):
 
 def begin(logs: Path, place: Place, from_step: int) -> None:
     """To be called by one rank, before any other writes."""
+    logs.mkdir(parents=True, exist_ok=True)  # an array's output is elsewhere
     artifacts.write_text(logs / "attempt", place.attempt)
     line = {"id": place.attempt, "job": place.job, "nodes": place.nodes, "ranks": place.num_ranks,
             "from_step": from_step, "started": time.time()}

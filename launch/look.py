@@ -217,6 +217,6 @@ def _runs(options, console: Console) -> None:
         looks = look_at(config)
         done = [look for look in looks if look.state.startswith("done")]
         rest = [look for look in looks if look not in done]
-        rows.append([config.name, f"{len(done)}/{len(looks)}",
-                     f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"])
+        state = f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"
+        rows.append([config.name, f"{len(done)}/{len(looks)}", textwrap.shorten(state, 100, placeholder=" ...")])
     print_table(console, ("run", "stages", "state"), rows, 3)

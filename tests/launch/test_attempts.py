@@ -40,12 +40,13 @@ def test_endings_of_an_earlier_attempt_do_not_count(tmp_path):
 
 
 def test_an_older_attempt_must_not_write(tmp_path):
-    attempts.begin(tmp_path, _place("7.0"), 0)
-    attempts.require_newest(tmp_path, "7.0")
-    attempts.begin(tmp_path, _place("7.1"), 20)
+    logs = tmp_path / "logs" / "dense"
+    attempts.begin(logs, _place("7.0"), 0)
+    attempts.require_newest(logs, "7.0")
+    attempts.begin(logs, _place("7.1"), 20)
     with pytest.raises(Superseded, match=r"7\.1 is at work"):
-        attempts.require_newest(tmp_path, "7.0")
-    assert [one["from_step"] for one in attempts.read_attempts(tmp_path)] == [0, 20]
+        attempts.require_newest(logs, "7.0")
+    assert [one["from_step"] for one in attempts.read_attempts(logs)] == [0, 20]
 
 
 @pytest.fixture
