@@ -28,7 +28,7 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
     remarks = []
     calibration = config.prune.calibration
     for task, splits in ((config.task, ("train", "test")), *([(calibration, ("train",))] if calibration else [])):
-        if dry_run and task.path and not Path(task.path).exists():
+        if dry_run and task.path and not Path(task.path).is_absolute() and not Path(task.path).exists():
             remarks.append(f"data {task.path}: not on this machine, not looked at")
         else:
             built = build_task(task)

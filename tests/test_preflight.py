@@ -69,3 +69,9 @@ def test_data_without_test_rows_is_told_before_the_first_job(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="has no row of the test split"):
         check(_run("mpt", {"name": "gsm8k", "path": str(tmp_path)}))
+
+
+def test_a_dry_run_refuses_an_absolute_path_that_is_not_there(tmp_path):
+    config = _run("mpt", {"name": "gsm8k", "path": str(tmp_path / "nope")})
+    with pytest.raises(UserError, match="nope"):
+        check(config, dry_run=True)
