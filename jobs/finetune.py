@@ -43,7 +43,7 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, pro
         Order(None if task.endless and config.num_examples is None else len(examples), config.batch_size,
               config.accumulation, run.seed, config.sequence_parallel),
         config, loss, job.out / "checkpoints", tracker, job.progress if dist.rank() == 0 else None, run.seed,
-        teacher_config, job.deadline)
+        teacher_config, job.deadline, job.guard)
     if tracker:
         tracker.close()
     if not outcome.finished:

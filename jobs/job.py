@@ -21,6 +21,8 @@ class Job:
     """prune: which of config.prune.levels; benchmark: which of config.benchmark.devices."""
     deadline: float | None = None
     """When the process will be ended, in seconds since the epoch; known to rank 0."""
+    guard: Callable[[], None] = lambda: None
+    """Raises when a newer attempt is at work on the stage; to be called before files change that it may use."""
 
     @property
     def loss(self) -> str:

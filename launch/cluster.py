@@ -64,6 +64,12 @@ class Resources(Section):
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    def options(self) -> dict[str, str | int | bool]:
+        """All of it as options of sbatch, without their dashes; True stands for one without a value."""
+        given = {"ntasks-per-node": self.ranks_per_node, **{key: getattr(self, name) for key, name in _NAMED.items()},
+                 **{key.replace("_", "-"): value for key, value in self.sbatch.items()}}
+        return {key: value for key, value in given.items() if value is not None and value is not False}
+
 
 class ClusterConfig(Resources):
     executor: Literal["local", "slurm"] = "local"

@@ -20,6 +20,7 @@ from launch import attempts, slurm
 from launch.runner import plan, rank_log
 from launch.slurm import JobState, job_states, read_jobs
 from launch.stages import CONFIG, Stage, find_stage, log_folder, progress_file, read_run
+from launch.sweep import is_dense_of_sweep
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
@@ -75,10 +76,10 @@ class Look:
 def look_at(config: RunConfig) -> list[Look]:
     jobs = read_jobs(config.path)
     states, found, failed = job_states(jobs), [], []
-    for stage, reason in plan(config, []):
+    for stage, reason in plan(config, ["dense"] if is_dense_of_sweep(config) else []):
         logs = log_folder(stage, config)
         tried = attempts.read_attempts(logs)
-        job, state = jobs.get(stage.id, {}).get("job", ""), states.get(stage.id)
+        job, state = jobs.get(stage.id, ""), states.get(stage.id)
         if reason == "current":
             manifest = artifacts.read_manifest(config.path / stage.id)
             found.append(Look(stage, f"done in {manifest['seconds']:.0f} s", job, _short(manifest.get("nodes", ())),
@@ -172,8 +173,8 @@ def _logs(options, console: Console) -> None:
 
 def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
     """Of the newest job."""
-    if known := read_jobs(config.path).get(stage.id):
-        file = rank_log(Path(known["logs"]), known["job"], rank)
+    if job := read_jobs(config.path).get(stage.id):
+        file = rank_log(slurm.output_folder(config, stage, job), job, rank)
         files = [file] if file.is_file() else []
     else:
         files = sorted(log_folder(stage, config).glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)

@@ -5,6 +5,7 @@
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,34 @@ def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
 def _own_row(place: Place) -> dict[str, Any]:
     device = dist.device()
     row = {"rank": place.rank, "host": place.host, "local_rank": place.local_rank, "device": str(device),
-           "cpus": len(os.sched_getaffinity(0)), "free_memory": psutil.virtual_memory().available}
+           "cpus": len(os.sched_getaffinity(0)), "free_memory": _free_memory()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         row |= {"name": properties.name, "uuid": str(properties.uuid), "free_device_memory":
                 torch.cuda.mem_get_info(device)[0]}
     return row
+
+
+def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this job may still take on its node: what is free there, within the job's own limits."""
+    found = [psutil.virtual_memory().available]
+    if asked := int(os.environ.get("SLURM_MEM_PER_NODE", 0)):
+        found.append(asked << 20)
+    for line in own.read_text().splitlines():
+        _, kinds, name = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        top = cgroups / kinds
+        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        folder = top / name.lstrip("/")
+        for level in (folder, *folder.parents):
+            # The whole tree has no limit, and v1's word for none is a number beyond any machine.
+            if (level / limit).is_file() and (most := (level / limit).read_text().strip()) != "max":
+                cache = re.search(r"^(?:total_)?inactive_file (\d+)", (level / "memory.stat").read_text(), re.MULTILINE)
+                found.append(int(most) - int((level / used).read_text()) + int(cache[1]))
+            if level == top:
+                break
+    return max(0, min(found))
 
 
 def _lines(table: list[dict[str, Any]]) -> list[str]:

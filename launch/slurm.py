@@ -21,12 +21,12 @@ from rich.console import Console
 from launch.cluster import ClusterConfig
 from launch.runner import StageFailed, freeze, locked, plan, process
 from launch.snapshot import freeze_code
-from launch.stages import Stage, build_stages, select
+from launch.stages import Stage, build_stages, log_folder, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 
-JOBS_FILE, RUNS_FILE = "jobs.json", "runs.txt"
+JOB_FILE, RUNS_FILE = "job", "runs.txt"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
           "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 
@@ -53,14 +53,16 @@ def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console:
 
 
 def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None:
-    """Write the run folder and print what slurm/pipeline.sh submits: the folder, then id, nodes, ranks per node and
-    inputs of each stage that is not current, tab-separated."""
+    """Write the run folder and print what slurm/pipeline.sh submits: the folder, then a line for each stage that is not
+    current, tab-separated: its id, the stages it reads (with commas; - for none), options of sbatch."""
     with _prepared(config.path, [config], cluster, dry_run=False):
         print(config.path.absolute())
         for stage, reason in plan(config, names):
             if reason != "current":
-                resources = cluster.resources(stage.id, stage.distributed)
-                print(stage.id, resources.nodes, resources.ranks_per_node, " ".join(stage.inputs), sep="\t")
+                options = cluster.resources(stage.id, stage.distributed).options()
+                options["signal"] = f"USR2@{cluster.warning_s}"
+                print(stage.id, ",".join(stage.inputs) or "-", *(
+                    f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()), sep="\t")
 
 
 def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunConfig], cluster: ClusterConfig,
@@ -131,7 +133,9 @@ def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list
         for config, own, job in zip(runs, made, ids, strict=True):
             own[stage.id] = job
             if not dry_run:  # at once: a submission that is cut off leaves no job unknown
-                _record(config, own, executor)
+                note = log_folder(stage, config) / JOB_FILE
+                note.parent.mkdir(parents=True, exist_ok=True)
+                artifacts.write_text(note, job)
     return made
 
 
@@ -140,10 +144,8 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
     """submitit's, set up for one job, or for an array of as many tasks as runs."""
     resources, root = cluster.resources(stage.id, stage.distributed), _root(runs)
     folder = root / "logs" / stage.id
-    sbatch = {key.replace("_", "-"): value for key, value in resources.sbatch.items() if value not in (None, False)}
-    sbatch |= {"requeue": True, "kill-on-invalid-dep": "yes"}
-    if resources.time is not None:
-        sbatch["time"] = resources.time
+    options = {key.replace("-", "_"): value for key, value in resources.options().items()}  # as submitit spells them
+    options |= {"requeue": True, "kill-on-invalid-dep": "yes"}
     # srun takes no --cpus-per-task over from sbatch since SLURM 22.05. A rank that is gone takes its step along.
     cpus = [f"--cpus-per-task={resources.cpus_per_rank}"] if resources.cpus_per_rank else []
     # Safe path: else the folder that the job was submitted from, perhaps the checkout, comes before the copy.
@@ -156,11 +158,8 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
         run = f'"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / RUNS_FILE))})"'
     executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
-        job_name=f"{root.name}/{stage.id}", time=None, wckey=None, nodes=resources.nodes,
-        ntasks_per_node=resources.ranks_per_node, cpus_per_task=resources.cpus_per_rank,
-        gpus_per_node=resources.gpus_per_node, mem=resources.memory, partition=resources.partition,
-        account=resources.account, qos=resources.qos, constraint=resources.constraint, dependency=after or None,
-        signal_delay_s=cluster.warning_s, stderr_to_stdout=True, additional_parameters=sbatch,
+        job_name=f"{root.name}/{stage.id}", time=None, wckey=None, dependency=after or None,
+        signal_delay_s=cluster.warning_s, stderr_to_stdout=True, additional_parameters=options,
         srun_args=["--export=ALL", "--kill-on-bad-exit=1", *cpus],
         setup=[*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
         teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
@@ -237,26 +236,23 @@ def require_idle(config: RunConfig) -> None:
                         f"sparse-train cancel {shlex.quote(str(config.path))}")
 
 
-def _record(config: RunConfig, jobs: dict[str, str], executor: submitit.SlurmExecutor) -> None:
-    """RUN/jobs.json: stage -> job and where its logs are. Stages of earlier submissions stay."""
-    known = read_jobs(config.path)
-    for stage, job in jobs.items():
-        if known.get(stage, {}).get("job") != job:
-            known[stage] = {"job": job, "logs": str(executor.folder)}
-    artifacts.write_json(config.path / JOBS_FILE, known)
+def read_jobs(run: Path) -> dict[str, str]:
+    """stage -> the newest job submitted for it (RUN/logs/STAGE/job); empty for a run that was never on SLURM."""
+    logs = run / "logs"
+    return {str(note.parent.relative_to(logs)): note.read_text().strip() for note in sorted(logs.rglob(JOB_FILE))}
 
 
-def read_jobs(run: Path) -> dict[str, dict[str, str]]:
-    """stage -> {"job", "logs"}; empty for a run that was never on SLURM."""
-    return artifacts.read_json(run / JOBS_FILE) if (run / JOBS_FILE).is_file() else {}
+def output_folder(config: RunConfig, stage: Stage, job: str) -> Path:
+    """Where what `job` prints is; the tasks of an array print into the sweep's folder."""
+    return config.path.parent / "logs" / stage.id if "_" in job else log_folder(stage, config)
 
 
-def job_states(jobs: dict[str, dict[str, str]]) -> dict[str, JobState]:
+def job_states(jobs: dict[str, str]) -> dict[str, JobState]:
     """stage -> what SLURM says of its job: squeue of those in the queue, sacct of the others.
 
     sacct alone would not do: between a node's failure and the requeue it says NODE_FAIL of a job that will run again.
     """
-    ids = {row["job"]: stage for stage, row in jobs.items()}
+    ids = {job: stage for stage, job in jobs.items()}
     if not ids:
         return {}
     found: dict[str, JobState] = {}
@@ -273,11 +269,11 @@ def job_states(jobs: dict[str, dict[str, str]]) -> dict[str, JobState]:
     return {stage: found.get(stage, JobState("UNKNOWN")) for stage in jobs}
 
 
-def cancel(jobs: dict[str, dict[str, str]]) -> list[str]:
+def cancel(jobs: dict[str, str]) -> list[str]:
     """Withdraw the active ones; returns their stages."""
     active = [stage for stage, state in job_states(jobs).items() if state.is_active]
     if active:
-        subprocess.run(["scancel", *(jobs[stage]["job"] for stage in active)], check=True)
+        subprocess.run(["scancel", *(jobs[stage] for stage in active)], check=True)
     return active
 
 

@@ -64,6 +64,11 @@ def _dense_of(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"name": f"dense-{stage_key(dense, config)[:8]}"})
 
 
+def is_dense_of_sweep(config: RunConfig) -> bool:
+    """Such a run has no other stages."""
+    return not config.dense.path and config.name == _dense_of(config).name
+
+
 def _with_dense(config: RunConfig, dense: RunConfig | None) -> RunConfig:
     if dense is None:
         return config

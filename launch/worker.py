@@ -153,10 +153,12 @@ def _run_job(place: Place, stage: Stage, config: RunConfig) -> dict:
     if place.rank == 0:
         _prepare(out, key)
     dist.barrier()
-    logs = log_folder(stage, config)
-    job = Job(config, out, input_paths(stage, config),
-              Progress(progress_file(stage, config), lambda: attempts.require_newest(logs, place.attempt)),
-              stage.id, stage.level, deadline() if place.rank == 0 else None)
+
+    def guard() -> None:
+        attempts.require_newest(log_folder(stage, config), place.attempt)
+
+    job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config), guard),
+              stage.id, stage.level, deadline() if place.rank == 0 else None, guard)
     return importlib.import_module(f"jobs.{stage.job}").run(job)
 
 

@@ -11,6 +11,7 @@ their digests must be the same.
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,12 +26,17 @@ from sparse_train.training.fragments import own_fragments, restore
 log = logging.getLogger(__name__)
 
 
-def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2) -> None:
-    """Collective. Keeps the newest `num_kept` checkpoints."""
+def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2,
+         guard: Callable[[], None] = lambda: None) -> None:
+    """Collective. Keeps the newest `num_kept` checkpoints.
+
+    `guard` is called on rank 0 before anything in `folder` changes; it raises where another process has taken over.
+    """
     bits.check()
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
     if dist.rank() == 0:
+        guard()
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -39,6 +45,7 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2) -
                for fragment in own_fragments(engine) for kind, tensor in fragment.tensors.items()}, file)
     written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
+        guard()
         artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests},
                           files=dict(written))
         kept = _signed(folder)[-num_kept:]

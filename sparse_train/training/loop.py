@@ -47,13 +47,13 @@ class Outcome:
 def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[int]], Batch], order: Order,
           config: TrainConfig, loss: LossConfig, folder: Path, tracker: Tracker | None = None,
           progress: Progress | None = None, seed: int = 0, teacher_config: TeacherConfig | None = None,
-          deadline: float | None = None) -> Outcome:
+          deadline: float | None = None, guard: Callable[[], None] = lambda: None) -> Outcome:
     """Train `student` for config.steps optimizer steps, from the newest checkpoint below `folder` if there is one.
 
     `fetch` turns this rank's example indices into a batch (an empty list into a row of padding). `tracker` and
     `progress` are rank 0's, and so is `deadline`, when the process will be ended (seconds since the epoch): the state
-    is saved in time for it, judged by what steps and saves have taken so far. Raises FloatingPointError, on every rank
-    and in the step where it happens, when a gradient is not finite.
+    is saved in time for it, judged by what steps and saves have taken so far. `guard` is checkpoint.save's. Raises
+    FloatingPointError, on every rank and in the step where it happens, when a gradient is not finite.
     """
     trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
     start = checkpoint.resume(trainer.engine, trainer.bits, folder)
@@ -72,7 +72,7 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
                     progress(step, config.steps, f"loss {metrics['loss']:.3f}")
             if step < config.steps and (stopping or step % config.checkpoint_every == 0):
                 with stop.saving():
-                    checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept)
+                    checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept, guard)
             if stopping and step < config.steps:
                 return Outcome(trainer.engine, trainer.bits, finished=False, metrics=metrics)
     trainer.bits.check()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import attempts
 from launch.slurm import job_states, read_jobs
 from sparse_train import artifacts
 from tests.launch.test_pipeline import RECIPE, _cli
@@ -92,6 +93,13 @@ def undisturbed(place, tmp_path_factory):
     return folder / "tiny"
 
 
+@pytest.fixture(autouse=True)
+def _leave_no_jobs():
+    yield
+    subprocess.run(["scancel", "--user", "root"])
+    wait_for(lambda: not queue(), 60, "an empty queue")
+
+
 @pytest.fixture
 def pruned(undisturbed, tmp_path):
     """The folder of the same run as far as its long fine-tune, which is to be submitted."""
@@ -99,7 +107,6 @@ def pruned(undisturbed, tmp_path):
     for stage in ("dense", "prune"):
         shutil.copytree(undisturbed / stage, run / stage)
     yield run
-    subprocess.run(["scancel", "--name", "tiny/finetune/squarehead"])
     repair()
 
 
@@ -111,8 +118,13 @@ def started(pruned, place):
     return pruned
 
 
+def queue() -> str:
+    return subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout
+
+
 def submit(run: Path, place: Path, *overrides):
-    return _cli("run", RECIPE, f"folder='{run.parent}'", "--on", place, "--stages", "finetune/squarehead", *LONG,
+    """The fine-tune, and a stage behind it."""
+    return _cli("run", RECIPE, f"folder='{run.parent}'", "--on", place, "--stages", "finetune/squarehead,compress", *LONG,
                 *overrides)
 
 
@@ -128,15 +140,18 @@ def repair():
 
 
 def require_same_end(run: Path, undisturbed: Path, tries: int):
-    """Bits, metrics of every step once, and the wandb run are as without the disturbance."""
+    """Bits, metrics of every step once, and the wandb run are as without the disturbance; what waited for it has run
+    once, and nothing is left in the queue."""
+    assert wait_for_end(run, "compress").state == "COMPLETED"
+    assert len(attempts.read_attempts(run / "logs" / "compress")) == 1
+    wait_for(lambda: not queue(), 30, "an empty queue")
     stage = run / "finetune" / "squarehead"
     assert artifacts.damage(stage) is None
     assert (stage / "sparse.safetensors").read_bytes() == \
         (undisturbed / "finetune" / "squarehead" / "sparse.safetensors").read_bytes()
     lines = [line.split(",")[0] for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert lines == [f'{{"step": {step}' for step in range(1, NUM_STEPS + 1)]
-    attempts = (run / "logs" / "finetune" / "squarehead" / "attempts.jsonl").read_text().splitlines()
-    assert len(attempts) == tries
+    assert len(attempts.read_attempts(run / "logs" / "finetune" / "squarehead")) == tries
     kept = (stage / "wandb-id").read_text()
     folders = list((run / "wandb").glob("offline-run-*"))
     assert len(folders) == tries and all(folder.name.endswith(kept) for folder in folders)

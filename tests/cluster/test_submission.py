@@ -11,18 +11,12 @@ import pytest
 
 from launch import attempts
 from launch.slurm import read_jobs
+from launch.stages import build_stages, read_run
 from sparse_train import artifacts
 from tests.cluster.conftest import NUM_STEPS, PLACE, at_work, submit, wait_for, wait_for_end
 from tests.launch.test_pipeline import RECIPE, _cli
 
 _TOP = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_jobs():
-    yield
-    subprocess.run(["scancel", "--user", "root"])
-    wait_for(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout, 60, "an empty queue")
 
 
 def test_a_failed_stage_holds_its_dependents_and_status_says_why(place, tmp_path):
@@ -60,7 +54,7 @@ def test_a_queued_job_keeps_its_code_and_config(place, tmp_path):
     assert (run / "config.yaml").read_bytes() == frozen
     worker = run / "code" / "launch" / "worker.py"
     worker.write_text(worker.read_text() + "\nprint('frozen:', __file__)\n")
-    subprocess.run(["scontrol", "release", read_jobs(run)["dense"]["job"]], check=True)
+    subprocess.run(["scontrol", "release", read_jobs(run)["dense"]], check=True)
     assert wait_for_end(run, "dense").state == "COMPLETED"
     out, _ = _cli("logs", run, "dense", "--rank", "3", "-f")
     assert f"frozen: {worker}" in out
@@ -74,7 +68,7 @@ def test_nasty_values_arrive_as_they_are(tmp_path):
     out, _ = _cli("run", RECIPE, f"folder={json.dumps(str(folder))}", "--on", file, "--stages", "dense",
                   f"cluster.environment={json.dumps({'NASTY': nasty, 'DS_ACCELERATOR': 'cpu'})}", "dense.steps=2")
     run = folder / "tiny"
-    job = read_jobs(run)["dense"]["job"]
+    job = read_jobs(run)["dense"]
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
     assert f"Comment={nasty.splitlines()[0]}" in shown
     pid = wait_for(lambda: _pid_of(job), 60, "a process of the job")
@@ -97,20 +91,25 @@ def _pid_of(job):
 
 
 def test_a_sweep_is_arrays_that_share_their_teacher(place, tmp_path):
-    _cli("run", RECIPE, f"folder={tmp_path}", "--on", place, "name=swept", "--stages", "prune,finetune",
-         "finetune.losses={ce: {}}", "sweep={prune.sparsity: [0.5, 0.75], finetune.steps: [2]}",
-         "cluster.nodes=1")
-    points = [path for path in sorted((tmp_path / "swept").iterdir()) if path.name.startswith("sparsity")]
-    assert len(points) == 2
+    """One of two combinations fails: what is behind it is held, and the other goes on."""
+    _cli("run", RECIPE, f"folder={tmp_path}", "--on", place, "name=swept", "--stages", "prune,finetune,compress",
+         "finetune.losses={ce: {}}", "sweep={finetune.learning_rate: [0.001, 1.0e+30]}", "finetune.steps=4",
+         "finetune.clip=0", "finetune.warmup_steps=0", "cluster.nodes=1")
+    points = sorted((tmp_path / "swept").glob("learning_rate-*"))
     jobs = [read_jobs(point) for point in points]
-    assert [job["prune"]["job"].split("_")[1] for job in jobs] == ["0", "1"]
-    assert len({job["prune"]["job"].split("_")[0] for job in jobs}) == 1
-    for point in points:
-        assert wait_for_end(point, "finetune/ce", 300).state == "COMPLETED"
-    teachers = {artifacts.read_manifest(point / "finetune" / "ce")["inputs"]["dense"] for point in points}
+    assert [job["prune"].split("_")[1] for job in jobs] == ["0", "1"]
+    assert len({job["prune"].split("_")[0] for job in jobs}) == 1
+    good, bad = points
+    assert wait_for_end(bad, "finetune/ce", 300).state == "FAILED"
+    assert wait_for_end(bad, "compress").state == "CANCELLED"
+    assert wait_for_end(good, "compress").state == "COMPLETED"
+    teachers = {artifacts.read_manifest(point / "prune")["inputs"]["dense"] for point in points}
     assert len(teachers) == 1 and (Path(teachers.pop()) / "DONE").is_file()
     out, _ = _cli("status", tmp_path / "swept")
-    assert out.count("finetune/ce") == 2
+    assert out.count("finetune/ce ") == 3, "a line for each, and why one failed"
+    assert "held: finetune/ce did not finish" in out and "the gradient's norm is" in out
+    out, _ = _cli("logs", bad, "finetune/ce")
+    assert "FloatingPointError" in out
 
 
 def test_another_number_of_nodes_after_a_requeue(pruned, place):
@@ -143,3 +142,7 @@ def test_plain_sbatch_does_the_same(undisturbed, place, tmp_path):
     assert same[0] == same[1]
     out, _ = _cli("status", run)
     assert all("done in" in line for line in out.splitlines()[1:])
+    assert read_jobs(run).keys() == {stage.id for stage in build_stages(read_run(run))}
+    limit = subprocess.run(["sacct", "-nXP", "-j", read_jobs(run)["finetune/ce"], "-o", "Timelimit,NNodes,NTasks"],
+                           capture_output=True, text=True).stdout
+    assert limit.startswith("00:30:00|2|")

@@ -6,17 +6,16 @@ Each test disturbs a fine-tune of two nodes with two ranks in the middle and let
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import psutil
 import pytest
 
 from launch import attempts
+from launch.slurm import read_jobs
 from tests.cluster.conftest import (
     STAGES,
     STATE,
     require_same_end,
-    state_of,
     submit,
     wait_for,
     wait_for_end,
@@ -57,12 +56,11 @@ def test_a_killed_node_with_all_on_it(started, undisturbed):
 def test_an_unplugged_node(index, started, undisturbed):
     """Its ranks go on running, cut off: they must give up, and must not write where the new attempt does."""
     node = attempts.read_attempts(started / "logs" / _STAGE)[0]["nodes"][index]
-    left = [pid for pid, rank in _ranks(state_of(started, _STAGE), read_job(started)).items() if rank // 2 == index]
+    left = _ranks(started)[2 * index:2 * index + 2]
     subprocess.run(["ip", "link", "set", f"slurm-{node}", "down"], check=True)
     _restarted(started)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
     require_same_end(started, undisturbed, tries=2)
-    assert len(left) == 2
     logs = "".join(file.read_text() for file in (started / "logs" / _STAGE).glob("*_log.out"))
     assert "went silent for 20 s" in logs
     # The unplugged node's own daemon may not have buried them yet.
@@ -71,8 +69,7 @@ def test_an_unplugged_node(index, started, undisturbed):
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_killed_rank(rank, started, undisturbed):
-    [pid] = [pid for pid, found in _ranks(state_of(started, _STAGE), read_job(started)).items() if found == rank]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(_ranks(started)[rank], signal.SIGKILL)
     _restarted(started)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
     require_same_end(started, undisturbed, tries=2)
@@ -101,23 +98,17 @@ def _lives(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def read_job(run):
-    from launch.slurm import read_jobs
-
-    return read_jobs(run)[_STAGE]["job"]
-
-
-def _ranks(state, job):
-    """pid on this machine -> rank of a running job."""
-    assert state.state == "RUNNING"
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+def _ranks(run):
+    """Their pids on this machine, by rank."""
+    started = {}
+    for process in psutil.process_iter():
         try:
-            given, command = ((folder / name).read_text().split("\0") for name in ("environ", "cmdline"))
-        except (OSError, UnicodeDecodeError):
+            given, command = process.environ(), process.cmdline()
+        except psutil.Error:
             continue
-        if f"SLURM_JOB_ID={job}" in given and "submitit.core._submit" in command:
-            found[int(folder.name)] = next(int(entry.partition("=")[2]) for entry in given
-                                           if entry.startswith("SLURM_PROCID="))
-    # A rank's helpers, such as wandb's, are forks of it.
-    return {pid: rank for pid, rank in found.items() if psutil.Process(pid).ppid() not in found}
+        # A rank's helpers, such as wandb's, are later forks of it.
+        if given.get("SLURM_JOB_ID") == read_jobs(run)[_STAGE] and "submitit.core._submit" in command:
+            rank, when = int(given["SLURM_PROCID"]), process.create_time()
+            started[rank] = min(started.get(rank, (when, process.pid)), (when, process.pid))
+    assert sorted(started) == [0, 1, 2, 3]
+    return [started[rank][1] for rank in range(4)]

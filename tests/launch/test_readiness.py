@@ -57,6 +57,26 @@ def test_it_refuses_early_with_one_line_on_every_rank(problem, said, tmp_path):
     assert (said in told[0] and "\n" not in told[0]) if said else told[0] is None
 
 
+@pytest.mark.parametrize("kinds, limit, used, stat", [
+    ("", "memory.max", "memory.current", "anon 5\ninactive_file 1000\n"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "inactive_file 7\ntotal_inactive_file 1000\n"),
+])
+def test_free_memory_is_what_the_job_may_take(kinds, limit, used, stat, tmp_path, monkeypatch):
+    """Its own group has no limit, the one above it has; file cache that can go does not count."""
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    own = tmp_path / "own"
+    own.write_text(f"1:cpu:/elsewhere\n0:{kinds}:/job_7/step_0\n")
+    job = tmp_path / "cgroup" / kinds / "job_7"
+    for folder, most in ((job, "50000"), (job / "step_0", str(2**63 - 4096) if kinds else "max")):
+        folder.mkdir(parents=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("20000\n")
+        (folder / "memory.stat").write_text(stat)
+    assert readiness._free_memory(tmp_path / "cgroup", own) == 31_000
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    assert readiness._free_memory(tmp_path / "none", own) == 1 << 20
+
+
 @pytest.mark.parametrize("stage, precision, bytes_per_value", [
     (0, "fp32", 4 + 8 + 4), (0, "bf16", 2 + 12 + 4), (1, "bf16", 2 + 4 + 3), (2, "bf16", 2 + 1 + 3),
     (3, "fp32", (4 + 12 + 4) / 4), (3, "bf16", (2 + 12 + 4) / 4),

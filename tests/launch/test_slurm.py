@@ -132,7 +132,7 @@ def _answers(monkeypatch, **of):
 
 
 def test_a_job_between_node_failure_and_requeue_is_not_over(monkeypatch):
-    jobs = {"dense": {"job": "7", "logs": ""}, "prune": {"job": "8_1", "logs": ""}, "report": {"job": "9", "logs": ""}}
+    jobs = {"dense": "7", "prune": "8_1", "report": "9"}
     _answers(monkeypatch, squeue=["7|PENDING|BeginTime|", "8_0|RUNNING|None|node1"],
              sacct=["7|NODE_FAIL|0:0|node1", "8_1|CANCELLED by 0|0:15|None assigned"])
     states = slurm.job_states(jobs)

@@ -96,6 +96,29 @@ def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(stages
         assert error <= (1e-6 if precision == "fp32" else 2e-2), f"{name}: {error}"
 
 
+class _TakenOver(Exception):
+    pass
+
+
+def _save_against_a_newer_process(folder):
+    student, teacher = _models()
+
+    def guard():
+        if (folder / "step-00000002").exists():
+            (folder / "step-00000004.partial").mkdir()  # the other's save
+            raise _TakenOver
+
+    try:
+        train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _config(), _LOSS, folder, guard=guard)
+    except _TakenOver:
+        return True
+
+
+def test_a_process_that_was_taken_over_touches_no_checkpoint(tmp_path):
+    assert run_ranks(_save_against_a_newer_process, 1, tmp_path)[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004.partial"]
+
+
 def _flip_a_bit_on_rank_1(when, stage, folder):
     student, teacher = _models()
     linear = next(iter(sparse_linears(student).values()))
