@@ -5,7 +5,6 @@
 """
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,9 @@ def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
         for level in (folder, *folder.parents):
             # The whole tree has no limit, and v1's word for none is a number beyond any machine.
             if (level / limit).is_file() and (most := (level / limit).read_text().strip()) != "max":
-                cache = re.search(r"^(?:total_)?inactive_file (\d+)", (level / "memory.stat").read_text(), re.MULTILINE)
-                found.append(int(most) - int((level / used).read_text()) + int(cache[1]))
+                stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+                cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the first is v1's, of the tree
+                found.append(int(most) - int((level / used).read_text()) + cache)
             if level == top:
                 break
     return max(0, min(found))

@@ -8,17 +8,28 @@ Closed means that an unknown key is a mistake, answered with the nearest valid o
 import difflib
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparse_train.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+
+
+def _absolute(path: str) -> str:
+    """A run is looked at, and goes on, from other folders than the one it was begun in."""
+    found = os.path.expanduser(path)
+    return os.path.abspath(found) if os.path.exists(found) else path
+
+
+Location = Annotated[str, AfterValidator(_absolute)]
+"""Of a file or folder, where there is one of that name, else on the hub."""
 
 
 class Section(BaseModel):
@@ -29,7 +40,7 @@ class TaskConfig(Section):
     name: Literal["arithmetic", "gsm8k", "translation", "numbers", "speech", "dialtones", "text"] = "arithmetic"
     """arithmetic, numbers and dialtones are generated and need no data; the others read task.path. A run without a name
     takes the generated one that its model.family can do."""
-    path: str | None = None
+    path: Location | None = None
     """A folder or file, or the name of a data set on the hub; what it must hold is in the task's module."""
     subset: str | None = None
     """Of a hub data set, such as de-en or hi."""
@@ -63,7 +74,7 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None
+    path: Location | None = None
     """A local folder or hub name to start from; None initialises a new model of the size below. With a path, the size
     only says what to expect where the hub cannot be reached (--dry-run)."""
     family: Literal["mpt", "t5", "t5-gated", "whisper", "llama", "mistral", "qwen3", "olmo2", "gpt_neox", "opt"] = "mpt"
@@ -185,7 +196,7 @@ class TrainConfig(Section):
 
 
 class DenseConfig(TrainConfig):
-    path: str | None = None
+    path: Location | None = None
     """A dense model that is already fine-tuned on the task: it becomes the teacher and nothing is trained."""
 
 

@@ -10,6 +10,7 @@ wandb's own step cannot go back, which a resumed training does: our global_step 
 import contextlib
 import json
 import logging
+import math
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ from sparse_train.config import WandbConfig
 
 log = logging.getLogger(__name__)
 _FINISH_S = 30
+_LINE_S = 10  # between lines of progress in the log
 
 
 class Tracker:
@@ -146,7 +148,8 @@ def _kept_id(folder: Path) -> str:
 
 
 class Progress:
-    """`progress(done, total, note)` for long work; the newest state stands in the file `path`, for who looks.
+    """`progress(done, total, note)` for long work; the newest state stands in the file `path`, for who looks, and in a
+    line of the log now and then.
 
     `guard` is called before each write; it raises when this process should not write any more.
     """
@@ -154,12 +157,16 @@ class Progress:
     def __init__(self, path: Path, guard: Callable[[], None] = lambda: None, seconds_between: float = 0.3):
         self._path, self._guard, self._pause, self._last = path, guard, seconds_between, 0.0
         self._first: tuple[int, float] | None = None
+        self._told = -math.inf
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         self._first = self._first or (done, time.time())
         if time.monotonic() - self._last > self._pause or done >= total:
             self._last = time.monotonic()
             self._guard()
+            if self._last - self._told > _LINE_S or done >= total:
+                self._told = self._last
+                print(f"{done}/{total} {note}", flush=True)
             first, since = self._first
             rate = (done - first) / max(time.time() - since, 1e-9)
             write_json(self._path, {"done": done, "total": total, "note": note, "time": time.time(),

@@ -15,6 +15,13 @@ RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name !=
 _DEMO = CONFIGS / "demo.yaml"
 
 
+def test_a_path_that_is_there_holds_from_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config(RunConfig, CONFIGS / "demo.yaml", ["task={name: text, path: data}", "model.path=owner/name"])
+    assert config.task.path == str(tmp_path / "data") and config.model.path == "owner/name"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_recipe_loads_and_its_graph_resolves(path):
     config = load_config(RunConfig, path)

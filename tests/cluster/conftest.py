@@ -124,8 +124,8 @@ def queue() -> str:
 
 def submit(run: Path, place: Path, *overrides):
     """The fine-tune, and a stage behind it."""
-    return _cli("run", RECIPE, f"folder='{run.parent}'", "--on", place, "--stages", "finetune/squarehead,compress", *LONG,
-                *overrides)
+    return _cli("run", RECIPE, f"folder='{run.parent}'", "--on", place, "--stages",
+                "finetune/squarehead,compress", *LONG, *overrides)
 
 
 def at_work(run: Path, step=30):

@@ -7,8 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from launch import attempts
 from launch.slurm import read_jobs
 from launch.stages import build_stages, read_run
