@@ -95,6 +95,7 @@ def _run(options, console: Console) -> int:
         return run_sweep(points, cluster, names, console, options.dry_run)
     [(_, config)] = points
     planned = runner.plan(config, names)
+    runner.require_inputs(config, names)
     size, remarks = check(config, options.dry_run)
     if options.dry_run:
         for line in [*remarks, *numbers(config, size)]:

@@ -47,6 +47,16 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
     return found
 
 
+def require_inputs(config: RunConfig, names: list[str]) -> None:
+    """Raises UserError where a selected stage reads one that is neither selected nor finished."""
+    planned = plan(config, names)
+    selected = {stage.id for stage, _ in planned}
+    for stage, reason in planned:
+        for name in stage.inputs if reason != "current" else ():
+            if name not in selected and artifacts.read_manifest(config.path / name) is None:
+                raise UserError(f"stage {stage.id} needs {name}, which is not finished; add it to --stages")
+
+
 def run(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console) -> None:
     """Raises StageFailed or UserError; KeyboardInterrupt after the stage at work has saved its state."""
     with locked(config.path):

@@ -49,7 +49,8 @@ def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console:
     """Submit the stages that are not current. With `dry_run` the batch files are printed and nothing is written."""
     with _prepared(config.path, [config], cluster, dry_run) as code:
         _submit_graph([config], cluster, names, console, dry_run, code)
-    _tell_how_to_look(config.path, console)
+    if not dry_run:
+        _tell_how_to_look(config.path, console)
 
 
 def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None:
@@ -76,7 +77,8 @@ def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunCon
         after = f"afterok:{_array_of(made[0]['dense'])}" if made and made[0] else ""
         if runs:
             _submit_graph(runs, cluster, names, console, dry_run, code, after)
-    _tell_how_to_look(folder, console)
+    if not dry_run:
+        _tell_how_to_look(folder, console)
 
 
 def _tell_how_to_look(folder: Path, console: Console) -> None:
@@ -119,8 +121,6 @@ def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list
         if not any(stage.id in todo for todo in to_run):
             console.print(f"{stage.id:<22} current", highlight=False, style="dim")
             continue
-        for config, own in zip(runs, made, strict=True):
-            _require_inputs(stage, config, own)
         after = _dependency(stage, made) or start_after
         executor = make_executor(stage, runs, cluster, code, after)
         if dry_run:
@@ -219,13 +219,6 @@ def _dependency(stage: Stage, made: list[dict[str, str]]) -> str:
 
 def _array_of(job: str) -> str:
     return job.partition("_")[0]
-
-
-def _require_inputs(stage: Stage, config: RunConfig, made: dict[str, str]) -> None:
-    for name in stage.inputs:
-        if name not in made and artifacts.read_manifest(config.path / name) is None:
-            raise UserError(f"stage {stage.id} needs {name}, which is neither finished nor submitted; add it to "
-                            "--stages")
 
 
 def require_idle(config: RunConfig) -> None:

@@ -111,7 +111,7 @@ def select(stages: list[Stage], names: list[str]) -> list[Stage]:
     known = list(dict.fromkeys(name for stage in stages for name in (stage.job, stage.id)))
     for name in names:
         if name not in known:
-            raise UserError(f"--stages {name}: there is no such stage in this run; choose from: {', '.join(known)}")
+            raise UserError(f"there is no stage {name} in this run; choose from: {', '.join(known)}")
     return [stage for stage in stages if not names or stage.job in names or stage.id in names]
 
 

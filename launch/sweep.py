@@ -35,12 +35,18 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     shared = {config.name: _dense_of(config) for _, config in points if not config.dense.path}
     points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
     later = [name for name in names if name != "dense"]
+    for _, config in points if later or not names else ():
+        runner.require_inputs(config, later)
     if cluster.executor == "slurm":
         runs = [config for _, config in points] if later or not names else []
         slurm.submit_sweep(points[0][1].path.parent, list({one.name: one for one in shared.values()}.values()), runs,
                            cluster, later, console, dry_run)
         return 0
     if dry_run:
+        stages = [stage.id for stage, _ in runner.plan(points[0][1], later)] if later or not names else []
+        for line in (f"{len(points)} combinations, {len({one.name for one in shared.values()})} dense models",
+                     f"each combination: {', '.join(stages) or 'nothing'}"):
+            console.print(line, highlight=False, soft_wrap=True)
         return 0
     failures = []
     for number, (_, config) in enumerate(points, 1):

@@ -255,7 +255,7 @@ class PruneConfig(Section):
                              "pattern=unstructured")
         if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
             raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern}, which makes {implied:g}; "
-                             "leave sparsity out")
+                             "leave sparsity out (prune.sparsity=null)")
         object.__setattr__(self, "sparsity", implied)
         return self
 
@@ -446,7 +446,8 @@ def load_config(schema: type[S], path: Path, overrides: list[str] | tuple[str, .
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error, schema)}") from error
+        location, said = _one_line(error, schema)
+        raise UserError(f"{_culprit(location, overrides) or path}: {said}") from error
 
 
 def load_points(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[dict[str, Any], RunConfig]]:
@@ -512,9 +513,28 @@ def _lay_over(tree: dict, override: str) -> None:
         raise UserError(f"{override!r}: the value is not valid YAML") from error
 
 
-def _one_line(error: ValidationError, schema: type[Section]) -> str:
+def _culprit(location: list[str], overrides: list[str] | tuple[str, ...]) -> str | None:
+    """The last override of a key at, above or below `location`."""
+    for override in reversed(overrides):
+        key = override.partition("=")[0].split(".")
+        if location and all(mine == theirs for mine, theirs in zip(key, location, strict=False)):
+            return override
+    return None
+
+
+def _one_line(error: ValidationError, schema: type[Section]) -> tuple[list[str], str]:
+    """(where, what) of the first mistake."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
+    while location and (location[-1] in _OF_PYDANTIC or location[-1].startswith("tuple[")):
+        location.pop()
+    return location, _told(first, location, schema)
+
+
+_OF_PYDANTIC = {"float", "int", "str", "bool", "[key]"}  # which alternative of a type it tried
+
+
+def _told(first: Any, location: list[str], schema: type[Section]) -> str:
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         valid = sorted(_fields_at(schema, location[:-1]))
@@ -523,8 +543,11 @@ def _one_line(error: ValidationError, schema: type[Section]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    shown = "" if first["type"] == "missing" else f"={first['input']!r}"
-    return f"{key}{shown}: {message[0].lower()}{message[1:]}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "model_type":
+        message = "this is a section; give a mapping of its keys"
+    return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(schema: Any, location: list[str]) -> list[str]:

@@ -69,6 +69,9 @@ def test_overrides_are_typed_and_nested():
     ("prune.calibration.pth=x", "did you mean path?"),
     ("name.x=1", "name is a value, not a section"),
     ("name=../up", "name='../up'"),
+    ("prune.sparsity=[0.5, x]", "prune.sparsity=[0.5, x]: prune.sparsity="),
+    ("task.languages=[en]", "task.languages.1 is missing"),
+    ("tracking.wandb=5", "tracking.wandb=5: this is a section"),
 ])
 def test_a_mistake_is_one_line_with_value_and_remedy(override, told):
     with pytest.raises(UserError) as error:
