@@ -26,7 +26,11 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> st
     config = read_run(run)
     logs, cluster = log_folder(find_stage(config, stage_id), config), load_config(ClusterConfig, run / CLUSTER)
     job, _, restarts = attempt.rpartition(".")
-    tried = [one for one in attempts.read_attempts(logs) if one["job"] == job]
+    everyone = attempts.read_attempts(logs)
+    if everyone and everyone[-1]["job"] != job and any(one["job"] == job for one in everyone):
+        print(f"not requeued: job {everyone[-1]['job']} is at work on this stage", flush=True)
+        return None
+    tried = [one for one in everyone if one["job"] == job]
     if any(int(one["id"].rpartition(".")[2]) > int(restarts) for one in tried):
         print("this job runs again already", flush=True)  # a node that was cut off has come back
         return None

@@ -92,6 +92,9 @@ def _run(options, console: Console) -> int:
     # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if any(point for point, _ in points):
+        if options.prepare:
+            raise UserError("--prepare: a sweep is many runs; leave sweep out (sweep={}), or use --on slurm without "
+                            "--prepare")
         return run_sweep(points, cluster, names, console, options.dry_run)
     [(_, config)] = points
     planned = runner.plan(config, names)
@@ -110,7 +113,7 @@ def _run(options, console: Console) -> int:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
-    slurm.require_idle(config)
+    slurm.require_idle(config.path)
     runner.run(config, cluster, names, console)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":

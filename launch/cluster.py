@@ -48,6 +48,9 @@ class Resources(Section):
         for option, value in self.sbatch.items():
             if option.replace("_", "-") in _SET_BY_US:
                 raise ValueError(f"sbatch.{option} is set by sparse-train itself; leave it out")
+            if option in ("clusters", "M"):
+                raise ValueError(f"sbatch.{option}: status and cancel ask one cluster; submit from a login node of the "
+                                 "other one")
             if named := _NAMED.get(option.replace("_", "-")):
                 raise ValueError(f"sbatch.{option} has a name of its own; give {named}")
             if isinstance(value, str) and not value.isprintable():
@@ -102,7 +105,10 @@ class ClusterConfig(Resources):
     @classmethod
     def _no_secrets(cls, environment):
         for name in environment:
-            if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()):
+            if name == "PYTHONPATH":
+                raise ValueError("environment.PYTHONPATH would replace the run's own copy of the code; export it in setup, "
+                                 "or in your shell")
+            if re.search("(^|_)(KEY|TOKEN|SECRET|PASSWORD)(_|$)", name.upper()):
                 raise ValueError(f"environment.{name} would be written to files and logs; export it in your shell, "
                                  "which jobs inherit")
         return environment

@@ -27,7 +27,8 @@ from sparse_train.errors import UserError
 from sparse_train.tables import make_table, print_table
 
 _HEADER = ("stage", "state", "job", "nodes", "tries", "progress", "", "left")
-_WATCH_S, _STATE_WIDTH = 2.0, 50
+_WATCH_S, _STATE_WIDTH = 5.0, 50
+_ASK_S = 10.0  # between questions to SLURM while a log is followed
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -157,12 +158,15 @@ def _logs(options, console: Console) -> None:
     config = read_run(options.run)
     stage = find_stage(config, options.stage)
     file = _log_file(config, stage, options.rank)
-    stream = sys.stdout
+    stream, asked = sys.stdout, -_ASK_S
+    at_work = options.follow
     with open(file, errors="replace") as opened:
         while True:
             # Asked before reading: what is written until the end is still read.
-            at_work = options.follow and not (config.path / stage.id / artifacts.DONE).is_file() and _is_at_work(
-                config, stage)
+            if at_work and (config.path / stage.id / artifacts.DONE).is_file():
+                at_work = False
+            elif at_work and time.monotonic() - asked > _ASK_S:
+                at_work, asked = _is_at_work(config, stage), time.monotonic()
             for line in opened:
                 stream.write(line)
             stream.flush()
@@ -201,9 +205,10 @@ def _cancel(options, console: Console) -> None:
 def _launcher(run: Path) -> psutil.Process | None:
     """The process of this machine that runs the stages, where one does."""
     with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
-        host, pid = (run / ".lock").read_text().split()
+        lock = (run / ".lock").resolve()
+        host, pid = lock.read_text().split()
         process = psutil.Process(int(pid))
-        if host == platform.node() and str(run / ".lock") in {file.path for file in process.open_files()}:
+        if host == platform.node() and str(lock) in {file.path for file in process.open_files()}:
             return process
     return None
 

@@ -39,7 +39,9 @@ class Place:
 
 
 def attempt_of_job() -> str:
-    return f"{submitit.JobEnvironment().job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    # Processes of this machine may be inside somebody's job.
+    restarts = os.environ.get("SLURM_RESTART_COUNT", 0) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else 0
+    return f"{submitit.JobEnvironment().job_id}.{restarts}"
 
 
 def find_place() -> Place:

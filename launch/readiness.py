@@ -14,7 +14,7 @@ import torch
 
 from launch.place import Place
 from launch.preflight import Size, size_of
-from launch.stages import Stage, log_folder
+from launch.stages import Stage, log_folder, partial_folder
 from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.errors import UserError
@@ -125,6 +125,8 @@ def _require_space(place: Place, config: RunConfig, stage: Stage, size: Size, ta
     if stage.job == "finetune":
         trained -= round(config.prune.levels[stage.level].sparsity * size.num_prunable)
     needed, free = checkpoint_bytes(train, trained), shutil.disk_usage(config.path).free
+    # An attempt before this one has written some of them.
+    free += sum(file.stat().st_size for file in (partial_folder(stage, config) / "checkpoints").glob("step-*/*"))
     if needed > free:
         raise UserError(f"the checkpoints of {stage.id} take {needed / 1e9:.1f} GB and {config.path} has "
                         f"{free / 1e9:.1f} GB free; make room, or give {stage.job}.checkpoints_kept=1")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from launch import attempts
 from launch.cluster import CLUSTER, ClusterConfig
-from launch.stages import CONFIG, Stage, build_stages, is_current, log_folder, progress_file, select
+from launch.stages import CONFIG, JOB_FILE, Stage, build_stages, is_current, log_folder, progress_file, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, dump_config
 from sparse_train.errors import UserError
@@ -92,7 +92,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console: Console) -> float:
     logs = log_folder(stage, config)
-    progress_file(stage, config).unlink(missing_ok=True)
+    for note in (progress_file(stage, config), logs / JOB_FILE):  # of earlier times, perhaps on SLURM
+        note.unlink(missing_ok=True)
     started = time.monotonic()
     num_ranks = cluster.resources(stage.id, stage.distributed).ranks
     job = start_processes(cluster, num_ranks, logs, process, str(config.path.absolute()), stage.id, free_port())
@@ -136,6 +137,9 @@ def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function
 
 def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
     """What submitit calls in each process of a stage."""
+    # The imports take seconds; submitit's handlers would count a warning in them as an error, or swallow it.
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     from launch.worker import work  # brings DeepSpeed, which only the ranks need
 
     work(run_folder, stage_id, port)

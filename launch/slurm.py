@@ -21,12 +21,12 @@ from rich.console import Console
 from launch.cluster import ClusterConfig
 from launch.runner import StageFailed, freeze, locked, plan, process
 from launch.snapshot import freeze_code
-from launch.stages import Stage, build_stages, log_folder, select
+from launch.stages import CONFIG, JOB_FILE, Stage, build_stages, log_folder, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 
-JOB_FILE, RUNS_FILE = "job", "runs.txt"
+RUNS_FILE = "runs.txt"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
           "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 
@@ -99,8 +99,7 @@ def _prepared(folder: Path, runs: Sequence[RunConfig], cluster: ClusterConfig, d
         yield code
         return
     with locked(folder):
-        for config in runs:
-            require_idle(config)
+        require_idle(folder)
         freeze_code(folder)
         for config in runs:
             config.path.mkdir(parents=True, exist_ok=True)
@@ -150,8 +149,7 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
     cpus = [f"--cpus-per-task={resources.cpus_per_rank}"] if resources.cpus_per_rank else []
     # Safe path: else the folder that the job was submitted from, perhaps the checkout, comes before the copy.
     # 76: srun could not start the step, which is no error of the code's; launch.afterwards tells them apart.
-    exports = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "SLURM_EXIT_ERROR": "76", "SLURM_EXIT_IMMEDIATE": "76",
-               **cluster.environment}
+    exports = {"PYTHONSAFEPATH": "1", "SLURM_EXIT_ERROR": "76", "SLURM_EXIT_IMMEDIATE": "76", **cluster.environment}
     if len(runs) == 1:
         run = shlex.quote(str(root))
     else:  # the tasks of an array share one batch file
@@ -161,7 +159,9 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
         job_name=f"{root.name}/{stage.id}", time=None, wckey=None, dependency=after or None,
         signal_delay_s=cluster.warning_s, stderr_to_stdout=True, additional_parameters=options,
         srun_args=["--export=ALL", "--kill-on-bad-exit=1", *cpus],
-        setup=[*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
+        # set +e: what follows a failed step decides whether it runs again.
+        setup=[*cluster.setup, "set +e", f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+               *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
         teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
                   f'{shlex.quote(sys.executable)} -m launch.afterwards {run} {shlex.quote(stage.id)} "$code"'],
     )
@@ -221,12 +221,15 @@ def _array_of(job: str) -> str:
     return job.partition("_")[0]
 
 
-def require_idle(config: RunConfig) -> None:
-    """Raises UserError where jobs of the run are in the queue."""
-    active = [name for name, state in job_states(read_jobs(config.path)).items() if state.is_active]
+def require_idle(folder: Path) -> None:
+    """Raises UserError where jobs of the run in `folder`, or of any run of the sweep there, are in the queue."""
+    jobs = read_jobs(folder)
+    for config in folder.glob(f"*/{CONFIG}"):
+        jobs |= {f"{config.parent.name}/{stage}": job for stage, job in read_jobs(config.parent).items()}
+    active = [name for name, state in job_states(jobs).items() if state.is_active]
     if active:
-        raise UserError(f"{config.path} has jobs in the queue ({', '.join(active)}); wait for them, or withdraw them: "
-                        f"sparse-train cancel {shlex.quote(str(config.path))}")
+        raise UserError(f"{folder} has jobs in the queue ({', '.join(active)}); wait for them, or withdraw them: "
+                        f"sparse-train cancel {shlex.quote(str(folder))}")
 
 
 def read_jobs(run: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from sparse_train import artifacts
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
 
-CONFIG = "config.yaml"
+CONFIG, JOB_FILE = "config.yaml", "job"
 JOBS = ("dense", "prune", "finetune", "evaluate", "compress", "benchmark", "report")
 
 

@@ -48,6 +48,7 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
                      f"each combination: {', '.join(stages) or 'nothing'}"):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
+    slurm.require_idle(points[0][1].path.parent)
     failures = []
     for number, (_, config) in enumerate(points, 1):
         console.print(f"[bold]{config.name}[/] ({number} of {len(points)})", highlight=False)

@@ -3,6 +3,7 @@
     python -m launch.worker RUN STAGE     under srun; without it submitit calls work()
 """
 
+import errno
 import importlib
 import os
 import shutil
@@ -89,12 +90,15 @@ def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
-        return Ending("lost" if _is_lost_peer(error) else "broken", f"{type(error).__name__}: {lines[-1]}", place.rank)
+        return Ending("lost" if _may_pass(error) else "broken", f"{type(error).__name__}: {lines[-1]}", place.rank)
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    """gloo raises plain RuntimeErrors, the other backends subclasses of DistError."""
+def _may_pass(error: Exception) -> bool:
+    """A lost peer, or shared storage that stumbled. gloo raises plain RuntimeErrors, the other backends subclasses of
+    DistError."""
     told = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        return True
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and (
         "Connection" in told or "gloo" in told))
 
@@ -109,8 +113,7 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
     pulse = join_ranks(place, cluster, port, logs) if stage.distributed else None
     if stage.distributed and cluster.preflight:
         readiness.check_ranks(place, config, stage)
-    if place.rank == 0:
-        _require_inputs(stage, config)
+    dist.agree(lambda: _require_inputs(stage, config))
     metrics = _run_job(place, stage, config)
     if place.rank == 0:
         attempts.require_newest(logs, place.attempt)
@@ -123,7 +126,10 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
 
 def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Pulse:
     """Make this process the rank that it was started as, and watch over the others."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.ranks_on_node))
+    given = len(os.sched_getaffinity(0))
+    # Where SLURM binds each rank to CPUs of its own, there is nothing to divide.
+    own = min(given, int(os.environ.get("SLURM_CPUS_PER_TASK", 0))) or given // place.ranks_on_node
+    torch.set_num_threads(max(1, own))
     # Twice as long as silence: a time-out of a collective cannot say whose fault it is, the pulse can.
     dist.start(place.rank, place.num_ranks, place.local_rank, place.ranks_on_node, place.nodes[0], port,
                timedelta(seconds=2 * cluster.silence_s))
@@ -142,8 +148,9 @@ def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | Non
 
 
 def _require_inputs(stage: Stage, config: RunConfig) -> None:
+    """The ranks share the reading."""
     for name in stage.inputs:
-        if damage := artifacts.damage(config.path / name):
+        if damage := artifacts.damage(config.path / name, dist.share):
             raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
                             f"(delete {config.path / name} if it is damaged)")
 

@@ -75,6 +75,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def any_rank(mine: bool) -> bool:
+    """Whether it holds on any rank."""
+    return bool(sum_over_ranks(torch.tensor(float(mine), device=device())) > 0)
+
+
 def gather_objects(mine: Any) -> list[Any]:
     """`mine` of every rank, in the order of ranks; for small plain data."""
     everyone = [mine] * world_size()

@@ -1,4 +1,4 @@
-"""Checkpoints of a training job: each rank writes what it owns, aside; the whole is renamed, then signed.
+"""Checkpoints of a training job: each rank writes what it owns, aside; the whole is signed, then renamed.
 
     FOLDER/step-00000100/rank-00000.safetensors    KIND/START/NAME: entries START ... of a flattened parameter, fp32
     FOLDER/step-00000100/manifest.json             step, sizes, the bits' digests, digests of all files; then DONE
@@ -61,7 +61,7 @@ def resume(engine, bits: FrozenBits, folder: Path) -> int:
     Raises UserError when it is of a model with other parameters or other bits.
     """
     newest = None
-    for path in reversed(_signed(folder)):
+    for path in reversed(dist.gather_objects(_signed(folder))[0]):  # rank 0's: listings of shared storage may differ
         if _is_sound(path):
             newest = path
             break
@@ -124,8 +124,8 @@ def newest_step(folder: Path) -> int:
 
 
 def _signed(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{artifacts.DONE}"))
+    """Oldest first. One that was signed and not renamed any more does not count."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{artifacts.DONE}") if not path.parent.suffix)
 
 
 def _is_sound(path: Path) -> bool:

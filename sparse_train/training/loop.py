@@ -1,7 +1,7 @@
 """The training loop: fetch, loss, backward, step, log, save. Dense and sparse students run the same one.
 
-A stop signal sets a flag, and so does a deadline that comes near; the ranks agree on it at a logged step, save together
-and return unfinished.
+A stop signal sets a flag, and so does a deadline that comes near; the ranks agree on it at the end of a step, save
+together and return unfinished.
 """
 
 import contextlib
@@ -63,9 +63,9 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
     with _Stop(deadline) as stop:
         for step in range(start + 1, config.steps + 1):
             trainer.step(step)
-            stopping = False
-            if step % config.log_every == 0 or step == config.steps:
-                metrics, stopping = trainer.metrics(step, stop.requested())
+            stopping = dist.any_rank(stop.requested())
+            if step % config.log_every == 0 or step == config.steps or stopping:
+                metrics = trainer.metrics(step)
                 if tracker:
                     tracker.log(step, metrics)
                 if progress:
@@ -181,16 +181,14 @@ class Trainer:
         with torch.enable_grad():
             self._features.add(self._learnt.pop(index), taught, self._attends[index])
 
-    def metrics(self, step: int, stop_requested: bool) -> tuple[dict[str, Any], bool]:
-        """Collective. Means since the last call, and whether any rank was asked to stop."""
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Collective. Means since the last call."""
         node, num_nodes = dist.node()
         use = torch.zeros(num_nodes, len(_USE), dtype=torch.double, device=self._terms.device)
         use[node] = torch.tensor(_use_of_node(self._terms.device))
-        sums = torch.cat([use.flatten(), self._terms.double(), self._num_tokens.double()[None],
-                          torch.tensor([float(stop_requested)], dtype=torch.double, device=self._terms.device)])
-        summed = dist.sum_over_ranks(sums)
+        summed = dist.sum_over_ranks(torch.cat([use.flatten(), self._terms.double(), self._num_tokens.double()[None]]))
         use = summed[:use.numel()].view_as(use).tolist()
-        *terms, num_tokens, num_stops = summed[num_nodes * len(_USE):].tolist()
+        *terms, num_tokens = summed[num_nodes * len(_USE):].tolist()
         loss, task, logit, *feature = (term / self._num_micro_steps for term in terms)
         found = {"loss": loss, "task": task, "logit": logit, "feature": sum(feature),
                  "squarehead": {str(layer): term for layer, term in enumerate(feature)},
@@ -198,7 +196,7 @@ class Trainer:
                  "tokens_per_second": num_tokens / (time.perf_counter() - self._since),
                  "nodes": {str(index): dict(zip(_USE, row, strict=True)) for index, row in enumerate(use)}}
         self._reset()
-        return found, num_stops > 0
+        return found
 
 
 _USE = ("memory_gb", "gpu_memory_gb", "gpu_percent")
@@ -218,10 +216,11 @@ def _use_of_node(device: torch.device) -> list[float]:
 
 class _Stop:
     """While open, SIGTERM and SIGUSR2 (SLURM's warning) only set a flag: a save needs all ranks, and they agree on it
-    at a step's end. A second signal leaves at once."""
+    at a step's end. A SIGTERM after that leaves at once; SLURM's warning may well follow a preemption's SIGTERM, and
+    asks for the same."""
 
     _SAME_EVENT_S = 2.0
-    """A batch system may send both signals for one reason."""
+    """A batch system may send both signals, or one to a process and its group, for one reason."""
 
     def __init__(self, deadline: float | None):
         self._deadline, self._signalled = deadline, None
@@ -233,12 +232,12 @@ class _Stop:
         return self
 
     def _set(self, number, frame):
-        if self._signalled is not None and time.monotonic() - self._signalled > self._SAME_EVENT_S:
+        if number == signal.SIGTERM and self._signalled and time.monotonic() - self._signalled > self._SAME_EVENT_S:
             os._exit(128 + number)
         self._signalled = self._signalled or time.monotonic()
 
     def requested(self) -> bool:
-        """To be asked at every step at which the ranks agree: one more of them must fit before the deadline."""
+        """To be asked at every step: one more of them must fit before the deadline."""
         now = time.monotonic()
         # The first pause has the compilation of everything in it, and none is known before it.
         self._pause_s, self._asked = max(now - self._asked, 0.5 * self._pause_s), now

@@ -151,7 +151,8 @@ def require_same_end(run: Path, undisturbed: Path, tries: int):
         (undisturbed / "finetune" / "squarehead" / "sparse.safetensors").read_bytes()
     lines = [line.split(",")[0] for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert lines == [f'{{"step": {step}' for step in range(1, NUM_STEPS + 1)]
-    assert len(attempts.read_attempts(run / "logs" / "finetune" / "squarehead")) == tries
+    tried = attempts.read_attempts(run / "logs" / "finetune" / "squarehead")
+    assert len(tried) == tries and tried[-1]["from_step"] > 0
     ids = [folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")]
     behind = (run / "logs" / "compress" / "wandb-id").read_text()
     assert sorted(ids) == sorted([(stage / "wandb-id").read_text()] * tries + [behind])

@@ -1,0 +1,55 @@
+"""The flag that signals and the deadline set. The trainings that obey it are in test_resume."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from sparse_train.training.loop import _Stop
+
+
+class _Left(Exception):
+    pass
+
+
+@pytest.fixture
+def leave(monkeypatch):
+    def note(code):
+        raise _Left(code)
+
+    monkeypatch.setattr(os, "_exit", note)
+
+
+@pytest.mark.parametrize("first, second, code", [
+    ("SIGTERM", "SIGTERM", 143), ("SIGUSR2", "SIGTERM", 143),
+    ("SIGTERM", "SIGUSR2", None),  # a preemption, and the warning that it makes due
+    ("SIGUSR2", "SIGUSR2", None),
+])
+def test_a_second_signal_leaves_at_once_unless_it_is_a_warning(first, second, code, leave, monkeypatch):
+    with _Stop(None) as stop:
+        assert not stop.requested()
+        signal.raise_signal(signal.Signals[first])
+        signal.raise_signal(signal.Signals[second])  # the same event
+        assert stop.requested()
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 3)
+        if code:
+            with pytest.raises(_Left, match=str(code)):
+                signal.raise_signal(signal.Signals[second])
+        else:
+            signal.raise_signal(signal.Signals[second])
+
+
+def test_the_deadline_leaves_time_for_a_step_and_a_save_as_long_as_the_last(monkeypatch):
+    now = [1000.0]
+    for clock in ("monotonic", "time"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+    with _Stop(1400.0) as stop:
+        assert not stop.requested()
+        with stop.saving():
+            now[0] += 100
+        now[0] += 20
+        assert not stop.requested()  # 120 + 1.5 * (20 + 100) = 300 of 400
+        now[0] += 100
+        assert stop.requested()  # 220 + 1.5 * (100 + 100) = 520
