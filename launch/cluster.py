@@ -106,8 +106,8 @@ class ClusterConfig(Resources):
     def _no_secrets(cls, environment):
         for name in environment:
             if name == "PYTHONPATH":
-                raise ValueError("environment.PYTHONPATH would replace the run's own copy of the code; export it in setup, "
-                                 "or in your shell")
+                raise ValueError("environment.PYTHONPATH would replace the run's own copy of the code; export it in "
+                                 "setup, or in your shell")
             if re.search("(^|_)(KEY|TOKEN|SECRET|PASSWORD)(_|$)", name.upper()):
                 raise ValueError(f"environment.{name} would be written to files and logs; export it in your shell, "
                                  "which jobs inherit")

@@ -214,15 +214,20 @@ def _launcher(run: Path) -> psutil.Process | None:
 
 
 def _runs(options, console: Console) -> None:
-    found = sorted(options.folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for depth in ("*", "*/*") for path in options.folder.glob(f"{depth}/{CONFIG}")]  # sweeps' too
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     if not found:
         raise UserError(f"{options.folder} holds no runs; give the folder that run folders are in")
     rows = []
     for path in found:
-        config = read_run(path.parent)
-        looks = look_at(config)
+        name = str(path.parent.relative_to(options.folder))
+        try:
+            looks = look_at(read_run(path.parent))
+        except UserError as error:  # such as a config of another release
+            rows.append([name, "", textwrap.shorten(str(error), 100, placeholder=" ...")])
+            continue
         done = [look for look in looks if look.state.startswith("done")]
         rest = [look for look in looks if look not in done]
         state = f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"
-        rows.append([config.name, f"{len(done)}/{len(looks)}", textwrap.shorten(state, 100, placeholder=" ...")])
+        rows.append([name, f"{len(done)}/{len(looks)}", textwrap.shorten(state, 100, placeholder=" ...")])
     print_table(console, ("run", "stages", "state"), rows, 3)

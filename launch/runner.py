@@ -48,13 +48,13 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
 
 
 def require_inputs(config: RunConfig, names: list[str]) -> None:
-    """Raises UserError where a selected stage reads one that is neither selected nor finished."""
-    planned = plan(config, names)
-    selected = {stage.id for stage, _ in planned}
-    for stage, reason in planned:
-        for name in stage.inputs if reason != "current" else ():
-            if name not in selected and artifacts.read_manifest(config.path / name) is None:
-                raise UserError(f"stage {stage.id} needs {name}, which is not finished; add it to --stages")
+    """Raises UserError where a selected stage reads one that is neither selected nor current."""
+    selected = select(build_stages(config), names)
+    reasons = {stage.id: reason for stage, reason in plan(config, [])}
+    for stage in selected:
+        for name in stage.inputs if not is_current(stage, config) else ():
+            if name not in [other.id for other in selected] and (reason := reasons[name]) != "current":
+                raise UserError(f"stage {stage.id} needs {name}, which is not current ({reason}); add it to --stages")
 
 
 def run(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console) -> None:

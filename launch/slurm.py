@@ -17,6 +17,7 @@ from pathlib import Path
 
 import submitit
 from rich.console import Console
+from submitit.slurm.slurm import read_job_id
 
 from launch.cluster import ClusterConfig
 from launch.runner import StageFailed, freeze, locked, plan, process
@@ -258,11 +259,19 @@ def job_states(jobs: dict[str, str]) -> dict[str, JobState]:
             found[ids[job]] = JobState(state, "" if reason == "None" else reason, nodes)
     rest = [job for job, stage in ids.items() if stage not in found]
     if rest:
-        asked = _ask(["sacct", "-n", "-P", "-X", "-j", ",".join(rest), "-o", "JobID,State,ExitCode,NodeList"])
-        for job, state, code, nodes in (line.split("|") for line in asked):
-            if job in rest:
+        # By whole arrays: a task that never started has no line of its own, but one as 9_[0-3] with its peers.
+        asked = _ask(["env", "SLURM_BITSTR_LEN=0", "sacct", "-n", "-P", "-X", "-j",
+                      ",".join(dict.fromkeys(map(_array_of, rest))), "-o", "JobID,State,ExitCode,NodeList"])
+        for some, state, code, nodes in (line.split("|") for line in asked):
+            for job in set(_tasks_of(some)) & set(rest):
                 found[ids[job]] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
     return {stage: found.get(stage, JobState("UNKNOWN")) for stage in jobs}
+
+
+def _tasks_of(job: str) -> Iterator[str]:
+    """9_[0-1,3%2] -> 9_0, 9_1, 9_3."""
+    for number, *tasks in read_job_id(job):
+        yield from (f"{number}_{task}" for task in range(int(tasks[0]), int(tasks[-1]) + 1)) if tasks else (number,)
 
 
 def cancel(jobs: dict[str, str]) -> list[str]:
@@ -280,7 +289,7 @@ def _ask(command: list[str]) -> list[str]:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]} does not answer ({error}); ask from a login node of the cluster") from error
-    if asked.returncode and command[0] == "squeue" and "Invalid job id" not in asked.stderr:
+    if asked.returncode and "squeue" in command and "Invalid job id" not in asked.stderr:
         raise UserError(f"squeue failed: {asked.stderr.strip()}; try again")
     return asked.stdout.splitlines()
 

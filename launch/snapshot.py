@@ -16,9 +16,17 @@ from launch.cluster import CONFIGS
 _PACKAGES = ("launch", "jobs", "sparse_train")
 _CUSTOMIZE = '''"""An editable install puts its finder before the path; jobs of this run take the copy beside this."""
 
+import os
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 
 sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith(("_editable_", "__editable__"))]
+# This one hides the site's own, such as EasyBuild's, which finds the modules that are loaded.
+_here = os.path.dirname(os.path.abspath(__file__))
+_spec = PathFinder.find_spec("sitecustomize", [p for p in sys.path if os.path.abspath(p) != _here])
+if _spec and _spec.loader:
+    _spec.loader.exec_module(module_from_spec(_spec))
 '''
 
 

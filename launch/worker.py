@@ -41,7 +41,7 @@ from sparse_train.pulse import Pulse
 from sparse_train.tracking import Progress, log_results
 from sparse_train.training import checkpoint
 
-_KEY = "key"
+_KEY, _PUBLISHED = "key", "published"
 _SCRATCH = (_KEY, "checkpoints")
 
 
@@ -118,6 +118,8 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
     if place.rank == 0:
         attempts.require_newest(logs, place.attempt)
         _publish(stage, config, metrics, time.time() - started, place)
+    if pulse:  # to read a large model back and sign it takes rank 0 longer than a collective may
+        pulse.tell(_PUBLISHED) if place.rank == 0 else pulse.wait_for(_PUBLISHED)
     dist.barrier()
     if pulse:
         pulse.stop()

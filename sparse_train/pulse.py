@@ -38,6 +38,15 @@ class Pulse:
         """Before the process group is closed, and when every rank is past its last collective."""
         self._stopped.set()
 
+    def tell(self, what: str) -> None:
+        self._store.set(what, "")
+
+    def wait_for(self, what: str) -> None:
+        """Until another rank tells it, however long that takes: unlike a collective's, this wait has no time-out of its
+        own, and only silence ends it."""
+        while not self._store.check([what]):
+            time.sleep(min(1.0, self._pause_s))
+
     def _beat(self) -> None:
         """Blocks where the network is cut; _watch sees it by the time of the last answer."""
         number = 0

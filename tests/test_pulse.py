@@ -62,5 +62,24 @@ def _quiet_end():
     return reports
 
 
+def _patient():
+    from sparse_train import dist
+
+    pulse = Pulse("host", "127.0.0.1", 1.0, lambda text: os._exit(3))
+    started = time.monotonic()
+    if dist.rank() == 0:
+        time.sleep(3)
+        pulse.tell("done")
+    else:
+        pulse.wait_for("done")
+    dist.barrier()
+    pulse.stop()
+    return time.monotonic() - started
+
+
+def test_a_wait_for_a_rank_that_lives_has_no_end_of_its_own():
+    assert min(run_ranks(_patient, 2)) > 2.5
+
+
 def test_ranks_that_live_are_left_alone():
     assert run_ranks(_quiet_end, 2) == [[], []]

@@ -1,5 +1,6 @@
 """How a stage's processes end, which of their endings is told, and when a job runs again."""
 
+import argparse
 import subprocess
 
 import pytest
@@ -8,7 +9,7 @@ from launch import afterwards, attempts
 from launch.afterwards import reason_to_run_again
 from launch.attempts import Ending, Superseded
 from launch.cluster import ClusterConfig
-from launch.place import Place
+from launch.place import Place, attempt_of_job
 from launch.runner import freeze
 from sparse_train.config import RunConfig, load_config
 from tests.launch.test_pipeline import RECIPE
@@ -84,6 +85,24 @@ def test_a_batch_script_that_came_back_late_requeues_nothing(run, capsys):
         attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), 0)
     assert reason_to_run_again(run, "dense", "7.0", 137) is None
     assert "runs again already" in capsys.readouterr().out
+
+
+def test_two_jobs_on_one_stage_do_not_requeue_each_other(run, capsys):
+    logs = run / "logs" / "dense"
+    for job in (7, 8):
+        attempts.begin(logs, _place(f"{job}.0", num_ranks=1), 0)
+    assert reason_to_run_again(run, "dense", "7.0", 1) is None
+    assert "job 8 is at work on this stage" in capsys.readouterr().out
+    assert reason_to_run_again(run, "dense", "8.0", 137)
+
+
+def test_restarts_of_a_job_around_it_are_not_those_of_a_local_run(monkeypatch):
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: argparse.Namespace(job_id="7"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    assert attempt_of_job() == "7.0"
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert attempt_of_job() == "7.2"
 
 
 def test_tries_of_earlier_jobs_do_not_count(run):

@@ -86,5 +86,22 @@ def test_predicted_state(stage, precision, bytes_per_value):
     assert state_bytes(train, 1_000_000, 4) == bytes_per_value * 1_000_000
 
 
+def test_checkpoints_of_an_earlier_attempt_are_room(tmp_path, monkeypatch):
+    """A requeued job needs no more disk than it had."""
+    config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'"])
+    stage = find_stage(config, "finetune/ce")
+    own = config.path / "finetune" / "ce.partial" / "checkpoints" / "step-00000002"
+    own.mkdir(parents=True)
+    size = readiness.Size(1000, 0)
+    needed = checkpoint_bytes(config.finetune, 1000)
+    place = Place(0, 1, 0, 1, "node0", ("node0",), "7.1")
+    table = [{"free_memory": 10**12, "device": "cpu"}]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, needed - 100))
+    with pytest.raises(UserError, match="make room"):
+        readiness._require_space(place, config, stage, size, table)
+    (own / "rank-00000.safetensors").write_bytes(bytes(100))
+    readiness._require_space(place, config, stage, size, table)
+
+
 def test_predicted_checkpoints():
     assert checkpoint_bytes(FinetuneConfig(checkpoints_kept=2), 10) == 3 * 120 + 40

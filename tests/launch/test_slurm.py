@@ -91,6 +91,8 @@ def test_values_reach_processes_as_they_are_and_no_shell(tmp_path):
     ({"nodes": 2, "executor": "local"}, "this machine is one node"),
     ({"environment": {"A-B": "c"}}, "environment"),
     ({"environment": {"WANDB_API_KEY": "c"}}, "export it in your shell"),
+    ({"environment": {"PYTHONPATH": "c"}}, "the run's own copy of the code"),
+    ({"sbatch": {"clusters": "c"}}, "status and cancel ask one cluster"),
 ])
 def test_a_mistake_in_a_cluster_file_is_one_line(given, said, tmp_path):
     file = tmp_path / "c.yaml"
@@ -128,7 +130,13 @@ def test_without_slurm_it_says_where_to_go(monkeypatch):
 
 def _answers(monkeypatch, **of):
     """squeue and sacct, as lists of lines."""
-    monkeypatch.setattr(slurm, "_ask", lambda command: of.get(command[0], []))
+    monkeypatch.setattr(slurm, "_ask", lambda command: next(lines for name, lines in of.items() if name in command))
+
+
+def test_tasks_of_an_array_that_never_started_are_told_together(monkeypatch):
+    _answers(monkeypatch, squeue=[], sacct=["9_[0-1,3%2]|CANCELLED by 0|0:0|None assigned", "9_2|FAILED|1:0|node1"])
+    states = slurm.job_states({"a": "9_1", "b": "9_2", "c": "9_3"})
+    assert [states[name].state for name in "abc"] == ["CANCELLED", "FAILED", "CANCELLED"]
 
 
 def test_a_job_between_node_failure_and_requeue_is_not_over(monkeypatch):

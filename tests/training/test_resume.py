@@ -11,7 +11,7 @@ from sparse_train import dist
 from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.models import family_of
 from sparse_train.sparse import sparse_linears
-from sparse_train.training import gathered_tensors, train
+from sparse_train.training import checkpoint, gathered_tensors, train
 from sparse_train.training.order import Order
 from tests.ranks import run_ranks
 from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
@@ -82,6 +82,15 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, tmp
     again = run_ranks(_train, 2, config, tmp_path)[0]
     assert again[1] == 4 and again[2] == [5, 6, 7, 8]
     assert _equal(again[3], whole[3])
+
+
+def test_a_checkpoint_that_was_signed_and_not_renamed_does_not_count(tmp_path):
+    config = _config(steps=4)
+    whole = run_ranks(_train, 2, config, tmp_path)[0]
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.partial")
+    assert checkpoint.newest_step(tmp_path) == 0
+    again = run_ranks(_train, 2, config, tmp_path)[0]
+    assert again[1] == 0 and _equal(again[3], whole[3])
 
 
 @pytest.mark.parametrize("stages", [(3, 3, 3), (2, 3, 0), (0, 1, 3)], ids=str)
