@@ -17,7 +17,7 @@ test: setup
 	.venv/bin/python -m pytest
 
 test-cluster: setup
-	trap slurm/cluster/stop.sh EXIT; slurm/cluster/start.sh && REQUIRE_CLUSTER=1 .venv/bin/python -m pytest tests/cluster
+	slurm/cluster/stop.sh; trap slurm/cluster/stop.sh EXIT; slurm/cluster/start.sh && REQUIRE_CLUSTER=1 .venv/bin/python -m pytest tests/cluster
 
 lint: setup
 	.venv/bin/ruff check .

@@ -103,8 +103,9 @@ done
 
 # --- Daemons -------------------------------------------------------------------------------------
 
-# running NAME: whether the process recorded for NAME lives. (Process 1 may leave a dead one as a zombie.)
-running() { [ -s "$STATE/pids/$1.pid" ] && [[ $(ps -o stat= -p "$(cat "$STATE/pids/$1.pid")") == [!Z]* ]]; }
+# running NAME: whether the process recorded for NAME lives. A zombie does not (process 1 may be slow to
+# reap one), nor does a stranger that got the number after a reboot.
+running() { [ -s "$STATE/pids/$1.pid" ] && ps -o stat=,args= -p "$(cat "$STATE/pids/$1.pid")" | grep -q "^[^Z].*\b$1\b"; }
 
 # until_ok SECONDS COMMAND...: repeat the command until it succeeds.
 until_ok() {
@@ -147,6 +148,7 @@ for i in $(seq "$NODES"); do
     running "node$i" && continue
     scontrol update nodename="node$i" state=down reason=boot # fails what ran there before a crash
     mkdir -p "$STATE/spool/node$i"
+    ip link del "slurm-node$i" 2>/dev/null || true # at once; by the next line alone, some time later
     ip netns del "node$i" 2>/dev/null || true
     ip netns add "node$i"
     ip link add "slurm-node$i" type veth peer name eth0 netns "node$i"
