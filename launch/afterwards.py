@@ -36,17 +36,19 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> st
         return None
     if tried and tried[-1]["id"] == attempt:
         ending = attempts.read_ending(logs, attempt, tried[-1]["ranks"])
-        num_tries = sum(1 for one in tried if one["from_step"] == tried[-1]["from_step"])
     else:
         status = "broken" if code == EXIT_CODES["broken"] else "lost"  # such as a package that cannot be imported
-        ending, num_tries = Ending(status, "ended before it began"), 1 + int(restarts)
+        ending = Ending(status, "ended before it began")
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
-    if ending.status not in ("stopped", "lost"):
+    if ending.status == "stopped":
+        return "to go on from its state"
+    if ending.status != "lost":
         return None
-    if num_tries >= cluster.tries:
-        print(f"not requeued: {num_tries} tries came no further; cluster.tries=N allows more", flush=True)
+    if (count := attempts.num_tries(logs, attempt)) >= cluster.tries:
+        print(f"not requeued: {count} tries came no further; cluster.tries=N allows more", flush=True)
         return None
-    return f"after try {num_tries} of {cluster.tries} from the same step"
+    attempts.note_requeue(logs, attempt)
+    return f"after try {count} of {cluster.tries} from the same step"
 
 
 def main(run: str, stage_id: str, code: int) -> int:

@@ -3,6 +3,7 @@
     RUN/logs/STAGE/attempts.jsonl     one line per attempt: id, job, nodes, ranks, the step it went on from, when
     RUN/logs/STAGE/attempt            the id of the newest: an older one that still runs somewhere must not write
     RUN/logs/STAGE/endings/ATTEMPT/RANK.json   how that rank ended
+    RUN/logs/STAGE/requeues           the ids of those that lost a rank and were requeued by launch.afterwards
 """
 
 import contextlib
@@ -48,6 +49,29 @@ def begin(logs: Path, place: Place, from_step: int) -> None:
 def require_newest(logs: Path, attempt: str) -> None:
     if (newest := (logs / "attempt").read_text()) != attempt:
         raise Superseded(f"attempt {attempt} ends here: {newest} is at work on the stage")
+
+
+def note_requeue(logs: Path, attempt: str) -> None:
+    logs.mkdir(parents=True, exist_ok=True)  # where it ended before it began
+    with open(logs / "requeues", "a") as file:
+        file.write(f"{attempt}\n")
+
+
+def num_tries(logs: Path, attempt: str) -> int:
+    """This one and those of its job that noted a requeue from the same step. SLURM's own requeues, of a preempted job
+    or a lost node, are no fault of the job's and do not count."""
+    job, _, restarts = attempt.rpartition(".")
+    file = logs / "requeues"
+    requeued = file.read_text().split() if file.is_file() else []
+    steps = {one["id"]: one["from_step"] for one in read_attempts(logs)}
+    step, count = steps.get(attempt), 1
+    for number in reversed(range(int(restarts))):
+        one = f"{job}.{number}"  # without a step it ended before it began
+        if step is not None and steps.get(one, step) != step:
+            break
+        step = steps.get(one, step)
+        count += one in requeued
+    return count
 
 
 def read_attempts(logs: Path) -> list[dict[str, Any]]:

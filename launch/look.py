@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,21 @@ class Look:
                 f"{left / 60:.0f} min" if left is not None and self.state == "running" else ""]
 
 
-def look_at(config: RunConfig) -> list[Look]:
-    jobs = read_jobs(config.path)
-    states, found, failed = job_states(jobs), [], []
-    for stage, reason in plan(config, ["dense"] if is_dense_of_sweep(config) else []):
+def look_at(runs: Sequence[RunConfig]) -> list[list[Look]]:
+    """The stages of each run. SLURM, where there is one, is asked once, and of nothing that is done."""
+    plans = [plan(config, ["dense"] if is_dense_of_sweep(config) else []) for config in runs]
+    jobs = [read_jobs(config.path) for config in runs]
+    asked = {(index, stage.id): jobs[index][stage.id] for index, planned in enumerate(plans)
+             for stage, reason in planned if reason != "current" and stage.id in jobs[index]}
+    states = job_states(asked if shutil.which("squeue") else {})
+    return [_look_at(config, planned, own, {stage: state for (run, stage), state in states.items() if run == index})
+            for index, (config, planned, own) in enumerate(zip(runs, plans, jobs, strict=True))]
+
+
+def _look_at(config: RunConfig, planned: list[tuple[Stage, str]], jobs: dict[str, str],
+             states: dict[str, JobState]) -> list[Look]:
+    found, failed = [], []
+    for stage, reason in planned:
         logs = log_folder(stage, config)
         tried = attempts.read_attempts(logs)
         job, state = jobs.get(stage.id, ""), states.get(stage.id)
@@ -99,7 +112,10 @@ def look_at(config: RunConfig) -> list[Look]:
 
 def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, tried: list, failed: list[str]) -> str:
     behind = [name for name in stage.inputs if name in failed]
-    if state is None:
+    # The dense model of a sweep is another run's.
+    behind += ["/".join(Path(path).parts[-2:]) for path in stage.external.values()
+               if Path(path).is_absolute() and not Path(path).is_dir()]
+    if state is None or state.state == "UNKNOWN":  # the files alone tell
         newest = attempts.newest_ending(log_folder(stage, config), tried)
         if tried and newest is None and _launcher(config.path) is not None:
             return "running"
@@ -124,20 +140,19 @@ def _short(nodes) -> str:
 def _status(options, console: Console) -> None:
     runs = _below(options.run)
     if not options.watch:
-        for config in runs:
-            _print_run(config, console, len(runs) > 1)
+        for config, looks in zip(runs, look_at(runs), strict=True):
+            _print_run(config, looks, console, len(runs) > 1)
         return
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
-            live.update(make_table(_HEADER, [look.cells() for config in runs for look in look_at(config)], 5),
+            live.update(make_table(_HEADER, [look.cells() for looks in look_at(runs) for look in looks], 5),
                         refresh=True)
             time.sleep(_WATCH_S)
 
 
-def _print_run(config: RunConfig, console: Console, named: bool) -> None:
+def _print_run(config: RunConfig, looks: list[Look], console: Console, named: bool) -> None:
     if named:
         console.print(f"[bold]{config.name}", highlight=False)
-    looks = look_at(config)
     print_table(console, _HEADER, [look.cells() for look in looks], 5)
     for look in looks:
         if look.state.startswith("failed"):
@@ -218,16 +233,17 @@ def _runs(options, console: Console) -> None:
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     if not found:
         raise UserError(f"{options.folder} holds no runs; give the folder that run folders are in")
-    rows = []
+    rows, runs = {}, {}
     for path in found:
         name = str(path.parent.relative_to(options.folder))
+        rows[name] = ["", ""]
         try:
-            looks = look_at(read_run(path.parent))
+            runs[name] = read_run(path.parent)
         except UserError as error:  # such as a config of another release
-            rows.append([name, "", textwrap.shorten(str(error), 100, placeholder=" ...")])
-            continue
+            rows[name] = ["", str(error)]
+    for name, looks in zip(runs, look_at(list(runs.values())), strict=True):
         done = [look for look in looks if look.state.startswith("done")]
         rest = [look for look in looks if look not in done]
-        state = f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"
-        rows.append([name, f"{len(done)}/{len(looks)}", textwrap.shorten(state, 100, placeholder=" ...")])
+        rows[name] = [f"{len(done)}/{len(looks)}", f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"]
+    rows = [[name, count, textwrap.shorten(state, 100, placeholder=" ...")] for name, (count, state) in rows.items()]
     print_table(console, ("run", "stages", "state"), rows, 3)

@@ -31,7 +31,8 @@ def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
         print("\n".join(_lines(table)), flush=True)
     dist.agree(lambda: _require_distinct_devices(table))
     dist.agree(_require_sum)
-    dist.agree(lambda: _require_shared_folder(place, config.path, log_folder(stage, config)))
+    writers = [row["rank"] for row in table if row["local_rank"] == 0]
+    dist.agree(lambda: _require_shared_folder(place, writers, config.path, log_folder(stage, config)))
     path = config.dense.path or config.model.path
     size = size_of(empty_model(read_config(path) if path else describe(config.model)))
     dist.agree(lambda: _require_space(place, config, stage, size, table))
@@ -98,25 +99,28 @@ def _require_sum() -> None:
                         "broken")
 
 
-def _require_shared_folder(place: Place, run: Path, logs: Path) -> None:
-    """Each rank leaves a file, and every node must see those of all."""
+def _require_shared_folder(place: Place, writers: list[int], run: Path, logs: Path) -> None:
+    """One rank of each node, a writer, leaves a file there, and must see those of the others."""
     folder = logs / f"preflight-{place.attempt}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / str(place.rank)).touch()
-        problem = ""
-    except OSError as error:
-        problem = f"cannot write to {run} on {place.host}: {error.strerror}"
-    problems = dist.gather_objects(problem)
-    if any(problems):
-        raise UserError(f"{next(filter(None, problems))}; the run folder must be on storage that all nodes share")
-    missing = [rank for rank in range(place.num_ranks) if not (folder / str(rank)).is_file()]
-    unseen = [f"{place.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""]
-    unseen = [line for lines in dist.gather_objects(unseen) for line in lines if line]
-    if place.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    if unseen:
-        raise UserError(f"{unseen[0]}; the run folder must be on storage that all nodes share")
+
+    def write() -> str:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / str(place.rank)).touch()
+        except OSError as error:
+            return f"cannot write to {run} on {place.host}: {error.strerror}"
+        return ""
+
+    def look() -> str:
+        missing = [rank for rank in writers if not (folder / str(rank)).is_file()]
+        return f"{place.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""
+
+    for do in (write, look):
+        problems = [found for found in dist.gather_objects(do() if place.rank in writers else "") if found]
+        if do is look and place.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        if problems:
+            raise UserError(f"{problems[0]}; the run folder must be on storage that all nodes share")
 
 
 def _require_space(place: Place, config: RunConfig, stage: Stage, size: Size, table: list[dict[str, Any]]) -> None:

@@ -84,6 +84,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder} is in use by another sparse-train; wait for it, or give name=OTHER") from error
+        except OSError as error:
+            raise UserError(f"{folder} is on storage without file locks ({error.strerror}); mount it with them, as "
+                            "Lustre with -o flock, or give folder=ELSEWHERE") from error
         file.truncate(0)
         file.write(f"{platform.node()} {os.getpid()}")
         file.flush()

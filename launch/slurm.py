@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,9 @@ def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunCon
     """
     with _prepared(folder, [*dense, *runs], cluster, dry_run) as code:
         made = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
-        after = f"afterok:{_array_of(made[0]['dense'])}" if made and made[0] else ""
+        # Of several dense models one that fails shall not hold those who need another.
+        kind = "afterok" if len(dense) == 1 else "afterany"
+        after = f"{kind}:{_array_of(made[0]['dense'])}" if made and made[0] else ""
         if runs:
             _submit_graph(runs, cluster, names, console, dry_run, code, after)
     if not dry_run:
@@ -244,15 +246,15 @@ def output_folder(config: RunConfig, stage: Stage, job: str) -> Path:
     return config.path.parent / "logs" / stage.id if "_" in job else log_folder(stage, config)
 
 
-def job_states(jobs: dict[str, str]) -> dict[str, JobState]:
-    """stage -> what SLURM says of its job: squeue of those in the queue, sacct of the others.
+def job_states(jobs: dict[Hashable, str]) -> dict[Hashable, JobState]:
+    """Stages to their jobs -> what SLURM says of them: squeue of those in the queue, sacct of the others.
 
     sacct alone would not do: between a node's failure and the requeue it says NODE_FAIL of a job that will run again.
     """
     ids = {job: stage for stage, job in jobs.items()}
     if not ids:
         return {}
-    found: dict[str, JobState] = {}
+    found: dict[Hashable, JobState] = {}
     asked = _ask(["squeue", "-h", "-r", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"])
     for job, state, reason, nodes in (line.split("|") for line in asked):
         if job in ids:

@@ -90,7 +90,8 @@ def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
-        return Ending("lost" if _may_pass(error) else "broken", f"{type(error).__name__}: {lines[-1]}", place.rank)
+        told = "; ".join([f"{type(error).__name__}: {lines[-1]}", *getattr(error, "__notes__", ())])
+        return Ending("lost" if _may_pass(error) else "broken", told, place.rank)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -114,7 +115,19 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
     if stage.distributed and cluster.preflight:
         readiness.check_ranks(place, config, stage)
     dist.agree(lambda: _require_inputs(stage, config))
-    metrics = _run_job(place, stage, config)
+    ends = deadline() if place.rank == 0 else None
+    try:
+        metrics = _run_job(place, stage, config, ends)
+    except Stopped:
+        # SLURM's warning may come a minute early. A preempted one is tried again, and has all of its time again.
+        if not stage.distributed and ends and time.time() > ends - cluster.warning_s - 60:
+            raise UserError(f"stage {stage.id} met its time limit and keeps no state to go on from; give it more: "
+                            f"cluster.stages.{stage.job}.time=...") from None
+        raise
+    except Exception as error:
+        if pulse and _may_pass(error) and (where := pulse.whereabouts()):
+            error.add_note(where)
+        raise
     if place.rank == 0:
         attempts.require_newest(logs, place.attempt)
         _publish(stage, config, metrics, time.time() - started, place)
@@ -151,23 +164,26 @@ def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | Non
 
 def _require_inputs(stage: Stage, config: RunConfig) -> None:
     """The ranks share the reading."""
+    for path in map(Path, stage.external.values()):
+        if path.is_absolute() and not path.is_dir():
+            raise UserError(f"stage {stage.id} needs {path}, which is not there; run what makes it")
     for name in stage.inputs:
         if damage := artifacts.damage(config.path / name, dist.share):
             raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
                             f"(delete {config.path / name} if it is damaged)")
 
 
-def _run_job(place: Place, stage: Stage, config: RunConfig) -> dict:
-    out, key = partial_folder(stage, config), stage_key(stage, config)
+def _run_job(place: Place, stage: Stage, config: RunConfig, ends: float | None) -> dict:
+    out = partial_folder(stage, config)
     if place.rank == 0:
-        _prepare(out, key)
+        _prepare(out, stage_key(stage, config))
     dist.barrier()
 
     def guard() -> None:
         attempts.require_newest(log_folder(stage, config), place.attempt)
 
     job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config), guard),
-              stage.id, stage.level, deadline() if place.rank == 0 else None, guard)
+              stage.id, stage.level, ends, guard)
     return importlib.import_module(f"jobs.{stage.job}").run(job)
 
 

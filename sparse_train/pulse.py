@@ -2,8 +2,12 @@
 
 Each rank beats on a small store on rank 0, from a thread of its own. Rank 0 names the ranks that stopped beating; the
 others notice when rank 0 no longer answers. Whoever finds out ends its own process: its main thread may be stuck.
+A main thread that hangs while its rank goes on beating ends in a time-out of the others' collective; to tell them apart
+then, beats carry what the main thread is in.
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -47,12 +51,26 @@ class Pulse:
         while not self._store.check([what]):
             time.sleep(min(1.0, self._pause_s))
 
+    def whereabouts(self) -> str:
+        """What the ranks' main threads were in when they beat last, the rarest place first. Empty where rank 0 does not
+        answer, and on ranks above 1: a thousand questions at once would be too much for rank 0."""
+        found: dict[str, list[str]] = {}
+        try:
+            for rank, host in enumerate(self._hosts if self._rank <= 1 else ()):
+                if self._store.check([name := f"at {rank}"]):
+                    found.setdefault(self._store.get(name).decode(), []).append(f"{rank} ({host})")
+        except Exception:  # its connection is broken
+            return ""
+        return "; ".join(f"rank {_shortened(ranks)} in {where}"
+                         for where, ranks in sorted(found.items(), key=lambda item: len(item[1])))
+
     def _beat(self) -> None:
         """Blocks where the network is cut; _watch sees it by the time of the last answer."""
         number = 0
         while not self._stopped.wait(self._pause_s):
             number += 1
             try:
+                self._store.set(f"at {self._rank}", _place_of_main_thread())
                 self._store.set(str(self._rank), str(number))
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
                 if self._rank == 0:
@@ -82,9 +100,18 @@ class Pulse:
                 self._report(self._told([0]))
 
     def _told(self, silent: list[int]) -> str:
-        named = ", ".join(f"{rank} ({self._hosts[rank]})" for rank in silent[:8]) + (", ..." if silent[8:] else "")
-        return f"rank {named} went silent for {self._silence_s:g} s"
+        return (f"rank {_shortened([f'{rank} ({self._hosts[rank]})' for rank in silent])} went silent for "
+                f"{self._silence_s:g} s")
 
     def _report(self, text: str) -> None:
         if not self._stopped.is_set():
             self._on_silence(text)
+
+
+def _shortened(ranks: list[str]) -> str:
+    return ", ".join(ranks[:8]) + (", ..." if ranks[8:] else "")
+
+
+def _place_of_main_thread() -> str:
+    frame = sys._current_frames()[threading.main_thread().ident]
+    return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"

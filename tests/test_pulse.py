@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -79,6 +80,31 @@ def _patient():
 
 def test_a_wait_for_a_rank_that_lives_has_no_end_of_its_own():
     assert min(run_ranks(_patient, 2)) > 2.5
+
+
+def _hang_in_the_data():
+    time.sleep(8)
+
+
+def _in_different_places():
+    from sparse_train import dist
+
+    pulse = Pulse(f"host{dist.rank()}", "127.0.0.1", 1.0, lambda text: os._exit(3))
+    told = []
+    threading.Timer(6, lambda: told.append(pulse.whereabouts())).start()
+    if dist.rank() == 1:
+        _hang_in_the_data()
+    distributed.all_reduce(torch.zeros(1))
+    pulse.stop()
+    return told
+
+
+def test_a_main_thread_that_hangs_is_told_by_where_it_is():
+    (told,), (same,), (nothing,) = run_ranks(_in_different_places, 3)
+    assert told == same and not nothing
+    odd, others = told.split("; ")
+    assert odd.startswith("rank 1 (host1) in _hang_in_the_data (test_pulse.py:")
+    assert others.startswith("rank 0 (host0), 2 (host2) in all_reduce (distributed_c10d.py:")
 
 
 def test_ranks_that_live_are_left_alone():

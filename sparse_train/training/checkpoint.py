@@ -1,7 +1,7 @@
 """Checkpoints of a training job: each rank writes what it owns, aside; the whole is signed, then renamed.
 
     FOLDER/step-00000100/rank-00000.safetensors    KIND/START/NAME: entries START ... of a flattened parameter, fp32
-    FOLDER/step-00000100/manifest.json             step, sizes, the bits' digests, digests of all files; then DONE
+    FOLDER/step-00000100/manifest.json             step, seconds, sizes, digests of the bits and of all files; then DONE
 
 KIND is master, exp_avg or exp_avg_sq. Ranges, not ranks, are what is stored: another number of ranks, or another ZeRO
 stage, reads the ranges it needs. The bits are not in it: they never change in a job and come with the pruned model;
@@ -11,6 +11,7 @@ their digests must be the same.
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2,
 
     `guard` is called on rank 0 before anything in `folder` changes; it raises where another process has taken over.
     """
+    started = time.monotonic()
     bits.check()
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
@@ -40,14 +42,14 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2,
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    file = partial / f"rank-{dist.rank():05d}.safetensors"
+    file = _own_file(partial)
     save_file({f"{kind}/{fragment.start}/{fragment.name}": tensor.contiguous()
                for fragment in own_fragments(engine) for kind, tensor in fragment.tensors.items()}, file)
     written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
         guard()
-        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests},
-                          files=dict(written))
+        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests,
+                                           "seconds": time.monotonic() - started}, files=dict(written))
         kept = _signed(folder)[-num_kept:]
         for old in folder.glob("step-*"):  # unsigned ones, of a job killed in a save, too
             if old not in kept:
@@ -92,35 +94,64 @@ def _sizes(engine) -> dict[str, int]:
 
 
 class _Reader:
-    """Ranges of the parameters of a checkpoint, put together from whichever files hold them."""
+    """Ranges of the parameters of a checkpoint, put together from whichever files hold them.
+
+    Other files than this rank's own are opened when a range is not in that one: each of a thousand ranks shall not open
+    a thousand files to go on as it was.
+    """
 
     def __init__(self, folder: Path, sizes: dict[str, int]):
-        self._held: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}
-        for file in sorted(folder.glob("rank-*.safetensors")):
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - it is no dict
-                    kind, start, name = key.split("/", 2)
-                    stop = int(start) + opened.get_slice(key).get_shape()[0]
-                    self._held.setdefault((kind, name), []).append((int(start), stop, file))
-        for (_, name), ranges in self._held.items():
-            ranges.sort()
-            edges = [0, *(stop for _, stop, _ in ranges)]
-            if [start for start, _, _ in ranges] != edges[:-1] or edges[-1] != sizes[name]:
-                raise UserError(f"{folder}: the parts of {name} do not make up its {sizes[name]} entries")
+        self._folder, self._sizes = folder, sizes
+        own = _own_file(folder)
+        self._held = _ranges([own] if own.is_file() else [])
+        self._is_whole = False
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        ranges = self._held.get((kind, name), [])
+        if not self._is_whole and not any(first <= start and stop <= last for first, last, _ in ranges):
+            self._open_all()
+            ranges = self._held[kind, name]
         parts = [torch.empty(0)]
-        for first, last, file in self._held[kind, name]:
+        for first, last, file in ranges:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 with safe_open(file, "pt") as opened:
                     parts.append(opened.get_slice(f"{kind}/{first}/{name}")[low - first:high - first])
         return torch.cat(parts)
 
+    def _open_all(self) -> None:
+        self._held, self._is_whole = _ranges(sorted(self._folder.glob("rank-*.safetensors"))), True
+        for (_, name), ranges in self._held.items():
+            ranges.sort()
+            edges = [0, *(stop for _, stop, _ in ranges)]
+            if [start for start, _, _ in ranges] != edges[:-1] or edges[-1] != self._sizes[name]:
+                raise UserError(f"{self._folder}: the parts of {name} do not make up its {self._sizes[name]} entries")
+
+
+def _ranges(files: list[Path]) -> dict[tuple[str, str], list[tuple[int, int, Path]]]:
+    """(kind, name) -> (start, stop, file) of each part of it in these files."""
+    held: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - it is no dict
+                kind, start, name = key.split("/", 2)
+                stop = int(start) + opened.get_slice(key).get_shape()[0]
+                held.setdefault((kind, name), []).append((int(start), stop, file))
+    return held
+
+
+def save_seconds(folder: Path) -> float | None:
+    """What the newest signed checkpoint took to write."""
+    return artifacts.read_manifest(signed[-1]).get("seconds") if (signed := _signed(folder)) else None
+
 
 def newest_step(folder: Path) -> int:
     """Of the newest signed checkpoint, 0 when there is none."""
     return int(signed[-1].name.rpartition("-")[2]) if (signed := _signed(folder)) else 0
+
+
+def _own_file(folder: Path) -> Path:
+    return folder / f"rank-{dist.rank():05d}.safetensors"
 
 
 def _signed(folder: Path) -> list[Path]:

@@ -52,7 +52,8 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
 
     `fetch` turns this rank's example indices into a batch (an empty list into a row of padding). `tracker` and
     `progress` are rank 0's, and so is `deadline`, when the process will be ended (seconds since the epoch): the state
-    is saved in time for it, judged by what steps and saves have taken so far. `guard` is checkpoint.save's. Raises
+    is saved in time for it, judged by what steps and saves have taken so far; where no save has been measured, the
+    first step is saved to know. `guard` is checkpoint.save's. Raises
     FloatingPointError, on every rank and in the step where it happens, when a gradient is not finite.
     """
     trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
@@ -60,7 +61,9 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
     if tracker:
         tracker.rewind(start)
     metrics: dict[str, Any] = {}
-    with _Stop(deadline) as stop:
+    save_s = checkpoint.save_seconds(folder) if deadline else None
+    early = start + 1 if dist.any_rank(deadline is not None and save_s is None) else None
+    with _Stop(deadline, save_s) as stop:
         for step in range(start + 1, config.steps + 1):
             trainer.step(step)
             stopping = dist.any_rank(stop.requested())
@@ -70,7 +73,7 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
                     tracker.log(step, metrics)
                 if progress:
                     progress(step, config.steps, f"loss {metrics['loss']:.3f}")
-            if step < config.steps and (stopping or step % config.checkpoint_every == 0):
+            if step < config.steps and (stopping or step == early or step % config.checkpoint_every == 0):
                 with stop.saving():
                     checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept, guard)
             if stopping and step < config.steps:
@@ -222,10 +225,10 @@ class _Stop:
     _SAME_EVENT_S = 2.0
     """A batch system may send both signals, or one to a process and its group, for one reason."""
 
-    def __init__(self, deadline: float | None):
+    def __init__(self, deadline: float | None, save_s: float | None = None):
         self._deadline, self._signalled = deadline, None
         self._asked, self._pause_s = time.monotonic(), 0.0
-        self._save_s = 10.0  # until one is measured
+        self._save_s = 10.0 if save_s is None else save_s  # a guess until one is measured
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGUSR2)}

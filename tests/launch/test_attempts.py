@@ -2,16 +2,20 @@
 
 import argparse
 import subprocess
+import time
 
 import pytest
 
-from launch import afterwards, attempts
+from jobs.job import Stopped
+from launch import afterwards, attempts, worker
 from launch.afterwards import reason_to_run_again
 from launch.attempts import Ending, Superseded
 from launch.cluster import ClusterConfig
 from launch.place import Place, attempt_of_job
 from launch.runner import freeze
+from launch.stages import find_stage, read_run
 from sparse_train.config import RunConfig, load_config
+from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE
 
 
@@ -62,6 +66,8 @@ def _tried(run, status, *from_steps):
     logs = run / "logs" / "dense"
     logs.mkdir(parents=True)
     for restarts, step in enumerate(from_steps):
+        if restarts:
+            attempts.note_requeue(logs, f"7.{restarts - 1}")
         attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), step)
     attempt = f"7.{len(from_steps) - 1}"
     attempts.write_ending(logs, attempt, Ending(status, "why", 0))
@@ -70,11 +76,21 @@ def _tried(run, status, *from_steps):
 
 @pytest.mark.parametrize("status, from_steps, again", [
     ("stopped", (0,), True), ("lost", (0,), True), ("mistake", (0,), False), ("broken", (0,), False),
-    ("lost", (0, 0), False), ("lost", (0, 0, 20), True), ("stopped", (0, 20, 40), True), ("stopped", (40, 40), False),
+    ("lost", (0, 0), False), ("lost", (0, 0, 20), True), ("stopped", (0, 20, 40), True), ("stopped", (0, 0, 0), True),
 ])
 def test_a_job_runs_again_while_it_gets_further(status, from_steps, again, run, capsys):
     assert bool(_tried(run, status, *from_steps)) == again
     assert f"{status}: rank 0 why" in capsys.readouterr().out
+
+
+def test_requeues_of_slurm_itself_do_not_count(run):
+    """Preempted twice, and a node that went down; what this has requeued is what counts."""
+    logs = run / "logs" / "dense"
+    for restarts in range(4):
+        attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), 0)
+    assert reason_to_run_again(run, "dense", "7.3", 137) == "after try 1 of 2 from the same step"
+    attempts.begin(logs, _place("7.4", num_ranks=1), 0)
+    assert reason_to_run_again(run, "dense", "7.4", 137) is None
 
 
 def test_a_batch_script_that_came_back_late_requeues_nothing(run, capsys):
@@ -141,7 +157,27 @@ def test_half_a_line_of_a_node_that_died_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("code, restarts, again", [(1, 0, False), (137, 0, True), (137, 1, False)])
 def test_a_job_that_ended_before_it_began(code, restarts, again, run):
+    for number in range(restarts):
+        assert reason_to_run_again(run, "dense", f"7.{number}", code)
     assert bool(reason_to_run_again(run, "dense", f"7.{restarts}", code)) == again
+
+
+@pytest.mark.parametrize("stage, left_s, told", [
+    ("prune", 100, "stage prune met its time limit and keeps no state"), ("prune", 3600, None), ("dense", 100, None),
+])
+def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(stage, left_s, told, run, monkeypatch):
+    """A preempted one is, and so is a training, which saves."""
+    def stopped(*arguments):
+        raise Stopped
+
+    monkeypatch.setattr(worker, "_run_job", stopped)
+    for name in ("_require_inputs", "join_ranks"):
+        monkeypatch.setattr(worker, name, lambda *arguments: None)
+    monkeypatch.setattr(worker, "deadline", lambda: time.time() + left_s)
+    config = read_run(run)
+    with pytest.raises(UserError if told else Stopped, match=told):
+        worker._work(_place(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
+                     find_stage(config, stage), 0)
 
 
 def test_a_requeued_job_takes_another_port(monkeypatch):

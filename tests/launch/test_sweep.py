@@ -4,9 +4,11 @@ import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from launch import sweep
 from launch.cli import main
+from launch.cluster import ClusterConfig
 from launch.sweep import print_sweep
 from sparse_train import artifacts
 from sparse_train.config import load_points
@@ -41,8 +43,6 @@ def test_a_mistake_in_a_sweep_is_one_line(given, said):
 
 
 def test_the_table_has_means_and_spreads_over_seeds(capsys):
-    from rich.console import Console
-
     def row(seed, loss, sparsity, value):
         return {"point": {"seed": seed, "finetune.steps": 10}, "loss": loss, "sparsity": sparsity,
                 "metrics": {"exact_match": value, "cross_entropy": 1.0}}
@@ -72,6 +72,14 @@ def test_combinations_share_the_dense_model_and_a_failed_one_does_not_stop_the_o
     assert {(row["point"]["finetune.learning_rate"], row["loss"]) for row in table} == \
         {(0.001, "dense"), (0.001, "one-shot"), (0.001, "ce")}
     assert "learning_rate-1e-30: stage finetune/ce failed" in out
+
+
+@pytest.mark.parametrize("swept, after", [("finetune.steps", "afterok"), ("seed", "afterany")])
+def test_of_several_dense_models_one_that_fails_does_not_hold_the_others(swept, after, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    points = _points(f"folder={tmp_path}", f"sweep={{{swept}: [2, 3]}}")
+    sweep.run_sweep(points, ClusterConfig(executor="slurm"), [], Console(width=200), dry_run=True)
+    assert f"prune                  {after}:<dense>" in capsys.readouterr().out
 
 
 def test_a_sweep_is_counted_without_running(tmp_path, capsys, monkeypatch):

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sparse_train import dist
 from sparse_train.config import TrainConfig, ZeroConfig
@@ -38,11 +40,11 @@ class _Log:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(config, folder, stop_at=None, stop_rank=0):
+def _train(config, folder, stop_at=None, stop_rank=0, deadline=None):
     student, teacher = _models()
     log = _Log(stop_at if dist.rank() == stop_rank else None)
     outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0), config,
-                    _LOSS, folder, log)
+                    _LOSS, folder, log, deadline=deadline if dist.rank() == 0 else None)
     return outcome.finished, log.start, log.steps, dict(gathered_tensors(outcome.engine))
 
 
@@ -103,6 +105,35 @@ def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(stages
     for name, tensor in whole[3].items():
         error = (found[3][name].float() - tensor.float()).abs().max()
         assert error <= (1e-6 if precision == "fp32" else 2e-2), f"{name}: {error}"
+
+
+def _files_opened_to_go_on(config, folder):
+    opened = set()
+
+    def open_and_note(file, framework):
+        opened.add(file.name)
+        return safe_open(file, framework)
+
+    checkpoint.safe_open = open_and_note
+    _train(config, folder)
+    return opened
+
+
+@pytest.mark.parametrize("world", [2, 1])
+def test_on_as_many_ranks_as_before_each_reads_its_own_file_alone(world, tmp_path):
+    run_ranks(_train, 2, _config(), tmp_path, 4)
+    files = ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert run_ranks(_files_opened_to_go_on, world, _config(), tmp_path) == \
+        ([{file} for file in files] if world == 2 else [set(files)])
+
+
+def test_with_a_deadline_the_first_step_is_saved_to_know_how_long_that_takes(tmp_path):
+    config, deadline = _config(checkpoint_every=100), time.time() + 3600
+    run_ranks(_train, 2, config, tmp_path, None, 0, deadline)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert 0 < checkpoint.save_seconds(tmp_path) < 60
+    again = run_ranks(_train, 2, config, tmp_path, None, 0, deadline)[0]
+    assert again[1] == 1 and [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 class _TakenOver(Exception):
