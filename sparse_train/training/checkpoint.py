@@ -1,7 +1,7 @@
 """Checkpoints of a training job: each rank writes what it owns, aside; the whole is signed, then renamed.
 
     FOLDER/step-00000100/rank-00000.safetensors    KIND/START/NAME: entries START ... of a flattened parameter, fp32
-    FOLDER/step-00000100/manifest.json             step, seconds, sizes, digests of the bits and of all files; then DONE
+    FOLDER/step-00000100/manifest.json             step, metrics, seconds, sizes, digests of bits and files; then DONE
 
 KIND is master, exp_avg or exp_avg_sq. Ranges, not ranks, are what is stored: another number of ranks, or another ZeRO
 stage, reads the ranges it needs. The bits are not in it: they never change in a job and come with the pruned model;
@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,11 +28,12 @@ from sparse_train.training.fragments import own_fragments, restore
 log = logging.getLogger(__name__)
 
 
-def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2,
+def save(engine, bits: FrozenBits, folder: Path, step: int, metrics: dict[str, Any], num_kept: int = 2,
          guard: Callable[[], None] = lambda: None) -> None:
     """Collective. Keeps the newest `num_kept` checkpoints.
 
-    `guard` is called on rank 0 before anything in `folder` changes; it raises where another process has taken over.
+    `metrics`: the last that were logged, for resume to return. `guard` is called on rank 0 before anything in `folder`
+    changes; it raises where another process has taken over.
     """
     started = time.monotonic()
     bits.check()
@@ -48,8 +50,9 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2,
     written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
         guard()
-        artifacts.publish(partial, final, {"step": step, "sizes": _sizes(engine), "bits": bits.digests,
-                                           "seconds": time.monotonic() - started}, files=dict(written))
+        artifacts.publish(partial, final, {
+            "step": step, "metrics": metrics, "sizes": _sizes(engine), "bits": bits.digests,
+            "seconds": time.monotonic() - started}, files=dict(written))
         kept = _signed(folder)[-num_kept:]
         for old in folder.glob("step-*"):  # unsigned ones, of a job killed in a save, too
             if old not in kept:
@@ -57,8 +60,9 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, num_kept: int = 2,
     dist.barrier()
 
 
-def resume(engine, bits: FrozenBits, folder: Path) -> int:
-    """Collective. Load the newest sound checkpoint into `engine`; returns its step, 0 when there is none.
+def resume(engine, bits: FrozenBits, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Collective. Load the newest sound checkpoint into `engine`; returns its step and metrics, (0, {}) when there is
+    none.
 
     Raises UserError when it is of a model with other parameters or other bits.
     """
@@ -72,11 +76,11 @@ def resume(engine, bits: FrozenBits, folder: Path) -> int:
             (path / artifacts.DONE).unlink()
     dist.barrier()
     if newest is None:
-        return 0
+        return 0, {}
     manifest = artifacts.read_manifest(newest)
     _check_same_model(engine, bits, newest, manifest)
     restore(engine, _Reader(newest, manifest["sizes"]).read, manifest["step"])
-    return manifest["step"]
+    return manifest["step"], manifest["metrics"]
 
 
 def _check_same_model(engine, bits: FrozenBits, path: Path, manifest: dict) -> None:

@@ -57,10 +57,9 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
     FloatingPointError, on every rank and in the step where it happens, when a gradient is not finite.
     """
     trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
-    start = checkpoint.resume(trainer.engine, trainer.bits, folder)
+    start, metrics = checkpoint.resume(trainer.engine, trainer.bits, folder)
     if tracker:
         tracker.rewind(start)
-    metrics: dict[str, Any] = {}
     save_s = checkpoint.save_seconds(folder) if deadline else None
     early = start + 1 if dist.any_rank(deadline is not None and save_s is None) else None
     with _Stop(deadline, save_s) as stop:
@@ -73,10 +72,11 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
                     tracker.log(step, metrics)
                 if progress:
                     progress(step, config.steps, f"loss {metrics['loss']:.3f}")
-            if step < config.steps and (stopping or step == early or step % config.checkpoint_every == 0):
+            # The last step too: to gather and write the model may take longer than what is left, and be cut off.
+            if stopping or step in (early, config.steps) or step % config.checkpoint_every == 0:
                 with stop.saving():
-                    checkpoint.save(trainer.engine, trainer.bits, folder, step, config.checkpoints_kept, guard)
-            if stopping and step < config.steps:
+                    checkpoint.save(trainer.engine, trainer.bits, folder, step, metrics, config.checkpoints_kept, guard)
+            if stopping:
                 return Outcome(trainer.engine, trainer.bits, finished=False, metrics=metrics)
     trainer.bits.check()
     return Outcome(trainer.engine, trainer.bits, finished=True, metrics=metrics)

@@ -28,7 +28,7 @@ def _count(folder, precision):
         trainer = Trainer(student, None, _BENCH.batch, Order(None, 2, 1, 0), config, LossConfig(), 0, TeacherConfig())
         for step in (1, 2):
             trainer.step(step)
-        checkpoint.save(trainer.engine, trainer.bits, folder / kind, 2)
+        checkpoint.save(trainer.engine, trainer.bits, folder / kind, 2, {})
         files = (folder / kind).rglob("rank-*.safetensors")
         parts = {name: sum(fragment.tensors[name].nbytes for fragment in own_fragments(trainer.engine))
                  for name in KINDS}

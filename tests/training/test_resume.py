@@ -45,7 +45,7 @@ def _train(config, folder, stop_at=None, stop_rank=0, deadline=None):
     log = _Log(stop_at if dist.rank() == stop_rank else None)
     outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0), config,
                     _LOSS, folder, log, deadline=deadline if dist.rank() == 0 else None)
-    return outcome.finished, log.start, log.steps, dict(gathered_tensors(outcome.engine))
+    return outcome.finished, log.start, log.steps, dict(gathered_tensors(outcome.engine)), outcome.metrics
 
 
 def _equal(mine, theirs):
@@ -65,12 +65,21 @@ def test_stopped_by_a_signal_and_resumed_is_uninterrupted_to_the_bit(stage, stop
     assert _equal(second[3], whole[3])
 
 
+def test_a_training_that_is_cut_off_after_its_last_step_repeats_none(tmp_path):
+    whole = run_ranks(_train, 2, _config(), tmp_path / "whole")[0]
+    first = run_ranks(_train, 2, _config(), tmp_path / "cut", 7)[0]
+    assert not first[0] and first[2] == list(range(1, 9))
+    second = run_ranks(_train, 2, _config(), tmp_path / "cut")[0]
+    assert second[0] and second[1] == 8 and second[2] == []
+    assert _equal(second[3], whole[3]) and second[4]["loss"] == whole[4]["loss"] == first[4]["loss"]
+
+
 @pytest.mark.parametrize("spoil", ["truncate", "flip", "unsign", "remove"])
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, tmp_path):
     config = _config()
     whole = run_ranks(_train, 2, config, tmp_path)[0]
     newest = sorted(tmp_path.glob("step-*"))[-1]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000006", "step-00000008"]
     file = next(path for path in sorted(newest.rglob("*")) if path.suffix == ".safetensors")
     content = file.read_bytes()
     if spoil == "truncate":
@@ -82,17 +91,17 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, tmp
     else:
         file.unlink()
     again = run_ranks(_train, 2, config, tmp_path)[0]
-    assert again[1] == 4 and again[2] == [5, 6, 7, 8]
+    assert again[1] == 6 and again[2] == [7, 8]
     assert _equal(again[3], whole[3])
 
 
 def test_a_checkpoint_that_was_signed_and_not_renamed_does_not_count(tmp_path):
     config = _config(steps=4)
     whole = run_ranks(_train, 2, config, tmp_path)[0]
-    (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.partial")
-    assert checkpoint.newest_step(tmp_path) == 0
+    (tmp_path / "step-00000004").rename(tmp_path / "step-00000004.partial")
+    assert checkpoint.newest_step(tmp_path) == 2
     again = run_ranks(_train, 2, config, tmp_path)[0]
-    assert again[1] == 0 and _equal(again[3], whole[3])
+    assert again[1] == 2 and _equal(again[3], whole[3])
 
 
 @pytest.mark.parametrize("stages", [(3, 3, 3), (2, 3, 0), (0, 1, 3)], ids=str)
@@ -129,11 +138,11 @@ def test_on_as_many_ranks_as_before_each_reads_its_own_file_alone(world, tmp_pat
 
 def test_with_a_deadline_the_first_step_is_saved_to_know_how_long_that_takes(tmp_path):
     config, deadline = _config(checkpoint_every=100), time.time() + 3600
-    run_ranks(_train, 2, config, tmp_path, None, 0, deadline)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    run_ranks(_train, 2, config, tmp_path, 3, 0, deadline)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
     assert 0 < checkpoint.save_seconds(tmp_path) < 60
-    again = run_ranks(_train, 2, config, tmp_path, None, 0, deadline)[0]
-    assert again[1] == 1 and [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    run_ranks(_train, 2, config, tmp_path, None, 0, deadline)  # it is known now: no step-00000005
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000008"]
 
 
 class _TakenOver(Exception):
