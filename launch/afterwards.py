@@ -2,9 +2,9 @@
 
     python -m launch.afterwards RUN STAGE CODE
 
-A stage that was stopped, by a signal or its time limit, or that lost a rank runs again while it gets further. A mistake
-in the recipe and an error of the code's own do not: they would come again. SLURM itself requeues a preempted job and
-one whose node is gone; then this has nothing to do.
+A training that was stopped, by a signal or its time limit, has saved and goes on. A stage that lost a rank, or that was
+stopped and keeps no state, runs again while it gets further. A mistake in the recipe and an error of the code's own do
+not: they would come again. SLURM itself requeues a preempted job and one whose node is gone; nothing is to do then.
 """
 
 import subprocess
@@ -23,8 +23,9 @@ _PATIENCE = 12
 
 
 def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> str | None:
-    config = read_run(run)
-    logs, cluster = log_folder(find_stage(config, stage_id), config), load_config(ClusterConfig, run / CLUSTER)
+    config, cluster = read_run(run), load_config(ClusterConfig, run / CLUSTER)
+    stage = find_stage(config, stage_id)
+    logs = log_folder(stage, config)
     job, _, restarts = attempt.rpartition(".")
     everyone = attempts.read_attempts(logs)
     if everyone and everyone[-1]["job"] != job and any(one["job"] == job for one in everyone):
@@ -40,28 +41,29 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> st
         status = "broken" if code == EXIT_CODES["broken"] else "lost"  # such as a package that cannot be imported
         ending = Ending(status, "ended before it began")
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
-    if ending.status == "stopped":
+    if ending.status == "stopped" and stage.distributed:
         return "to go on from its state"
-    if ending.status != "lost":
+    if ending.status not in ("stopped", "lost"):
         return None
     if (count := attempts.num_tries(logs, attempt)) >= cluster.tries:
         print(f"not requeued: {count} tries came no further; cluster.tries=N allows more", flush=True)
         return None
-    attempts.note_requeue(logs, attempt)
     return f"after try {count} of {cluster.tries} from the same step"
 
 
 def main(run: str, stage_id: str, code: int) -> int:
-    reason = reason_to_run_again(Path(run), stage_id, attempt_of_job(), code)
+    attempt = attempt_of_job()
+    reason = reason_to_run_again(Path(run), stage_id, attempt, code)
     if reason is None:
         return code
-    job = attempt_of_job().rpartition(".")[0]  # of an array its task: the bare number may be the whole array's
+    job = attempt.rpartition(".")[0]  # of an array its task: the bare number may be the whole array's
     for _ in range(_PATIENCE):
         asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
         if asked.returncode == 0:
             if asked.stdout.strip() != "RUNNING":  # cancelled, or SLURM has requeued it already
                 return code
             print(f"requeued {reason}", flush=True)
+            attempts.note_requeue(Path(run) / "logs" / stage_id, attempt)
             if subprocess.run(["scontrol", "requeue", job]).returncode == 0:
                 time.sleep(600)  # until SLURM ends this script; an exit now would race with it
                 return code

@@ -3,7 +3,7 @@
     RUN/logs/STAGE/attempts.jsonl     one line per attempt: id, job, nodes, ranks, the step it went on from, when
     RUN/logs/STAGE/attempt            the id of the newest: an older one that still runs somewhere must not write
     RUN/logs/STAGE/endings/ATTEMPT/RANK.json   how that rank ended
-    RUN/logs/STAGE/requeues           the ids of those that lost a rank and were requeued by launch.afterwards
+    RUN/logs/STAGE/requeues           the ids of those that launch.afterwards, not SLURM itself, has requeued
 """
 
 import contextlib

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -76,21 +75,38 @@ class Look:
                 f"{left / 60:.0f} min" if left is not None and self.state == "running" else ""]
 
 
-def look_at(runs: Sequence[RunConfig]) -> list[list[Look]]:
-    """The stages of each run. SLURM, where there is one, is asked once, and of nothing that is done."""
-    plans = [plan(config, ["dense"] if is_dense_of_sweep(config) else []) for config in runs]
-    jobs = [read_jobs(config.path) for config in runs]
-    asked = {(index, stage.id): jobs[index][stage.id] for index, planned in enumerate(plans)
-             for stage, reason in planned if reason != "current" and stage.id in jobs[index]}
-    states = job_states(asked if shutil.which("squeue") else {})
-    return [_look_at(config, planned, own, {stage: state for (run, stage), state in states.items() if run == index})
-            for index, (config, planned, own) in enumerate(zip(runs, plans, jobs, strict=True))]
+@dataclass(frozen=True)
+class Files:
+    """What a run's files say of its stages."""
+
+    config: RunConfig
+    planned: list[tuple[Stage, str]]
+    jobs: dict[str, str]
 
 
-def _look_at(config: RunConfig, planned: list[tuple[Stage, str]], jobs: dict[str, str],
-             states: dict[str, JobState]) -> list[Look]:
-    found, failed = [], []
-    for stage, reason in planned:
+def read_files(config: RunConfig) -> Files:
+    """Raises UserError where one of them is broken."""
+    return Files(config, plan(config, ["dense"] if is_dense_of_sweep(config) else []), read_jobs(config.path))
+
+
+def look_at(runs: Sequence[Files], console: Console) -> list[list[Look]]:
+    """The stages of each run. SLURM is asked once for all of them, and of nothing that is done; where it does not
+    answer, that is printed, and the files alone tell."""
+    asked = {(index, stage.id): run.jobs[stage.id] for index, run in enumerate(runs)
+             for stage, reason in run.planned if reason != "current" and stage.id in run.jobs}
+    try:
+        states = job_states(asked)
+    except UserError as error:
+        console.print(f"{error}; below is what the files say", style="yellow", highlight=False, markup=False,
+                      soft_wrap=True)
+        states = {}
+    return [_look_at(run, {stage: state for (number, stage), state in states.items() if number == index})
+            for index, run in enumerate(runs)]
+
+
+def _look_at(run: Files, states: dict[str, JobState]) -> list[Look]:
+    config, jobs, found, failed = run.config, run.jobs, [], []
+    for stage, reason in run.planned:
         logs = log_folder(stage, config)
         tried = attempts.read_attempts(logs)
         job, state = jobs.get(stage.id, ""), states.get(stage.id)
@@ -140,13 +156,13 @@ def _short(nodes) -> str:
 def _status(options, console: Console) -> None:
     runs = _below(options.run)
     if not options.watch:
-        for config, looks in zip(runs, look_at(runs), strict=True):
+        for config, looks in zip(runs, look_at([read_files(config) for config in runs], console), strict=True):
             _print_run(config, looks, console, len(runs) > 1)
         return
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
-            live.update(make_table(_HEADER, [look.cells() for looks in look_at(runs) for look in looks], 5),
-                        refresh=True)
+            found = look_at([read_files(config) for config in runs], console)
+            live.update(make_table(_HEADER, [look.cells() for looks in found for look in looks], 5), refresh=True)
             time.sleep(_WATCH_S)
 
 
@@ -238,10 +254,10 @@ def _runs(options, console: Console) -> None:
         name = str(path.parent.relative_to(options.folder))
         rows[name] = ["", ""]
         try:
-            runs[name] = read_run(path.parent)
+            runs[name] = read_files(read_run(path.parent))
         except UserError as error:  # such as a config of another release
             rows[name] = ["", str(error)]
-    for name, looks in zip(runs, look_at(list(runs.values())), strict=True):
+    for name, looks in zip(runs, look_at(list(runs.values()), console), strict=True):
         done = [look for look in looks if look.state.startswith("done")]
         rest = [look for look in looks if look not in done]
         rows[name] = [f"{len(done)}/{len(looks)}", f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"]

@@ -251,23 +251,22 @@ def job_states(jobs: dict[Hashable, str]) -> dict[Hashable, JobState]:
 
     sacct alone would not do: between a node's failure and the requeue it says NODE_FAIL of a job that will run again.
     """
-    ids = {job: stage for stage, job in jobs.items()}
+    ids = list(dict.fromkeys(jobs.values()))
     if not ids:
         return {}
-    found: dict[Hashable, JobState] = {}
+    found: dict[str, JobState] = {}
     asked = _ask(["squeue", "-h", "-r", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"])
     for job, state, reason, nodes in (line.split("|") for line in asked):
-        if job in ids:
-            found[ids[job]] = JobState(state, "" if reason == "None" else reason, nodes)
-    rest = [job for job, stage in ids.items() if stage not in found]
+        found[job] = JobState(state, "" if reason == "None" else reason, nodes)
+    rest = [job for job in ids if job not in found]
     if rest:
         # By whole arrays: a task that never started has no line of its own, but one as 9_[0-3] with its peers.
         asked = _ask(["env", "SLURM_BITSTR_LEN=0", "sacct", "-n", "-P", "-X", "-j",
                       ",".join(dict.fromkeys(map(_array_of, rest))), "-o", "JobID,State,ExitCode,NodeList"])
         for some, state, code, nodes in (line.split("|") for line in asked):
             for job in set(_tasks_of(some)) & set(rest):
-                found[ids[job]] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
-    return {stage: found.get(stage, JobState("UNKNOWN")) for stage in jobs}
+                found[job] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
+    return {stage: found.get(job, JobState("UNKNOWN")) for stage, job in jobs.items()}
 
 
 def _tasks_of(job: str) -> Iterator[str]:

@@ -71,7 +71,7 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
 
 
 def _raise_stopped(number, frame):
-    raise Stopped
+    raise Stopped(number)
 
 
 def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
@@ -114,19 +114,19 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
     pulse = join_ranks(place, cluster, port, logs) if stage.distributed else None
     if stage.distributed and cluster.preflight:
         readiness.check_ranks(place, config, stage)
-    dist.agree(lambda: _require_inputs(stage, config))
     ends = deadline() if place.rank == 0 else None
     try:
+        dist.agree(lambda: _require_inputs(stage, config))
         metrics = _run_job(place, stage, config, ends)
-    except Stopped:
+    except Stopped as stop:
         # SLURM's warning may come a minute early. A preempted one is tried again, and has all of its time again.
-        if not stage.distributed and ends and time.time() > ends - cluster.warning_s - 60:
+        if stop.args == (signal.SIGUSR2,) and ends and time.time() > ends - cluster.warning_s - 60:
             raise UserError(f"stage {stage.id} met its time limit and keeps no state to go on from; give it more: "
                             f"cluster.stages.{stage.job}.time=...") from None
         raise
     except Exception as error:
-        if pulse and _may_pass(error) and (where := pulse.whereabouts()):
-            error.add_note(where)
+        if pulse and pulse.stall:
+            error.add_note(pulse.stall)
         raise
     if place.rank == 0:
         attempts.require_newest(logs, place.attempt)

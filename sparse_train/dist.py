@@ -15,6 +15,8 @@ from torch import distributed
 
 from sparse_train.errors import UserError
 
+_num_sums = 0
+
 
 def start(rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int,
           timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -70,9 +72,16 @@ def barrier() -> None:
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sum in place over all ranks; returns `tensor`."""
+    global _num_sums
+    _num_sums += 1
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def num_sums() -> int:
+    """How many sum_over_ranks this rank has begun; a training has one at least in every step."""
+    return _num_sums
 
 
 def any_rank(mine: bool) -> bool:

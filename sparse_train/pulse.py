@@ -2,8 +2,8 @@
 
 Each rank beats on a small store on rank 0, from a thread of its own. Rank 0 names the ranks that stopped beating; the
 others notice when rank 0 no longer answers. Whoever finds out ends its own process: its main thread may be stuck.
-A main thread that hangs while its rank goes on beating ends in a time-out of the others' collective; to tell them apart
-then, beats carry what the main thread is in.
+A main thread that hangs while its rank goes on beating ends in a time-out of the others' collective, which cannot say
+whose fault it is. So beats carry what main threads are in, and rank 0 prints them all when its own does not move on.
 """
 
 import os
@@ -21,7 +21,11 @@ _VERDICT = "silent"
 
 
 class Pulse:
-    """Beats from construction until stop(). `on_silence(text)` is called from a thread and should not return."""
+    """Beats from construction until stop(). `on_silence(text)` is called from a thread and should not return.
+
+    `stall`: on rank 0, what it has printed of the ranks when its main thread stayed in one place for silence_s; empty
+    when it has moved on.
+    """
 
     def __init__(self, host: str, address: str, silence_s: float, on_silence: Callable[[str], None]):
         """`host`: this rank's, for messages; `address`: rank 0's. Collective."""
@@ -33,7 +37,8 @@ class Pulse:
         own = TCPStore(address, 0, is_master=True, **settings) if self._rank == 0 else None
         port = dist.gather_objects(own and own.port)[0]
         self._store = own or TCPStore(address, port, is_master=False, **settings)
-        self._answered = time.monotonic()
+        self._answered = self._moved = time.monotonic()
+        self._at, self.stall = ("", 0), ""
         self._beats = dict.fromkeys(map(str, range(len(self._hosts))), (b"", self._answered))
         for target in (self._beat, self._watch):
             threading.Thread(target=target, daemon=True).start()
@@ -51,27 +56,13 @@ class Pulse:
         while not self._store.check([what]):
             time.sleep(min(1.0, self._pause_s))
 
-    def whereabouts(self) -> str:
-        """What the ranks' main threads were in when they beat last, the rarest place first. Empty where rank 0 does not
-        answer, and on ranks above 1: a thousand questions at once would be too much for rank 0."""
-        found: dict[str, list[str]] = {}
-        try:
-            for rank, host in enumerate(self._hosts if self._rank <= 1 else ()):
-                if self._store.check([name := f"at {rank}"]):
-                    found.setdefault(self._store.get(name).decode(), []).append(f"{rank} ({host})")
-        except Exception:  # its connection is broken
-            return ""
-        return "; ".join(f"rank {_shortened(ranks)} in {where}"
-                         for where, ranks in sorted(found.items(), key=lambda item: len(item[1])))
-
     def _beat(self) -> None:
         """Blocks where the network is cut; _watch sees it by the time of the last answer."""
         number = 0
         while not self._stopped.wait(self._pause_s):
             number += 1
             try:
-                self._store.set(f"at {self._rank}", _place_of_main_thread())
-                self._store.set(str(self._rank), str(number))
+                self._store.set(str(self._rank), f"{number} {_place_of_main_thread()}")
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
                 if self._rank == 0:
                     self._look()
@@ -93,6 +84,21 @@ class Pulse:
             self._store.set(_VERDICT, verdict)
             time.sleep(2 * self._pause_s)  # let the others hear of it before the store goes
             self._report(verdict)
+        self._look_for_a_stall()
+
+    def _look_for_a_stall(self) -> None:
+        # The place alone would not do: a healthy training may be seen at the line that waits for the GPU each time.
+        now, at = time.monotonic(), (_place_of_main_thread(), dist.num_sums())
+        if at != self._at:
+            self._at, self._moved, self.stall = at, now, ""
+        elif not self.stall and now - self._moved > self._silence_s:
+            ranks: dict[str, list[int]] = {}
+            for rank, (beat, _) in self._beats.items():
+                ranks.setdefault(beat.decode().partition(" ")[2], []).append(int(rank))
+            rarest_first = sorted(ranks.items(), key=lambda item: len(item[1]))
+            self.stall = f"no progress for {self._silence_s:g} s: " + "; ".join(
+                f"rank {self._named(some)} in {place}" for place, some in rarest_first)
+            print(self.stall, file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._pause_s):
@@ -100,16 +106,14 @@ class Pulse:
                 self._report(self._told([0]))
 
     def _told(self, silent: list[int]) -> str:
-        return (f"rank {_shortened([f'{rank} ({self._hosts[rank]})' for rank in silent])} went silent for "
-                f"{self._silence_s:g} s")
+        return f"rank {self._named(silent)} went silent for {self._silence_s:g} s"
+
+    def _named(self, ranks: list[int]) -> str:
+        return ", ".join(f"{rank} ({self._hosts[rank]})" for rank in ranks[:8]) + (", ..." if ranks[8:] else "")
 
     def _report(self, text: str) -> None:
         if not self._stopped.is_set():
             self._on_silence(text)
-
-
-def _shortened(ranks: list[str]) -> str:
-    return ", ".join(ranks[:8]) + (", ..." if ranks[8:] else "")
 
 
 def _place_of_main_thread() -> str:

@@ -83,15 +83,19 @@ def test_a_wait_for_a_rank_that_lives_has_no_end_of_its_own():
 
 
 def _hang_in_the_data():
-    time.sleep(8)
+    time.sleep(3 * _SILENCE_S)
 
 
 def _in_different_places():
     from sparse_train import dist
 
-    pulse = Pulse(f"host{dist.rank()}", "127.0.0.1", 1.0, lambda text: os._exit(3))
+    pulse = Pulse(f"host{dist.rank()}", "127.0.0.1", _SILENCE_S, lambda text: os._exit(3))
     told = []
-    threading.Timer(6, lambda: told.append(pulse.whereabouts())).start()
+    # Healthy for longer than the silence: always at the same line, but with sums that go on.
+    for _ in range(50):
+        dist.any_rank(False), time.sleep(_SILENCE_S / 30)
+        told.append(pulse.stall)
+    threading.Timer(2.5 * _SILENCE_S, lambda: told.append(pulse.stall)).start()
     if dist.rank() == 1:
         _hang_in_the_data()
     distributed.all_reduce(torch.zeros(1))
@@ -100,10 +104,10 @@ def _in_different_places():
 
 
 def test_a_main_thread_that_hangs_is_told_by_where_it_is():
-    (told,), (same,), (nothing,) = run_ranks(_in_different_places, 3)
-    assert told == same and not nothing
-    odd, others = told.split("; ")
-    assert odd.startswith("rank 1 (host1) in _hang_in_the_data (test_pulse.py:")
+    told = run_ranks(_in_different_places, 3)[0]
+    assert told[:-1] == [""] * 50
+    odd, others = told[-1].split("; ")
+    assert odd.startswith("no progress for 3 s: rank 1 (host1) in _hang_in_the_data (test_pulse.py:")
     assert others.startswith("rank 0 (host0), 2 (host2) in all_reduce (distributed_c10d.py:")
 
 

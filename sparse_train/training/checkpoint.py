@@ -8,6 +8,7 @@ stage, reads the ranges it needs. The bits are not in it: they never change in a
 their digests must be the same.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -51,7 +52,8 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, metrics: dict[str, A
     if dist.rank() == 0:
         guard()
         artifacts.publish(partial, final, {
-            "step": step, "metrics": metrics, "sizes": _sizes(engine), "bits": bits.digests,
+            "step": step, "sizes": _sizes(engine), "bits": bits.digests,
+            "metrics": json.dumps(metrics),  # as text: a term of the loss may be infinite
             "seconds": time.monotonic() - started}, files=dict(written))
         kept = _signed(folder)[-num_kept:]
         for old in folder.glob("step-*"):  # unsigned ones, of a job killed in a save, too
@@ -80,7 +82,7 @@ def resume(engine, bits: FrozenBits, folder: Path) -> tuple[int, dict[str, Any]]
     manifest = artifacts.read_manifest(newest)
     _check_same_model(engine, bits, newest, manifest)
     restore(engine, _Reader(newest, manifest["sizes"]).read, manifest["step"])
-    return manifest["step"], manifest["metrics"]
+    return manifest["step"], json.loads(manifest.get("metrics", "{}"))  # {}: of an older release
 
 
 def _check_same_model(engine, bits: FrozenBits, path: Path, manifest: dict) -> None:
@@ -100,8 +102,8 @@ def _sizes(engine) -> dict[str, int]:
 class _Reader:
     """Ranges of the parameters of a checkpoint, put together from whichever files hold them.
 
-    Other files than this rank's own are opened when a range is not in that one: each of a thousand ranks shall not open
-    a thousand files to go on as it was.
+    Other files than this rank's own are opened when a range is not in that one: under stage 3, each of a thousand ranks
+    shall not open a thousand files to go on as it was.
     """
 
     def __init__(self, folder: Path, sizes: dict[str, int]):
@@ -111,11 +113,13 @@ class _Reader:
         self._is_whole = False
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        if start == stop:  # a parameter has fewer entries than there are ranks
+            return torch.empty(0)
         ranges = self._held.get((kind, name), [])
         if not self._is_whole and not any(first <= start and stop <= last for first, last, _ in ranges):
             self._open_all()
             ranges = self._held[kind, name]
-        parts = [torch.empty(0)]
+        parts = []
         for first, last, file in ranges:
             low, high = max(start, first), min(stop, last)
             if low < high:

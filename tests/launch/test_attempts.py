@@ -1,6 +1,7 @@
 """How a stage's processes end, which of their endings is told, and when a job runs again."""
 
 import argparse
+import signal
 import subprocess
 import time
 
@@ -89,8 +90,18 @@ def test_requeues_of_slurm_itself_do_not_count(run):
     for restarts in range(4):
         attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), 0)
     assert reason_to_run_again(run, "dense", "7.3", 137) == "after try 1 of 2 from the same step"
+    attempts.note_requeue(logs, "7.3")
     attempts.begin(logs, _place("7.4", num_ranks=1), 0)
     assert reason_to_run_again(run, "dense", "7.4", 137) is None
+
+
+def test_a_stopped_stage_without_state_has_so_many_tries(run):
+    logs = run / "logs" / "prune"
+    for restarts, again in ((0, "after try 1 of 2"), (1, None)):
+        attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), 0)
+        attempts.write_ending(logs, f"7.{restarts}", Ending("stopped"))
+        assert (reason_to_run_again(run, "prune", f"7.{restarts}", 75) or "None").startswith(str(again))
+        attempts.note_requeue(logs, f"7.{restarts}")
 
 
 def test_a_batch_script_that_came_back_late_requeues_nothing(run, capsys):
@@ -130,7 +141,9 @@ def test_tries_of_earlier_jobs_do_not_count(run):
     assert reason_to_run_again(run, "dense", "7.0", 137)
 
 
-@pytest.mark.parametrize("state, requeued", [("RUNNING", ["scontrol", "requeue", "12_3"]), ("COMPLETING", None)])
+@pytest.mark.parametrize("state, requeued", [
+    ("RUNNING", ["scontrol", "requeue", "12_3"]), ("COMPLETING", None), ("PENDING", None),
+])
 def test_a_task_of_an_array_is_requeued_by_its_own_id(state, requeued, run, monkeypatch):
     """The bare number of one task is that of the whole array."""
     asked = []
@@ -146,6 +159,7 @@ def test_a_task_of_an_array_is_requeued_by_its_own_id(state, requeued, run, monk
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert afterwards.main(str(run), "dense", 76) == 76
     assert asked[0][:4] == ["squeue", "-h", "-j", "12_3"] and (asked[1] if asked[1:] else None) == requeued
+    assert (run / "logs" / "dense" / "requeues").is_file() == bool(requeued)  # SLURM's own do not count
 
 
 def test_half_a_line_of_a_node_that_died_is_left_out(tmp_path):
@@ -158,26 +172,26 @@ def test_half_a_line_of_a_node_that_died_is_left_out(tmp_path):
 @pytest.mark.parametrize("code, restarts, again", [(1, 0, False), (137, 0, True), (137, 1, False)])
 def test_a_job_that_ended_before_it_began(code, restarts, again, run):
     for number in range(restarts):
-        assert reason_to_run_again(run, "dense", f"7.{number}", code)
+        attempts.note_requeue(run / "logs" / "dense", f"7.{number}")
     assert bool(reason_to_run_again(run, "dense", f"7.{restarts}", code)) == again
 
 
-@pytest.mark.parametrize("stage, left_s, told", [
-    ("prune", 100, "stage prune met its time limit and keeps no state"), ("prune", 3600, None), ("dense", 100, None),
+@pytest.mark.parametrize("warning, left_s, told", [
+    ("SIGUSR2", 100, "stage prune met its time limit and keeps no state"), ("SIGUSR2", 3600, None),
+    ("SIGTERM", 100, None),
 ])
-def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(stage, left_s, told, run, monkeypatch):
-    """A preempted one is, and so is a training, which saves."""
+def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warning, left_s, told, run, monkeypatch):
+    """A preempted one is."""
     def stopped(*arguments):
-        raise Stopped
+        raise Stopped(signal.Signals[warning])
 
     monkeypatch.setattr(worker, "_run_job", stopped)
-    for name in ("_require_inputs", "join_ranks"):
-        monkeypatch.setattr(worker, name, lambda *arguments: None)
+    monkeypatch.setattr(worker, "_require_inputs", lambda *arguments: None)
     monkeypatch.setattr(worker, "deadline", lambda: time.time() + left_s)
     config = read_run(run)
     with pytest.raises(UserError if told else Stopped, match=told):
         worker._work(_place(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
-                     find_stage(config, stage), 0)
+                     find_stage(config, "prune"), 0)
 
 
 def test_a_requeued_job_takes_another_port(monkeypatch):

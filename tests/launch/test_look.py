@@ -10,7 +10,7 @@ from rich.console import Console
 from launch import attempts, look
 from launch.attempts import Ending
 from launch.cluster import ClusterConfig
-from launch.look import look_at
+from launch.look import look_at, read_files
 from launch.place import Place
 from launch.runner import freeze
 from launch.slurm import read_jobs
@@ -48,14 +48,14 @@ def slurm(monkeypatch):
 
 
 def _states(config):
-    return {found.stage.id: found.state for found in look_at([config])[0]}
+    return {found.stage.id: found.state for found in look_at([read_files(config)], Console())[0]}
 
 
 def test_all_runs_are_one_question(slurm, tmp_path):
     asked, answers = slurm
     runs = [_run(tmp_path, "a", jobs=["dense"]), _run(tmp_path, "b", jobs=["prune"])]
     answers["squeue"] = ["10|RUNNING|None|node1", "11|PENDING|Priority|"]
-    found = look_at(runs)
+    found = look_at([read_files(config) for config in runs], Console())
     assert found[0][0].state == "running" and found[0][0].nodes == "node1"
     assert found[1][0].state == "not done yet" and found[1][1].state == "waiting (Priority)"
     assert len(asked) == 1 and asked[0][4] == "10,11"
@@ -77,11 +77,24 @@ def test_what_waited_for_the_dense_model_of_a_sweep_is_held(slurm, tmp_path):
     assert states["finetune/ce"] == "held: prune did not finish"
 
 
-def test_runs_are_listed_where_there_is_no_slurm(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+def test_one_job_may_stand_in_two_runs(slurm, tmp_path):
+    """Such as a copied folder."""
+    slurm[1]["squeue"] = ["10|RUNNING|None|node1"]
+    runs = [read_files(_run(tmp_path, name, jobs=["dense"])) for name in "ab"]
+    assert [looks[0].state for looks in look_at(runs, Console())] == ["running", "running"]
+
+
+def test_runs_are_listed_where_there_is_no_slurm_and_others_are_broken(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
     _run(tmp_path, "a", jobs=["dense"])
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").write_text("sparsty: 1\n")
-    look._runs(argparse.Namespace(folder=tmp_path), Console(width=200))
-    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "dense: not done yet" in shown["a"] and "is missing" in shown["old"]
+    torn = _run(tmp_path, "torn").path / "dense"
+    torn.mkdir()
+    (torn / "DONE").touch()
+    (torn / "manifest.json").write_text("{")
+    look._runs(argparse.Namespace(folder=tmp_path), Console(width=300))
+    lines = capsys.readouterr().out.splitlines()
+    assert "squeue does not answer" in lines[0] and "below is what the files say" in lines[0]
+    shown = {line.split()[0]: line for line in lines}
+    assert "dense: not done yet" in shown["a"] and "is missing" in shown["old"] and "cannot read" in shown["torn"]
