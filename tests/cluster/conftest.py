@@ -16,15 +16,7 @@ from tests.launch.test_pipeline import RECIPE, _cli
 STATE = Path(os.environ.get("SLURM_STATE", "/tmp/sparse-train-slurm"))
 START = Path(__file__).parents[2] / "slurm" / "cluster" / "start.sh"
 STAGES = ["dense", "prune", "finetune/ce", "finetune/squarehead", "evaluate", "compress", "benchmark", "report"]
-PLACE = """
-executor: slurm
-nodes: 2
-ranks_per_node: 2
-silence_s: 20
-time: 60
-warning_s: 30
-environment: {DS_ACCELERATOR: cpu, OMP_NUM_THREADS: "1", WANDB_MODE: offline, WANDB_SILENT: "true"}
-"""
+PLACE = START.with_name("test.yaml")
 # Long enough to be disturbed in the middle, with checkpoints on the way.
 NUM_STEPS = 400
 LONG = (f"finetune.steps={NUM_STEPS}", "finetune.checkpoint_every=20", "tracking.wandb={mode: offline}")
@@ -76,10 +68,8 @@ def steps_done(run: Path, stage: str) -> int:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    file = tmp_path_factory.mktemp("place") / "test.yaml"
-    file.write_text(PLACE)
-    return file
+def place():
+    return PLACE
 
 
 @pytest.fixture(scope="session")

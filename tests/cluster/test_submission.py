@@ -61,7 +61,7 @@ def test_a_queued_job_keeps_its_code_and_config(place, tmp_path):
 def test_nasty_values_arrive_as_they_are(tmp_path):
     nasty = "it's \"$(touch pwned)\"; `touch pwned`\nsecond line"
     file = tmp_path / "nasty place.yaml"
-    file.write_text(PLACE + f"sbatch: {{comment: {json.dumps(nasty.splitlines()[0])}}}\n")
+    file.write_text(PLACE.read_text() + f"sbatch: {{comment: {json.dumps(nasty.splitlines()[0])}}}\n")
     folder = tmp_path / "a 'b'; c"
     out, _ = _cli("run", RECIPE, f"folder={json.dumps(str(folder))}", "--on", file, "--stages", "dense",
                   f"cluster.environment={json.dumps({'NASTY': nasty, 'DS_ACCELERATOR': 'cpu'})}", "dense.steps=2")
