@@ -5,6 +5,7 @@ Each test disturbs a fine-tune of two nodes with two ranks in the middle and let
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 
@@ -14,6 +15,7 @@ import pytest
 from launch import attempts
 from launch.slurm import read_jobs
 from tests.cluster.conftest import (
+    LONG,
     STAGES,
     STATE,
     require_same_end,
@@ -21,7 +23,7 @@ from tests.cluster.conftest import (
     wait_for,
     wait_for_end,
 )
-from tests.launch.test_pipeline import _cli
+from tests.launch.test_pipeline import RECIPE, _cli
 
 _STAGE = "finetune/squarehead"
 
@@ -94,6 +96,18 @@ def test_the_time_limit(undisturbed, pruned, place):
     tries = len(attempts.read_attempts(pruned / "logs" / _STAGE))
     assert tries > 1
     require_same_end(pruned, undisturbed, tries)
+
+
+def test_a_stage_that_keeps_no_state_says_which_limit_to_raise(undisturbed, place, tmp_path):
+    run = tmp_path / "tiny"
+    for stage in STAGES[:-2]:
+        shutil.copytree(undisturbed / stage, run / stage)
+    _cli("run", RECIPE, f"folder='{tmp_path}'", "--on", place, "--stages", "benchmark,report", *LONG,
+         "benchmark.repeats=1000000", "cluster.time=1", "cluster.warning_s=5")
+    assert wait_for_end(run, "benchmark").state == "FAILED" and wait_for_end(run, "report").state == "CANCELLED"
+    assert len(attempts.read_attempts(run / "logs" / "benchmark")) == 1
+    out, _ = _cli("status", run)
+    assert "benchmark met its time limit and keeps no state" in out and "cluster.stages.benchmark.time=" in out
 
 
 def _lives(pid):
