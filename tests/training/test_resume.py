@@ -52,7 +52,7 @@ def _equal(mine, theirs):
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("stage, stop_rank", [(3, 0), (3, 1), (2, 0), (0, 0)])
+@pytest.mark.parametrize("stage, stop_rank", [(3, 0), (2, 1), (0, 0)])
 def test_stopped_by_a_signal_and_resumed_is_uninterrupted_to_the_bit(stage, stop_rank, tmp_path):
     config = _config(stage)
     whole = run_ranks(_train, 2, config, tmp_path / "whole")[0]
@@ -104,9 +104,10 @@ def test_a_checkpoint_that_was_signed_and_not_renamed_does_not_count(tmp_path):
     assert again[1] == 2 and _equal(again[3], whole[3])
 
 
-@pytest.mark.parametrize("stages", [(3, 3, 3), (2, 3, 0), (0, 1, 3)], ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(stages, precision, tmp_path):
+@pytest.mark.parametrize("precision, stages", [
+    ("fp32", (3, 3, 3)), ("fp32", (2, 3, 0)), ("fp32", (0, 1, 3)), ("bf16", (3, 3, 3)), ("bf16", (0, 2, 3)),
+], ids=str)
+def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(precision, stages, tmp_path):
     whole = run_ranks(_train, 2, _config(stages[0], precision=precision), tmp_path / "whole")[0]
     for world, stage, stop in ((2, stages[0], 2), (3, stages[1], 5), (1, stages[2], None)):
         found = run_ranks(_train, world, _config(stage, precision=precision), tmp_path / "cut", stop)[0]
