@@ -82,7 +82,8 @@ class ClusterConfig(Resources):
     warning_s: Positive = 120
     """SLURM signals this long before the time limit or a preemption; training saves then."""
     tries: Positive = 3
-    """A job that lost a rank is requeued while it gets further; after this many tries from the same step it fails."""
+    """A job that lost a rank, or was stopped and keeps no state, is requeued while it gets further; after this many
+    tries from the same step it fails."""
     setup: tuple[str, ...] = ()
     """Shell lines that each job runs first, such as "module load cuda/12.8". They are yours, and not quoted."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}  # noqa: RUF012

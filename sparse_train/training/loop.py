@@ -53,8 +53,8 @@ def train(student: nn.Module, teacher: nn.Module | None, fetch: Callable[[list[i
     `fetch` turns this rank's example indices into a batch (an empty list into a row of padding). `tracker` and
     `progress` are rank 0's, and so is `deadline`, when the process will be ended (seconds since the epoch): the state
     is saved in time for it, judged by what steps and saves have taken so far; where no save has been measured, the
-    first step is saved to know. `guard` is checkpoint.save's. Raises
-    FloatingPointError, on every rank and in the step where it happens, when a gradient is not finite.
+    first step is saved to know. `guard` is checkpoint.save's. Raises FloatingPointError, on every rank and in the step
+    where it happens, when a gradient is not finite.
     """
     trainer = Trainer(student, teacher, fetch, order, config, loss, seed, teacher_config or TeacherConfig())
     start, metrics = checkpoint.resume(trainer.engine, trainer.bits, folder)

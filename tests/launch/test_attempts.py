@@ -97,11 +97,23 @@ def test_requeues_of_slurm_itself_do_not_count(run):
 
 def test_a_stopped_stage_without_state_has_so_many_tries(run):
     logs = run / "logs" / "prune"
-    for restarts, again in ((0, "after try 1 of 2"), (1, None)):
-        attempts.begin(logs, _place(f"7.{restarts}", num_ranks=1), 0)
-        attempts.write_ending(logs, f"7.{restarts}", Ending("stopped"))
-        assert (reason_to_run_again(run, "prune", f"7.{restarts}", 75) or "None").startswith(str(again))
-        attempts.note_requeue(logs, f"7.{restarts}")
+    reasons = []
+    for attempt in ("7.0", "7.1"):
+        attempts.begin(logs, _place(attempt, num_ranks=1), 0)
+        attempts.write_ending(logs, attempt, Ending("stopped"))
+        reasons.append(reason_to_run_again(run, "prune", attempt, 75))
+        attempts.note_requeue(logs, attempt)
+    assert reasons == ["after try 1 of 2 from the same step", None]
+
+
+def test_where_the_ranks_were_is_told_with_the_loss():
+    def time_out():
+        error = RuntimeError("[gloo] Timed out waiting 6000ms for recv operation to complete")
+        error.add_note("no progress for 3 s: rank 1 (node1) in fetch (text.py:40)")
+        raise error
+
+    ending = worker._ending_of(_place(), time_out)
+    assert ending.status == "lost" and "Timed out" in ending.message and "rank 1 (node1) in fetch" in ending.message
 
 
 def test_a_batch_script_that_came_back_late_requeues_nothing(run, capsys):

@@ -1,7 +1,6 @@
 """What status and runs show of a run, by its files and by what SLURM answers."""
 
 import argparse
-import shutil
 import subprocess
 
 import pytest
@@ -43,7 +42,6 @@ def slurm(monkeypatch):
             f"{line}\n" for name, lines in answers.items() if name in command for line in lines), "")
 
     monkeypatch.setattr(subprocess, "run", answer)
-    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     return asked, answers
 
 
