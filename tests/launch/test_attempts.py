@@ -1,6 +1,8 @@
 """How a stage's processes end, which of their endings is told, and when a job runs again."""
 
 import argparse
+import errno
+import fcntl
 import signal
 import subprocess
 import time
@@ -13,7 +15,7 @@ from launch.afterwards import reason_to_run_again
 from launch.attempts import Ending, Superseded
 from launch.cluster import ClusterConfig
 from launch.place import Place, attempt_of_job
-from launch.runner import freeze
+from launch.runner import freeze, locked
 from launch.stages import find_stage, read_run
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
@@ -204,6 +206,21 @@ def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warn
     with pytest.raises(UserError if told else Stopped, match=told):
         worker._work(_place(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
                      find_stage(config, "prune"), 0)
+
+
+def test_the_dense_model_of_another_run_that_is_missing_is_named(tmp_path):
+    config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'", "dense.path=/shared/swept/dense-1/dense"])
+    with pytest.raises(UserError, match="stage prune needs /shared/swept/dense-1/dense, which is not there"):
+        worker._require_inputs(find_stage(config, "prune"), config)
+
+
+def test_storage_without_locks_is_one_line(tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"is on storage without file locks \(No locks available\)"), locked(tmp_path):
+        pass
 
 
 def test_a_requeued_job_takes_another_port(monkeypatch):
