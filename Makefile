@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on this machine, from nothing to a report
 # make test   all tests
+# make test-slow      further cases of the same checks, minutes each
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
 # Each makes the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
 
@@ -8,13 +9,16 @@ SHELL := /bin/bash
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-cluster lint setup clean
+.PHONY: demo test test-slow test-cluster lint setup clean
 
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
 
 test: setup
 	.venv/bin/python -m pytest
+
+test-slow: setup
+	.venv/bin/python -m pytest -m slow
 
 test-cluster: setup
 	slurm/cluster/stop.sh; trap slurm/cluster/stop.sh EXIT; slurm/cluster/start.sh && REQUIRE_CLUSTER=1 .venv/bin/python -m pytest tests/cluster

@@ -9,8 +9,8 @@ import platform
 from typing import Any
 
 import torch
+from sparse_train.jobs.job import Job
 
-from jobs.job import Job
 from sparse_train import artifacts, dist, kernels
 from sparse_train.bench import MPT_7B_BLOCK, decode_rows, layer_rows
 from sparse_train.bench.gpu import device_bandwidth, device_decode_rows, device_layer_rows

@@ -6,7 +6,8 @@
 
 from typing import Any
 
-from jobs.job import Job
+from sparse_train.jobs.job import Job
+
 from sparse_train import artifacts
 from sparse_train.compress import export_dense, export_sparse, unpruned_zeros
 from sparse_train.inference import load

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+from sparse_train.jobs.finetune import fine_tune
+from sparse_train.jobs.job import Job
 
-from jobs.finetune import fine_tune
-from jobs.job import Job
 from sparse_train.config import LossConfig
 from sparse_train.models import build_model, build_processor, load_processor
 from sparse_train.tasks import build_task, build_tokenizer

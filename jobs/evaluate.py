@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from jobs.job import Job
+from sparse_train.jobs.job import Job
+
 from sparse_train import dist
 from sparse_train.artifacts import write_json
 from sparse_train.models import load_model, load_processor

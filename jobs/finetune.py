@@ -4,10 +4,10 @@ import math
 from collections import deque
 from typing import Any
 
+from sparse_train.jobs.job import Job, Stopped
 from torch import nn
 from transformers import PreTrainedModel
 
-from jobs.job import Job, Stopped
 from sparse_train import dist
 from sparse_train.config import LossConfig, TeacherConfig, TrainConfig
 from sparse_train.models import Processor, load_processor, own_tensors, save_model

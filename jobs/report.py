@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from sparse_train.jobs.job import Job
 
-from jobs.job import Job
 from sparse_train import artifacts
 from sparse_train.bench.layers import SPEED_HEADER, print_rows, speed_cells
 from sparse_train.bench.plots import plot_accuracy

@@ -3,7 +3,7 @@
     RUN/logs/STAGE/attempts.jsonl     one line per attempt: id, job, nodes, ranks, the step it went on from, when
     RUN/logs/STAGE/attempt            the id of the newest: an older one that still runs somewhere must not write
     RUN/logs/STAGE/endings/ATTEMPT/RANK.json   how that rank ended
-    RUN/logs/STAGE/requeues           the ids of those that launch.afterwards, not SLURM itself, has requeued
+    RUN/logs/STAGE/requeues           the ids of those that afterwards.py, not SLURM itself, has requeued
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.place import Place
+from sparse_train.launch.place import Place
+
 from sparse_train import artifacts
 from sparse_train.errors import UserError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from sparse_train.launch.runner import StageFailed, free_port, start_processes
 
-from launch.runner import StageFailed, free_port, start_processes
 from sparse_train.tables import print_table
 
 
@@ -71,7 +71,7 @@ def _moves(options, console: Console) -> None:
 
 
 def _train(options, console: Console) -> int:
-    from launch.cluster import load_cluster
+    from sparse_train.launch.cluster import load_cluster
 
     cluster = load_cluster(options.on)
     given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
@@ -90,8 +90,9 @@ def _train(options, console: Console) -> int:
 
 
 def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
-    from launch.place import find_place
-    from launch.worker import join_ranks
+    from sparse_train.launch.place import find_place
+    from sparse_train.launch.worker import join_ranks
+
     from sparse_train import dist
     from sparse_train.bench.train import TrainBench, train_bench
 

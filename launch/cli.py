@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
+from sparse_train.launch.bench import add_commands as add_bench_commands
+from sparse_train.launch.look import add_commands as add_look_commands
+from sparse_train.launch.runner import StageFailed
 
-from launch.bench import add_commands as add_bench_commands
-from launch.look import add_commands as add_look_commands
-from launch.runner import StageFailed
 from sparse_train.errors import UserError
 
 
@@ -79,10 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options, console: Console) -> int:
-    from launch import runner, slurm
-    from launch.cluster import load_cluster
-    from launch.preflight import check, numbers
-    from launch.sweep import run_sweep
+    from sparse_train.launch import runner, slurm
+    from sparse_train.launch.cluster import load_cluster
+    from sparse_train.launch.preflight import check, numbers
+    from sparse_train.launch.sweep import run_sweep
+
     from sparse_train.config import load_points
 
     ours = [text for text in options.overrides if text.startswith("cluster.")]
@@ -117,7 +118,7 @@ def _run(options, console: Console) -> int:
     runner.run(config, cluster, names, console)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":
-        from jobs.report import print_tables
+        from sparse_train.jobs.report import print_tables
 
         print_tables(report, console)
         console.print(f"report: {report.with_suffix('.html')}", soft_wrap=True, highlight=False)
@@ -125,7 +126,7 @@ def _run(options, console: Console) -> int:
 
 
 def _inspect(options, console: Console) -> None:
-    from launch.inspect import print_folder
+    from sparse_train.launch.inspect import print_folder
 
     print_folder(options.folder, console)
 

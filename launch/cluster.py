@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
+from sparse_train.launch.stages import JOBS
 
-from launch.stages import JOBS
 from sparse_train.config import Positive, Section, load_config
 from sparse_train.errors import UserError
 

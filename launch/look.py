@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.live import Live
+from sparse_train.launch import attempts, slurm
+from sparse_train.launch.runner import plan, rank_log
+from sparse_train.launch.slurm import JobState, job_states, read_jobs
+from sparse_train.launch.stages import CONFIG, Stage, find_stage, log_folder, progress_file, read_run
+from sparse_train.launch.sweep import is_dense_of_sweep
 
-from launch import attempts, slurm
-from launch.runner import plan, rank_log
-from launch.slurm import JobState, job_states, read_jobs
-from launch.stages import CONFIG, Stage, find_stage, log_folder, progress_file, read_run
-from launch.sweep import is_dense_of_sweep
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import torch
+from sparse_train.launch.place import Place
+from sparse_train.launch.preflight import Size, size_of
+from sparse_train.launch.stages import Stage, log_folder, partial_folder
 
-from launch.place import Place
-from launch.preflight import Size, size_of
-from launch.stages import Stage, log_folder, partial_folder
 from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.errors import UserError

@@ -14,10 +14,19 @@ import psutil
 import submitit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sparse_train.launch import attempts
+from sparse_train.launch.cluster import CLUSTER, ClusterConfig
+from sparse_train.launch.stages import (
+    CONFIG,
+    JOB_FILE,
+    Stage,
+    build_stages,
+    is_current,
+    log_folder,
+    progress_file,
+    select,
+)
 
-from launch import attempts
-from launch.cluster import CLUSTER, ClusterConfig
-from launch.stages import CONFIG, JOB_FILE, Stage, build_stages, is_current, log_folder, progress_file, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, dump_config
 from sparse_train.errors import UserError
@@ -143,7 +152,7 @@ def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
     # The imports take seconds; submitit's handlers would count a warning in them as an error, or swallow it.
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
-    from launch.worker import work  # brings DeepSpeed, which only the ranks need
+    from sparse_train.launch.worker import work  # brings DeepSpeed, which only the ranks need
 
     work(run_folder, stage_id, port)
 

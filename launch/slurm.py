@@ -17,12 +17,12 @@ from pathlib import Path
 
 import submitit
 from rich.console import Console
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.runner import StageFailed, freeze, locked, plan, process
+from sparse_train.launch.snapshot import freeze_code
+from sparse_train.launch.stages import CONFIG, JOB_FILE, Stage, build_stages, log_folder, select
 from submitit.slurm.slurm import read_job_id
 
-from launch.cluster import ClusterConfig
-from launch.runner import StageFailed, freeze, locked, plan, process
-from launch.snapshot import freeze_code
-from launch.stages import CONFIG, JOB_FILE, Stage, build_stages, log_folder, select
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
@@ -166,7 +166,8 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
         setup=[*cluster.setup, "set +e", f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
                *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
         teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
-                  f'{shlex.quote(sys.executable)} -m launch.afterwards {run} {shlex.quote(stage.id)} "$code"'],
+                  f"{shlex.quote(sys.executable)} -m sparse_train.launch.afterwards {run} {shlex.quote(stage.id)} "
+                  '"$code"'],
     )
     return executor
 

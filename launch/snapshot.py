@@ -1,7 +1,7 @@
 """The code of a run as it was at submission: editing the checkout changes no queued or requeued job.
 
-    RUN/code/{launch,jobs,sparse_train,configs}     a copy, native kernels included
-    RUN/code/sitecustomize.py                       makes Python take the copy rather than an editable install
+    RUN/code/sparse_train         a copy as a wheel lays it out: launch, jobs, configs and native kernels inside
+    RUN/code/sitecustomize.py     makes Python take the copy rather than an editable install
 
 Jobs find it through PYTHONPATH. Packages from elsewhere are those of the environment; their versions are in each
 manifest.
@@ -11,9 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
-from launch.cluster import CONFIGS
+from sparse_train.launch.cluster import CONFIGS
 
-_PACKAGES = ("launch", "jobs", "sparse_train")
+import sparse_train
+
+_INSIDE = ("launch", "jobs", "configs")  # of the package; in a checkout they stand beside it
 _CUSTOMIZE = '''"""An editable install puts its finder before the path; jobs of this run take the copy beside this."""
 
 import os
@@ -36,10 +38,11 @@ def freeze_code(run: Path) -> Path:
 
     top, final, aside = CONFIGS.parent, run / "code", run / f".code.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
-    for name in _PACKAGES:
-        shutil.copytree(top / name, aside / name, ignore=shutil.ignore_patterns("__pycache__", "csrc"))
-    shutil.copytree(CONFIGS, aside / CONFIGS.name)
-    shutil.copy2(_native.__file__, aside / "sparse_train" / "kernels")
+    package, ignored = aside / "sparse_train", shutil.ignore_patterns("__pycache__", "csrc")
+    shutil.copytree(Path(sparse_train.__file__).parent, package, ignore=ignored)
+    for name in _INSIDE:
+        shutil.copytree(top / name, package / name, ignore=ignored, dirs_exist_ok=True)
+    shutil.copy2(_native.__file__, package / "kernels")
     (aside / "sitecustomize.py").write_text(_CUSTOMIZE)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)

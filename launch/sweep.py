@@ -10,11 +10,11 @@ import statistics
 from typing import Any
 
 from rich.console import Console
+from sparse_train.launch import runner, slurm
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.preflight import check, numbers
+from sparse_train.launch.stages import build_stages, is_current, stage_key
 
-from launch import runner, slurm
-from launch.cluster import ClusterConfig
-from launch.preflight import check, numbers
-from launch.stages import build_stages, is_current, stage_key
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError

@@ -1,6 +1,6 @@
 """What each process of a stage runs: join the ranks, do the job, sign its folder on rank 0, and say how it ended.
 
-    python -m launch.worker RUN STAGE     under srun; without it submitit calls work()
+    python -m sparse_train.launch.worker RUN STAGE     under srun; without it submitit calls work()
 """
 
 import errno
@@ -17,13 +17,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-
-from jobs.job import Job, Stopped
-from launch import attempts, readiness
-from launch.attempts import EXIT_CODES, Ending, Superseded
-from launch.cluster import CLUSTER, ClusterConfig
-from launch.place import Place, deadline, find_place
-from launch.stages import (
+from sparse_train.jobs.job import Job, Stopped
+from sparse_train.launch import attempts, readiness
+from sparse_train.launch.attempts import EXIT_CODES, Ending, Superseded
+from sparse_train.launch.cluster import CLUSTER, ClusterConfig
+from sparse_train.launch.place import Place, deadline, find_place
+from sparse_train.launch.stages import (
     Stage,
     find_stage,
     input_paths,
@@ -34,6 +33,7 @@ from launch.stages import (
     read_run,
     stage_key,
 )
+
 from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
@@ -184,7 +184,7 @@ def _run_job(place: Place, stage: Stage, config: RunConfig, ends: float | None) 
 
     job = Job(config, out, input_paths(stage, config), Progress(progress_file(stage, config), guard),
               stage.id, stage.level, ends, guard)
-    return importlib.import_module(f"jobs.{stage.job}").run(job)
+    return importlib.import_module(f"sparse_train.jobs.{stage.job}").run(job)
 
 
 def _prepare(out: Path, key: str) -> None:

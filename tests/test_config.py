@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.stages import build_stages, select
 
-from launch.cluster import ClusterConfig
-from launch.stages import build_stages, select
 from sparse_train.config import RunConfig, TaskConfig, dump_config, load_config
 from sparse_train.errors import UserError
 

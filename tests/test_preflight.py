@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from sparse_train.launch.preflight import check
 
-from launch.preflight import check
 from sparse_train.config import ModelConfig, RunConfig, load_config
 from sparse_train.errors import UserError
 from sparse_train.models import build_model, build_processor, save_model

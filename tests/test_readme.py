@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from launch.cli import main
+from sparse_train.launch.cli import main
 
 TOP = Path(__file__).parents[1]
 TEXT = (TOP / "README.md").read_text()

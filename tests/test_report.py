@@ -4,8 +4,8 @@ import json
 
 import torch
 from rich.console import Console
+from sparse_train.jobs.report import _page, print_tables
 
-from jobs.report import _page, print_tables
 from sparse_train.bench import decode_rows
 from sparse_train.config import ModelConfig
 from sparse_train.inference import Runtime

@@ -8,15 +8,15 @@ import subprocess
 import time
 
 import pytest
+from sparse_train.jobs.job import Stopped
+from sparse_train.launch import afterwards, attempts, worker
+from sparse_train.launch.afterwards import reason_to_run_again
+from sparse_train.launch.attempts import Ending, Superseded
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.place import Place, attempt_of_job
+from sparse_train.launch.runner import freeze, locked
+from sparse_train.launch.stages import find_stage, read_run
 
-from jobs.job import Stopped
-from launch import afterwards, attempts, worker
-from launch.afterwards import reason_to_run_again
-from launch.attempts import Ending, Superseded
-from launch.cluster import ClusterConfig
-from launch.place import Place, attempt_of_job
-from launch.runner import freeze, locked
-from launch.stages import find_stage, read_run
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE

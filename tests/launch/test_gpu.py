@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from sparse_train.jobs import benchmark
+from sparse_train.jobs.job import Job
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.stages import build_stages
 
-from jobs import benchmark
-from jobs.job import Job
-from launch.cluster import ClusterConfig
-from launch.stages import build_stages
 from sparse_train import artifacts
 from sparse_train.bench.gpu import device_layer_rows
 from sparse_train.bench.layers import random_weights

@@ -5,15 +5,15 @@ import subprocess
 
 import pytest
 from rich.console import Console
+from sparse_train.launch import attempts, look
+from sparse_train.launch.attempts import Ending
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.look import look_at, read_files
+from sparse_train.launch.place import Place
+from sparse_train.launch.runner import freeze
+from sparse_train.launch.slurm import read_jobs
+from sparse_train.launch.stages import build_stages, log_folder
 
-from launch import attempts, look
-from launch.attempts import Ending
-from launch.cluster import ClusterConfig
-from launch.look import look_at, read_files
-from launch.place import Place
-from launch.runner import freeze
-from launch.slurm import read_jobs
-from launch.stages import build_stages, log_folder
 from sparse_train.config import RunConfig, load_config
 from tests.launch.test_pipeline import RECIPE
 

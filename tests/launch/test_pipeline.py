@@ -22,7 +22,7 @@ STAGES = ["dense", "prune", "finetune/ce", "finetune/squarehead", "evaluate", "c
 
 
 def _command(*arguments):
-    return [sys.executable, "-m", "launch.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "sparse_train.launch.cli", *map(str, arguments)]
 
 
 def _cli(*arguments, code=0):

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sparse_train.launch import slurm
+from sparse_train.launch.cluster import ClusterConfig, load_cluster
+from sparse_train.launch.slurm import batch_text, make_executor
+from sparse_train.launch.stages import build_stages
 
-from launch import slurm
-from launch.cluster import ClusterConfig, load_cluster
-from launch.slurm import batch_text, make_executor
-from launch.stages import build_stages
 from sparse_train.config import RunConfig, load_config
 from sparse_train.errors import UserError
 

@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.snapshot import freeze_code
+from sparse_train.launch.snapshot import freeze_code
 
 
 def test_a_job_takes_the_copy_of_the_code(tmp_path):
     code = freeze_code(tmp_path)
-    (code / "jobs" / "report.py").write_text("FROZEN = True\n")
+    (code / "sparse_train" / "jobs" / "report.py").write_text("FROZEN = True\n")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.of_the_site = 'kept'\n")
     shown = subprocess.run(
-        [sys.executable, "-c", "import launch, jobs.report, sparse_train.kernels as k; print(launch.__file__, "
-         "k._native.__file__, jobs.report.FROZEN, k.backend(), __import__('sys').of_the_site)"],
+        [sys.executable, "-c", "from sparse_train import launch, kernels as k; from sparse_train.jobs import report; "
+         "print(launch.__file__, k._native.__file__, report.FROZEN, k.backend(), __import__('sys').of_the_site)"],
         env={**os.environ, "PYTHONPATH": f"{code}:{tmp_path / 'site'}", "PYTHONSAFEPATH": "1"},
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout.split()
     assert all(Path(file).is_relative_to(code) for file in shown[:2]) and shown[2] == "True"

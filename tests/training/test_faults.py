@@ -6,8 +6,8 @@ import random
 import signal
 
 import torch
+from sparse_train.launch.runner import free_port
 
-from launch.runner import free_port
 from sparse_train import dist
 from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.training import gathered_tensors, train
