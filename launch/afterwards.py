@@ -18,7 +18,7 @@ from sparse_train.launch.cluster import CLUSTER, ClusterConfig
 from sparse_train.launch.place import attempt_of_job
 from sparse_train.launch.stages import find_stage, log_folder, read_run
 
-from sparse_train.config import load_config
+from sparse_train.config_file import load_config
 
 _PATIENCE = 12
 

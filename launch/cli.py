@@ -84,7 +84,7 @@ def _run(options, console: Console) -> int:
     from sparse_train.launch.preflight import check, numbers
     from sparse_train.launch.sweep import run_sweep
 
-    from sparse_train.config import load_points
+    from sparse_train.config_file import load_points
 
     ours = [text for text in options.overrides if text.startswith("cluster.")]
     points = load_points(options.config, [text for text in options.overrides if text not in ours])

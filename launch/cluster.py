@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from sparse_train.launch.stages import JOBS
 
-from sparse_train.config import Positive, Section, load_config
+from sparse_train.config import Positive, Section
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 
 CLUSTER = "cluster.yaml"

@@ -28,7 +28,8 @@ from sparse_train.launch.stages import (
 )
 
 from sparse_train import artifacts
-from sparse_train.config import RunConfig, dump_config
+from sparse_train.config import RunConfig
+from sparse_train.config_file import dump_config
 from sparse_train.errors import UserError
 
 _STOP_PATIENCE_S = 120

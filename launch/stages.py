@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_train import artifacts
-from sparse_train.config import RunConfig, load_config
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 
 CONFIG, JOB_FILE = "config.yaml", "job"

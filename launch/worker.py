@@ -35,7 +35,8 @@ from sparse_train.launch.stages import (
 )
 
 from sparse_train import artifacts, dist
-from sparse_train.config import RunConfig, load_config
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 from sparse_train.pulse import Pulse
 from sparse_train.tracking import Progress, log_results

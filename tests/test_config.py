@@ -7,7 +7,8 @@ import yaml
 from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.stages import build_stages, select
 
-from sparse_train.config import RunConfig, TaskConfig, dump_config, load_config
+from sparse_train.config import RunConfig, TaskConfig
+from sparse_train.config_file import dump_config, load_config
 from sparse_train.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

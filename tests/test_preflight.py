@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sparse_train.launch.preflight import check
 
-from sparse_train.config import ModelConfig, RunConfig, load_config
+from sparse_train.config import ModelConfig, RunConfig
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 from sparse_train.models import build_model, build_processor, save_model
 from tests.models import tiny_tokenizer

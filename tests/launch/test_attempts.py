@@ -17,7 +17,8 @@ from sparse_train.launch.place import Place, attempt_of_job
 from sparse_train.launch.runner import freeze, locked
 from sparse_train.launch.stages import find_stage, read_run
 
-from sparse_train.config import RunConfig, load_config
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE
 

@@ -14,7 +14,8 @@ from sparse_train.launch.runner import freeze
 from sparse_train.launch.slurm import read_jobs
 from sparse_train.launch.stages import build_stages, log_folder
 
-from sparse_train.config import RunConfig, load_config
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
 from tests.launch.test_pipeline import RECIPE
 
 

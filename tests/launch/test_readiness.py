@@ -10,7 +10,8 @@ from sparse_train.launch.readiness import check_ranks, checkpoint_bytes, state_b
 from sparse_train.launch.stages import find_stage
 
 from sparse_train import dist
-from sparse_train.config import FinetuneConfig, RunConfig, TrainConfig, load_config
+from sparse_train.config import FinetuneConfig, RunConfig, TrainConfig
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE
 from tests.ranks import run_ranks

@@ -13,7 +13,8 @@ from sparse_train.launch.cluster import ClusterConfig, load_cluster
 from sparse_train.launch.slurm import batch_text, make_executor
 from sparse_train.launch.stages import build_stages
 
-from sparse_train.config import RunConfig, load_config
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 
 _GOLDEN = Path(__file__).with_name("golden")

@@ -11,7 +11,7 @@ from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.sweep import print_sweep
 
 from sparse_train import artifacts
-from sparse_train.config import load_points
+from sparse_train.config_file import load_points
 from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE, _cli
 
