@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 import torch
 
+from sparse_train.errors import UserError
 from sparse_train.kernels import reference
+from sparse_train.kernels.arguments import CPU, check_bits, check_count, check_tensor, describe
 from sparse_train.kernels.reference import pack, unpack
 
 try:
@@ -28,7 +30,9 @@ __all__ = [
 ]
 
 _BACKENDS = ("avx512", "portable") if _native.has_avx512() else ("portable",)
-_MOVED = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOVED = (*_FLOATS, torch.int8)
+_MOST_THREADS = 4096
 
 
 def backends() -> tuple[str, ...]:
@@ -57,73 +61,80 @@ def _set_backend(name: str) -> None:
     _native.use_avx512(name == "avx512")
 
 
-if "SPARSE_TRAIN_ISA" in os.environ:
-    _set_backend(os.environ["SPARSE_TRAIN_ISA"])
+if forced := os.environ.get("SPARSE_TRAIN_ISA"):
+    try:
+        _set_backend(forced)
+    except ValueError as error:
+        raise UserError(f"SPARSE_TRAIN_ISA={forced}: {error}") from None
 
 
 def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
            out: torch.Tensor | None = None) -> torch.Tensor:
     """(values (nnz,), bitmask (R, 8 * ceil(C / 64))) -> dense (R, C) of the values' dtype, +0 where pruned.
 
-    `out` is a contiguous tensor to write to. Raises ValueError when bits and values do not belong together.
+    `out` is a contiguous tensor to write to. Autograd does not see what is moved. Raises ValueError for arguments that
+    do not fit and, on the CPU, when bits and values do not belong together.
     """
-    if values.device.type != "cpu" or values.dtype not in _MOVED:
+    check_tensor("values", values, None)
+    check_bits(bitmask, num_columns, device=values.device)
+    target = _target(out, (len(bitmask), num_columns), values)
+    if not _is_moved(values):
         dense = reference.expand(values, bitmask, num_columns)
-        return dense if out is None else out.copy_(dense)
-    _check_bits(bitmask, num_columns)
-    values, bitmask = values.contiguous(), bitmask.contiguous()
-    dense = _target(out, (len(bitmask), num_columns), values.dtype)
-    _native.expand(values.data_ptr(), bitmask.data_ptr(), dense.data_ptr(), len(bitmask), num_columns, values.numel(),
+        return dense if out is None else target.copy_(dense)
+    values, bitmask = _plain(values), _plain(bitmask)
+    _native.expand(values.data_ptr(), bitmask.data_ptr(), target.data_ptr(), len(bitmask), num_columns, values.numel(),
                    values.element_size(), torch.get_num_threads())
-    return dense
+    return target
 
 
 def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None,
             out: torch.Tensor | None = None) -> torch.Tensor:
     """Dense (R, C) -> its entries at the kept positions, row-major (nnz,).
 
-    `num_values` is nnz where the caller knows it, `out` (nnz,) a contiguous tensor to write to. Raises ValueError when
-    they do not fit what the bits say.
+    `num_values` is nnz where the caller knows it, `out` (nnz,) a contiguous tensor to write to. Autograd does not see
+    what is moved. Raises ValueError for arguments that do not fit and, on the CPU, for a wrong nnz.
     """
-    if dense.device.type != "cpu" or dense.dtype not in _MOVED:
-        values = reference.compact(dense, bitmask)
-        return values if out is None else out.copy_(values)
+    check_tensor("dense", dense, None, None)
     num_rows, num_columns = dense.shape
-    _check_bits(bitmask, num_columns, num_rows)
-    dense, bitmask = dense.contiguous(), bitmask.contiguous()
-    if num_values is None and out is None:
+    check_bits(bitmask, num_columns, num_rows, dense.device)
+    if num_values is not None:
+        check_count("num_values", num_values, 0, dense.numel())
+    if not _is_moved(dense):
+        values = reference.compact(dense, bitmask)
+        return values if out is None else _target(out, values.shape, dense).copy_(values)
+    dense, bitmask = _plain(dense), _plain(bitmask)
+    if out is not None:
+        num_values = out.numel() if num_values is None else num_values
+    elif num_values is None:
         num_values = _native.count_kept(bitmask.data_ptr(), bitmask.numel())
-    values = _target(out, (num_values if out is None else out.numel(),), dense.dtype)
-    num_values = values.numel()
+    values = _target(out, (num_values,), dense)
     _native.compact(dense.data_ptr(), bitmask.data_ptr(), values.data_ptr(), num_rows, num_columns, num_values,
                     dense.element_size(), torch.get_num_threads())
     return values
 
 
 class PackedMatrix:
-    """A sparse weight laid out for batch-1 products on the CPU.
+    """A sparse weight laid out for batch-1 products on the CPU; inference only.
 
-    `values` (nnz,) float32, bfloat16 or float16 (kept as float32), or int8 with `scale` (R,) float32; `bitmask`
+    `values` (nnz,) float32, bfloat16 or float16 (kept as float32), or int8 with `scale` (R,) floating; `bitmask`
     (R, 8 * ceil(C / 64)) uint8. INT8 products quantise x to 8 bits per call. Raises ValueError for what does not fit.
     """
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
                  scale: torch.Tensor | None = None):
-        _check_bits(bitmask, num_columns)
-        self.shape = (len(bitmask), num_columns)
-        self._scale = scale
+        check_tensor("values", values, None, device=CPU, dtypes=_MOVED)
+        check_bits(bitmask, num_columns)
         if (values.dtype == torch.int8) != (scale is not None):
             raise ValueError(f"values are {values.dtype} and scale is {'missing' if scale is None else 'given'}; "
                              "int8 values have a scale per row, others have none")
-        if scale is None:
-            values = values.float()
-        else:
-            self._scale = scale = scale.float().contiguous()
-            if scale.shape != (len(bitmask),):
-                raise ValueError(f"scale has shape {tuple(scale.shape)}, it needs ({len(bitmask)},): one per row")
-        values, bitmask = values.contiguous(), bitmask.contiguous()
+        if scale is not None:
+            check_tensor("scale", scale, len(bitmask), device=CPU, dtypes=_FLOATS)
+            scale = _plain(scale.float())
+        values, bitmask = _plain(values if scale is not None else values.float()), _plain(bitmask)
+        self.shape = (len(bitmask), num_columns)
+        self._scale = scale
         self._packed = _native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
-                                      *self.shape, values.numel(), torch.get_num_threads())
+                                      *self.shape, values.numel(), scale is not None, torch.get_num_threads())
 
     @property
     def num_bytes(self) -> int:
@@ -131,14 +142,18 @@ class PackedMatrix:
         return self._packed.num_bytes
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (C,) float32, or any shape with C entries -> (R,) float32."""
-        if x.numel() != self.shape[1] or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}; it needs {self.shape[1]} float32 numbers "
-                             "on the cpu")
-        x = x.contiguous()
+        """`x` (C,) float32, or any shape with C entries -> (R,) float32.
+
+        An x that is not finite makes every row Inf or NaN, as in a dense product, where 0 * Inf counts as well.
+        """
+        if (not isinstance(x, torch.Tensor) or x.numel() != self.shape[1] or x.dtype != torch.float32
+                or x.device != CPU or x.layout != torch.strided):
+            raise ValueError(f"x is {describe(x)}; it needs {self.shape[1]} float32 numbers on the cpu")
+        x = _plain(x)
         y = torch.empty(self.shape[0])
-        self._packed.matvec(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
+        if self._packed.matvec(x.data_ptr(), y.data_ptr(), torch.get_num_threads()):
+            return y
+        return self.to_dense() @ x.flatten()
 
     def to_dense(self) -> torch.Tensor:
         """(R, C) float32, int8 values times their scale: for products with many rows at once."""
@@ -150,23 +165,30 @@ class PackedMatrix:
 def read_bandwidth(num_bytes: int = 1 << 29, num_threads: int | None = None, repeats: int = 7) -> float:
     """Bytes per second of a streaming read by all threads, the median of `repeats` passes over `num_bytes`.
 
-    Take a size well above the last-level cache. It is the bound for a kernel whose every byte is read once.
+    Take a size well above the last-level cache. It is the bound for a kernel whose every byte is read once. Raises
+    ValueError for numbers that leave nothing to measure.
     """
-    return _native.read_bandwidth(num_bytes, num_threads or torch.get_num_threads(), repeats)
+    num_threads = torch.get_num_threads() if num_threads is None else num_threads
+    check_count("num_threads", num_threads, 1, _MOST_THREADS)
+    check_count("num_bytes", num_bytes, 512 * num_threads)
+    check_count("repeats", repeats, 1, 1 << 20)
+    return _native.read_bandwidth(num_bytes, num_threads, repeats)
 
 
-def _target(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _is_moved(tensor: torch.Tensor) -> bool:
+    """Whether native code moves it, and not the reference."""
+    return tensor.device == CPU and tensor.dtype in _MOVED
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one after the other in memory."""
+    return tensor.resolve_neg().contiguous()
+
+
+def _target(out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     if out is None:
-        return torch.empty(shape, dtype=dtype)
-    if out.shape != shape or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be a contiguous {dtype} "
-                         f"{shape} on the cpu")
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    check_tensor("out", out, *shape, device=like.device, dtypes=(like.dtype,))
+    if not out.is_contiguous() or out.is_neg():
+        raise ValueError(f"out is {describe(out)}, but not contiguous; results are written to consecutive memory")
     return out
-
-
-def _check_bits(bitmask: torch.Tensor, num_columns: int, num_rows: int | None = None) -> None:
-    num_rows = len(bitmask) if num_rows is None else num_rows
-    needed = (num_rows, 8 * -(-num_columns // 64))
-    if bitmask.dtype != torch.uint8 or bitmask.shape != needed or bitmask.device.type != "cpu":
-        raise ValueError(f"the bitmask is {bitmask.dtype} {tuple(bitmask.shape)} on {bitmask.device}; a weight of "
-                         f"shape ({num_rows}, {num_columns}) on the cpu needs uint8 {needed}")

@@ -7,9 +7,12 @@ k % 8 of byte k // 8 of a row says that column k is kept; padding bits are 0.
 import torch
 from torch.nn import functional
 
+from sparse_train.kernels.arguments import check_bits, check_tensor
+
 
 def pack(keep: torch.Tensor) -> torch.Tensor:
     """`keep` (R, C) bool, True where a weight survives -> bitmask (R, 8 * ceil(C / 64)) uint8."""
+    check_tensor("keep", keep, None, None, dtypes=(torch.bool,))
     padded = functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 64))
     place = torch.arange(8, dtype=torch.uint8, device=keep.device)
     return (padded.unflatten(1, (-1, 8)) << place).sum(-1, dtype=torch.uint8)
@@ -17,6 +20,7 @@ def pack(keep: torch.Tensor) -> torch.Tensor:
 
 def unpack(bitmask: torch.Tensor, num_columns: int) -> torch.Tensor:
     """Bitmask -> keep (R, num_columns) bool."""
+    check_bits(bitmask, num_columns, device=None)
     place = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     return ((bitmask.unsqueeze(-1) >> place) & 1).bool().flatten(1)[:, :num_columns]
 

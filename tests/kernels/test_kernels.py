@@ -2,6 +2,9 @@
 
 import ctypes
 import mmap
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,13 +100,53 @@ def test_int8_matvec_is_the_integer_product(backend, shape, density):
     scale = torch.rand(shape[0]) + 0.1
     x = torch.randn(shape[1], generator=torch.Generator().manual_seed(1))
     packed = kernels.PackedMatrix(codes[keep], kernels.pack(keep), shape[1], scale)
+    exact = _int8_product(codes, scale, x)
+    torch.testing.assert_close(packed.matvec(x).double(), exact, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def _int8_product(codes, scale, x):
+    """(R,) float64: x as 8-bit codes with a zero point, integer sums."""
+    x = x.double()
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    step = (high - low) / 255
-    inverse = 1 / step
+    inverse = 1 / ((high - low) / 255)
     zero = (-low * inverse).round()
     x_codes = ((x * inverse).round() + zero).clamp(0, 255)
-    sums = codes.double() @ (x_codes - zero).double()
-    torch.testing.assert_close(packed.matvec(x), (scale.double() * step.double() * sums).float(), rtol=1e-6, atol=0)
+    return scale.double() * ((high - low) / 255) * (codes.double() @ (x_codes - zero))
+
+
+@pytest.mark.parametrize("factor", [1e-44, 1e-38, 1e-37, 1e-30, 1e30, 1e38])
+def test_int8_matvec_scales_with_x_to_the_ends_of_float32(backend, factor):
+    codes, keep = _weight((70, 100), 0.5, torch.int8)
+    scale = torch.full((70,), 1e-3 if factor > 1 else 1e3)
+    x = torch.linspace(-3, 3, 100).mul(factor)
+    found = kernels.PackedMatrix(codes[keep], kernels.pack(keep), 100, scale).matvec(x)
+    smallest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps  # the denormals' distance
+    torch.testing.assert_close(found.double(), _int8_product(codes, scale, x), rtol=1e-6, atol=smallest)
+
+
+@pytest.mark.parametrize("num_columns", [65_536, 65_794, 200_000])
+def test_int8_sums_do_not_wrap(backend, num_columns):
+    """65,794 products of 255 and -128 pass what an int32 holds."""
+    codes = torch.stack([torch.full((num_columns,), code, dtype=torch.int8) for code in (-128, 127)])
+    packed = kernels.PackedMatrix(codes.flatten(), kernels.pack(torch.ones(codes.shape, dtype=torch.bool)), num_columns,
+                                  torch.ones(2))
+    for x, code in ((255.0, 255), (-255.0, -255)):
+        exact = code * num_columns * torch.tensor([-128.0, 127.0], dtype=torch.float64)
+        assert torch.equal(packed.matvec(torch.full((num_columns,), x)), exact.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("places", [[7], [99], range(100)])
+def test_what_is_not_finite_stays_so(backend, dtype, odd, places):
+    """As in a dense product: Inf where the weight at an infinite x is kept, NaN where it is pruned."""
+    dense, keep = _weight((70, 100), 0.5, dtype)
+    x = torch.linspace(-1, 1, 100)
+    x[list(places)] = odd
+    packed = kernels.PackedMatrix(dense[keep], kernels.pack(keep), 100, torch.ones(70) if dtype == torch.int8 else None)
+    found = packed.matvec(x)
+    assert not found.isfinite().any()
+    torch.testing.assert_close(found, dense.float() @ x, equal_nan=True)
 
 
 def test_to_dense_is_what_matvec_multiplies_with(backend):
@@ -130,6 +173,60 @@ def test_threads_agree_to_the_bit(backend):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+_CHILD = """
+import ctypes, torch
+from sparse_train import kernels
+
+def check():
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(4096, 512, generator=generator) < 0.5
+    codes = torch.randint(-127, 128, keep.shape, generator=generator).mul(keep)
+    x = torch.randint(-127, 128, (512,), generator=generator).float()
+    x[:2] = torch.tensor([-127.0, 128.0])  # the step is 1, so both products are exact
+    bits, exact, poison = kernels.pack(keep), (codes @ x.long()).float(), float("nan")
+    for name in kernels.backends():
+        with kernels.use_backend(name):
+            for dtype in (torch.float32, torch.bfloat16, torch.int8):
+                dense = codes.to(dtype)
+                out = torch.full_like(dense, 99)
+                assert torch.equal(kernels.expand(dense[keep], bits, 512, out=out), dense), (name, dtype, "expand")
+                out = torch.full_like(dense[keep], 99)
+                assert torch.equal(kernels.compact(dense, bits, out=out), dense[keep]), (name, dtype, "compact")
+            for scale in (None, torch.ones(4096)):
+                values = codes[keep].to(torch.float32 if scale is None else torch.int8)
+                packed = kernels.PackedMatrix(values, bits, 512, scale)
+                del values
+                torch.full((4096,), poison)  # what matvec's y and to_dense's weight are made from, freed again
+                assert torch.equal(packed.matvec(x), exact), (name, scale is None, "matvec")
+                assert torch.equal(packed.to_dense(), codes.float()), (name, scale is None, "to_dense")
+
+torch.set_num_threads(4)
+check()
+library = ctypes.CDLL("libgomp.so.1")
+failed = []
+
+def in_a_region(_):
+    try:
+        check()
+    except BaseException as error:
+        failed.append(error)
+
+region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(in_a_region)
+library.GOMP_parallel(region, None, 2, 0)
+assert not failed, failed
+print("complete")
+"""
+
+
+@pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", *(pytest.param(limit, marks=pytest.mark.slow) for limit in (
+    "OMP_MAX_ACTIVE_LEVELS=0", "OMP_DYNAMIC=true", "OMP_NUM_THREADS=3"))])
+def test_all_rows_are_done_on_whatever_threads_openmp_gives(limit):
+    name, _, value = limit.partition("=")
+    child = subprocess.run([sys.executable, "-c", _CHILD], env=os.environ | {name: value}, text=True,
+                           capture_output=True, timeout=120)
+    assert child.stdout == "complete\n", child.stderr[-500:]
+
+
 def test_nothing_is_touched_past_the_end(backend):
     """Values and dense rows that end where their memory page does: one byte further is a crash."""
     size = mmap.PAGESIZE
@@ -151,8 +248,8 @@ def test_nothing_is_touched_past_the_end(backend):
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda v, b: (v[:-1], b, 100), "positions, but there are"),
-    (lambda v, b: (v, b[:, :-1], 100), "needs uint8"),
-    (lambda v, b: (v, b.int(), 100), "needs uint8"),
+    (lambda v, b: (v, b[:, :-1], 100), "it must be a tensor of shape"),
+    (lambda v, b: (v, b.int(), 100), "it must be a tensor of shape"),
     (lambda v, b: (v, b | 255, 100), "positions, but there are"),
 ])
 def test_what_does_not_fit_is_refused(change, message):
@@ -168,11 +265,57 @@ def test_bits_past_the_last_column_are_refused():
         kernels.expand(torch.ones(100), bits, 100)
 
 
-def test_matvec_refuses_what_it_cannot_multiply():
-    packed = kernels.PackedMatrix(torch.ones(100), kernels.pack(torch.ones(1, 100, dtype=torch.bool)), 100)
-    for x in (torch.ones(99), torch.ones(100, dtype=torch.float64)):
-        with pytest.raises(ValueError, match="100 float32"):
-            packed.matvec(x)
+def _good():
+    """(function, its arguments by name) of every public function that takes tensors or counts."""
+    codes, keep = _weight((10, 100), 0.5, torch.int8)
+    bits, dense = kernels.pack(keep), codes.float()
+    weight = {"values": dense[keep], "bitmask": bits, "num_columns": 100}
+    int8 = {**weight, "values": codes[keep], "scale": torch.ones(10)}
+    return {
+        "pack": (kernels.pack, {"keep": keep}),
+        "unpack": (kernels.unpack, {"bitmask": bits, "num_columns": 100}),
+        "expand": (kernels.expand, {**weight, "out": torch.empty(10, 100)}),
+        "compact": (kernels.compact, {"dense": dense, "bitmask": bits, "num_values": int(keep.sum()),
+                                      "out": torch.empty(int(keep.sum()))}),
+        "PackedMatrix": (kernels.PackedMatrix, weight),
+        "PackedMatrix int8": (kernels.PackedMatrix, int8),
+        "matvec": (kernels.PackedMatrix(**weight).matvec, {"x": torch.ones(100)}),
+        "matvec int8": (kernels.PackedMatrix(**int8).matvec, {"x": torch.ones(100)}),
+        "read_bandwidth": (kernels.read_bandwidth, {"num_bytes": 1 << 16, "num_threads": 1, "repeats": 1}),
+    }
+
+
+def _bad(value):
+    if isinstance(value, int):
+        return [-1, -2**63, 2**62, 2**70, value + 0.5, str(value), torch.tensor(value)]
+    return [
+        value.to("meta"), value[:-1], torch.cat([value, value]), value.sum(), value.to_sparse(),
+        value.to(torch.complex64), value.numpy(), value.tolist(), "values",
+    ] + ([value.cuda()] if torch.cuda.is_available() else [])
+
+
+_ANY_ROWS = {("pack", "keep"): 3, ("unpack", "bitmask"): 3}  # of these the first bad values are good ones
+
+
+@pytest.mark.parametrize("name", sorted(_good()))
+def test_bad_arguments_are_refused_before_native_code_sees_them(name):
+    function, given = _good()[name]
+    function(**given)
+    for key, value in given.items():
+        for bad in _bad(value)[_ANY_ROWS.get((name, key), 0):]:
+            try:
+                function(**{**given, key: bad})
+            except (ValueError, MemoryError):
+                continue
+            pytest.fail(f"{key}={bad!r} was taken")
+
+
+def test_a_tensor_that_only_claims_its_sign_is_read_with_it():
+    negative = torch.complex(torch.zeros(100), torch.ones(100)).conj().imag
+    assert negative.is_neg()
+    keep = torch.ones(1, 100, dtype=torch.bool)
+    assert torch.equal(kernels.expand(negative, kernels.pack(keep), 100), -torch.ones(1, 100))
+    assert kernels.PackedMatrix(torch.ones(100), kernels.pack(keep), 100).matvec(negative).item() == -100
 
 
 def test_an_unknown_backend_is_an_error():

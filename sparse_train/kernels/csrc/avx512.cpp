@@ -8,6 +8,8 @@
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
+#include <algorithm>
+
 namespace sparse_train {
 namespace {
 
@@ -50,25 +52,37 @@ inline __m512i dot_word(__m512i sum, uint64_t word, const int8_t* values, const 
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(x), weights);
 }
 
-void matvec_i8(const Rows& rows, const int8_t* values, const uint8_t* x, int32_t* y, int64_t first, int64_t last) {
+// Words first..last-1 of a row; `next` moves past their values.
+inline int32_t dot_words(const Rows& rows, int64_t row, int64_t first, int64_t last, const int8_t*& next,
+                         const uint8_t* x) {
+    __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
+    int64_t w = first;
+    for (; w + 2 <= last; w += 2) {
+        const uint64_t word0 = rows.word(row, w), word1 = rows.word(row, w + 1);
+        const int8_t* second = next + _mm_popcnt_u64(word0);
+        _mm_prefetch((const char*)next + kAhead, _MM_HINT_T0);
+        sum0 = dot_word(sum0, word0, next, x + 64 * w);
+        sum1 = dot_word(sum1, word1, second, x + 64 * w + 64);
+        next = second + _mm_popcnt_u64(word1);
+    }
+    if (w < last) {
+        const uint64_t word = rows.word(row, w);
+        sum0 = dot_word(sum0, word, next, x + 64 * w);
+        next += _mm_popcnt_u64(word);
+    }
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(sum0, sum1));
+}
+
+// So many words, 65,536 columns, always fit an int32: each product is at most 255 * 128.
+constexpr int64_t kWordsPerSum = 1024;
+static_assert(kWordsPerSum * 64 * 255 * 128 <= INT32_MAX);
+
+void matvec_i8(const Rows& rows, const int8_t* values, const uint8_t* x, int64_t* y, int64_t first, int64_t last) {
     const int8_t* next = values + rows.offsets[first];
     for (int64_t r = first; r < last; ++r) {
-        __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
-        int64_t w = 0;
-        for (; w + 2 <= rows.num_words; w += 2) {
-            const uint64_t word0 = rows.word(r, w), word1 = rows.word(r, w + 1);
-            const int8_t* second = next + _mm_popcnt_u64(word0);
-            _mm_prefetch((const char*)next + kAhead, _MM_HINT_T0);
-            sum0 = dot_word(sum0, word0, next, x + 64 * w);
-            sum1 = dot_word(sum1, word1, second, x + 64 * w + 64);
-            next = second + _mm_popcnt_u64(word1);
-        }
-        if (w < rows.num_words) {
-            const uint64_t word = rows.word(r, w);
-            sum0 = dot_word(sum0, word, next, x + 64 * w);
-            next += _mm_popcnt_u64(word);
-        }
-        y[r] = _mm512_reduce_add_epi32(_mm512_add_epi32(sum0, sum1));
+        y[r] = 0;
+        for (int64_t w = 0; w < rows.num_words; w += kWordsPerSum)
+            y[r] += dot_words(rows, r, w, std::min(w + kWordsPerSum, rows.num_words), next, x);
     }
 }
 

@@ -1,7 +1,6 @@
 // The Python module: threads, tiers and packed matrices. Pointers and sizes arrive checked by __init__.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -45,7 +44,8 @@ Buffer allocate(int64_t num_bytes) {
     return Buffer((uint8_t*)found);
 }
 
-// work(first row, last row) on each thread; the values, not the rows, are divided evenly.
+// work(first row, last row) on each part of the rows; the values, not the rows, are divided evenly. OpenMP may give fewer
+// threads than it is asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, nested regions): the loop does all parts on any number.
 template <class Work>
 void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work) {
     const int64_t num_values = rows.offsets[rows.num_rows];
@@ -63,12 +63,9 @@ void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work
         }
         return low;
     };
-#pragma omp parallel num_threads(count)
-    {
-        const int part = omp_get_thread_num();
-        const int64_t last = part + 1 == count ? rows.num_rows : boundary(part + 1);
-        work(boundary(part), last);
-    }
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int part = 0; part < count; ++part)
+        work(boundary(part), part + 1 == count ? rows.num_rows : boundary(part + 1));
 }
 
 // offsets[r] = kept positions before row r.
@@ -122,12 +119,28 @@ int64_t count_kept(uintptr_t bits, int64_t num_bytes) {
     return count;
 }
 
+bool is_finite(const float* x, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        largest = std::max(largest, bits & 0x7fffffff);
+    }
+    return largest < 0x7f800000;
+}
+
+// std::nearbyint, without a call that keeps loops from being vectorised.
+inline int nearest(double v) {
+    constexpr double kShift = 0x1.8p52;  // a double of this size has no place for fractions
+    return int(v + kShift - kShift);
+}
+
 // The operand of batch-1 decoding: own copies of values, bits, offsets and, for int8, scales and row sums.
 class Packed {
 public:
     Packed(uintptr_t values, uintptr_t bits, uintptr_t scale, int64_t num_rows, int64_t num_columns, int64_t num_values,
-           int num_threads)
-        : counted_(bits, num_rows, num_columns, num_values, num_threads), is_int8_(scale != 0) {
+           bool is_int8, int num_threads)
+        : counted_(bits, num_rows, num_columns, num_values, num_threads), is_int8_(is_int8) {
         const int64_t value_bytes = num_values * (is_int8_ ? 1 : 4), bit_bytes = 8 * num_rows * counted_.rows.num_words;
         values_ = allocate(value_bytes + 64);  // spare bytes: the last load is a whole register
         bits_ = allocate(bit_bytes + 64);
@@ -139,19 +152,13 @@ public:
         if (is_int8_) pack_int8(at<const float>(scale));
     }
 
-    void matvec(uintptr_t x, uintptr_t y, int num_threads) const {
-        const int64_t padded = 64 * counted_.rows.num_words;
-        if (is_int8_) return matvec_i8(at<const float>(x), at<float>(y), padded, num_threads);
+    // False, and y is not written, where x is not finite.
+    bool matvec(uintptr_t x, uintptr_t y, int num_threads) const {
         const float* input = at<const float>(x);
-        static thread_local std::vector<float> copy;
-        if (counted_.rows.num_columns != padded) {
-            copy.assign(padded, 0.0f);
-            std::memcpy(copy.data(), input, 4 * counted_.rows.num_columns);
-            input = copy.data();
-        }
-        over_rows(counted_.rows, num_threads, 4, [&](int64_t first, int64_t last) {
-            tier->matvec_f32(counted_.rows, (const float*)values_.get(), input, at<float>(y), first, last);
-        });
+        if (!is_finite(input, counted_.rows.num_columns)) return false;
+        if (is_int8_) matvec_i8(input, at<float>(y), num_threads);
+        else matvec_f32(input, at<float>(y), num_threads);
+        return true;
     }
 
     // Writes (num_rows, num_columns) values as they are stored: float32, or int8 without scales.
@@ -165,6 +172,19 @@ public:
     int64_t num_bytes() const { return num_bytes_; }
 
 private:
+    void matvec_f32(const float* input, float* y, int num_threads) const {
+        static thread_local std::vector<float> copy;
+        const int64_t padded = 64 * counted_.rows.num_words;
+        if (counted_.rows.num_columns != padded) {
+            copy.assign(padded, 0.0f);
+            std::memcpy(copy.data(), input, 4 * counted_.rows.num_columns);
+            input = copy.data();
+        }
+        over_rows(counted_.rows, num_threads, 4, [&](int64_t first, int64_t last) {
+            tier->matvec_f32(counted_.rows, (const float*)values_.get(), input, y, first, last);
+        });
+    }
+
     void pack_int8(const float* scale) {
         const Rows& rows = counted_.rows;
         scale_.assign(scale, scale + rows.num_rows);
@@ -172,32 +192,36 @@ private:
         const int8_t* values = (const int8_t*)values_.get();
         for (int64_t r = 0; r < rows.num_rows; ++r)
             for (int64_t i = rows.offsets[r]; i < rows.offsets[r + 1]; ++i) row_sums_[r] += values[i];
-        num_bytes_ += 8 * rows.num_rows;
+        num_bytes_ += int64_t(sizeof(float) + sizeof(int64_t)) * rows.num_rows;
     }
 
     // x is quantised to u8 with one scale and zero point: x = step * (code - zero). Pruned weights add nothing, so the
-    // zero point is corrected by the sum of the row's kept weights alone.
-    void matvec_i8(const float* x, float* y, int64_t padded, int num_threads) const {
+    // zero point is corrected by the sum of the row's kept weights alone. In double no finite x makes step, its inverse
+    // or a product of them overflow or vanish.
+    void matvec_i8(const float* x, float* y, int num_threads) const {
         static thread_local std::vector<uint8_t> codes;
-        static thread_local std::vector<int32_t> sums;
+        static thread_local std::vector<int64_t> sums;
         const Rows& rows = counted_.rows;
-        codes.resize(padded);
+        codes.resize(64 * rows.num_words);
         sums.resize(rows.num_rows);
         float low = 0, high = 0;
+#pragma omp simd reduction(min : low) reduction(max : high)
         for (int64_t i = 0; i < rows.num_columns; ++i) {
             low = std::min(low, x[i]);
             high = std::max(high, x[i]);
         }
-        const float step = high > low ? (high - low) / 255 : 1.0f;
-        const float inverse = 1 / step, zero = std::nearbyint(-low * inverse);
+        const double step = high > low ? (double(high) - low) / 255 : 1.0;
+        const double inverse = 1 / step;
+        const int zero = nearest(-low * inverse);
+        uint8_t* input = codes.data();
+#pragma omp simd
         for (int64_t i = 0; i < rows.num_columns; ++i)
-            codes[i] = uint8_t(std::min(255.0f, std::max(0.0f, std::nearbyint(x[i] * inverse) + zero)));
-        const uint8_t* input = codes.data();
-        int32_t* output = sums.data();
+            input[i] = uint8_t(std::min(255, std::max(0, nearest(x[i] * inverse) + zero)));
+        int64_t* output = sums.data();
         over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
             tier->matvec_i8(rows, (const int8_t*)values_.get(), input, output, first, last);
             for (int64_t r = first; r < last; ++r)
-                y[r] = scale_[r] * step * float(output[r] - int32_t(zero) * row_sums_[r]);
+                y[r] = float(scale_[r] * step * double(output[r] - zero * row_sums_[r]));
         });
     }
 
@@ -205,7 +229,7 @@ private:
     bool is_int8_;
     Buffer values_, bits_;
     std::vector<float> scale_;
-    std::vector<int32_t> row_sums_;
+    std::vector<int64_t> row_sums_;
     int64_t num_bytes_ = 0;
 };
 
@@ -245,7 +269,7 @@ NB_MODULE(_native, m) {
     m.def("use_avx512", &use_tier);
     m.def("uses_avx512", &is_fast);
     nb::class_<Packed>(m, "Packed")
-        .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>())
+        .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool, int>())
         .def("matvec", &Packed::matvec, release())
         .def("expand", &Packed::expand, release())
         .def_prop_ro("num_bytes", &Packed::num_bytes);

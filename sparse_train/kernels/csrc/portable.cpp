@@ -20,9 +20,9 @@ void matvec_f32(const Rows& rows, const float* values, const float* x, float* y,
     }
 }
 
-void matvec_i8(const Rows& rows, const int8_t* values, const uint8_t* x, int32_t* y, int64_t first, int64_t last) {
+void matvec_i8(const Rows& rows, const int8_t* values, const uint8_t* x, int64_t* y, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-        int32_t sum = 0;
+        int64_t sum = 0;
         for_each_kept(rows, r, [&](int64_t column, int64_t i) { sum += int32_t(values[i]) * x[column]; });
         y[r] = sum;
     }

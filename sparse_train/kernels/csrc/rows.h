@@ -18,10 +18,10 @@ struct Rows {
     }
 };
 
-// Rows first..last-1 are one thread's. Vectors x have num_words * 64 readable entries; packed values have 64 spare bytes.
+// Rows first..last-1 are one part's. Vectors x have num_words * 64 readable entries; packed values have 64 spare bytes.
 struct Tier {
     void (*matvec_f32)(const Rows&, const float* values, const float* x, float* y, int64_t first, int64_t last);
-    void (*matvec_i8)(const Rows&, const int8_t* values, const uint8_t* x, int32_t* y, int64_t first, int64_t last);
+    void (*matvec_i8)(const Rows&, const int8_t* values, const uint8_t* x, int64_t* y, int64_t first, int64_t last);
     // dense (num_rows, num_columns) <- values, and back; `size` is an element's bytes: 1, 2 or 4.
     void (*expand)(const Rows&, int size, const void* values, void* dense, int64_t first, int64_t last);
     void (*compact)(const Rows&, int size, const void* dense, void* values, int64_t first, int64_t last);
