@@ -5,7 +5,6 @@
 On the CPU with the kernels of the compressed models, on a GPU with weights that are expanded there.
 """
 
-import platform
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sparse_train import artifacts, dist, kernels
 from sparse_train.bench import MPT_7B_BLOCK, decode_rows, layer_rows
 from sparse_train.bench.gpu import device_bandwidth, device_decode_rows, device_layer_rows
 from sparse_train.bench.layers import random_weights
+from sparse_train.cpus import cpu_name
 from sparse_train.errors import UserError
 from sparse_train.inference import load
 from sparse_train.models import load_model
@@ -43,7 +43,7 @@ def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if spec.reference_layers == "mpt-7b":
         rows += layer_rows("mpt-7b block", _reference_weights(job), spec.repeats, bandwidth,
                            _stage(job, 2, "mpt-7b block"))
-    return {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+    return {"device": cpu_name(), "threads": torch.get_num_threads(),
             "backend": kernels.backend(), "read_bandwidth_bytes_per_second": bandwidth}, rows
 
 

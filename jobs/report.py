@@ -16,8 +16,8 @@ from rich.console import Console
 from sparse_train.jobs.job import Job
 
 from sparse_train import artifacts
-from sparse_train.bench.layers import SPEED_HEADER, print_rows, speed_cells
 from sparse_train.bench.plots import plot_accuracy
+from sparse_train.bench.tables import SPEED_HEADER, notes, print_measured, speed_cells
 from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 
@@ -105,7 +105,11 @@ def print_tables(path: Path, console: Console) -> None:
         print_table(console, header, rows)
         console.print(below + "\n" if below else "", highlight=False, markup=False)
     console.print("[bold]Batch-1 speed[/] " + _machine_line(data))
-    print_rows(data["speed"], console)
+    print_measured(console, SPEED_HEADER, map(speed_cells, data["speed"]), _backends(data), num_left=3)
+
+
+def _backends(data: dict[str, Any]) -> list[str]:
+    return [machine.get("backend", "") for machine in data["machines"]]
 
 
 def _machine_line(data: dict[str, Any]) -> str:
@@ -113,14 +117,15 @@ def _machine_line(data: dict[str, Any]) -> str:
     for machine in data["machines"]:
         what = machine["device"]
         if "threads" in machine:
-            what = f"{machine['threads']} threads, {machine['backend']} kernels"
+            what += f", {machine['threads']} threads, {machine['backend']} kernels"
         told.append(f"{what}, streaming read {machine['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s")
     return f"({'; '.join(told)})"
 
 
 def _page(data: dict[str, Any], picture: Path) -> str:
-    tables = [*_tables(data),
-              (f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, map(speed_cells, data["speed"]), "")]
+    speeds = [speed_cells(row) for row in data["speed"]]
+    tables = [*_tables(data), (f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, speeds,
+                               "; ".join(notes(speeds, _backends(data))))]
     image = base64.b64encode(picture.read_bytes()).decode()
     body = "".join(_html_table(*table) for table in tables)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"

@@ -17,24 +17,24 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, dense and sparse, one token at a time")
     layers.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
-    layers.add_argument("--repeats", type=int, default=15)
+    layers.add_argument("--repeats", type=_positive, default=15)
     layers.set_defaults(command=_layers)
 
     moves = kinds.add_parser("moves", help="expanding and compacting a 4096 x 4096 weight against copying it")
     moves.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
-    moves.add_argument("--repeats", type=int, default=30)
+    moves.add_argument("--repeats", type=_positive, default=30)
     moves.set_defaults(command=_moves)
 
     train = kinds.add_parser("train", help="a training step: ours and the usual masked way, relative to dense")
     train.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
-    train.add_argument("--ranks", type=int, help="processes; the cluster file's number where not given")
+    train.add_argument("--ranks", type=_positive, help="processes; the cluster file's number where not given")
     train.add_argument("--sparsity", type=_sparsity, default=0.75)
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    train.add_argument("--d-model", type=int, default=768, help="a multiple of 64")
-    train.add_argument("--n-layers", type=int, default=6)
-    train.add_argument("--num-tokens", type=int, default=512, help="per rank and step")
+    train.add_argument("--d-model", type=_width, default=768, help="a multiple of 64")
+    train.add_argument("--n-layers", type=_positive, default=6)
+    train.add_argument("--num-tokens", type=_positive, default=512, help="per rank and step")
     train.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
-    train.add_argument("--repeats", type=int, default=7)
+    train.add_argument("--repeats", type=_positive, default=7)
     train.add_argument("--json", action="store_true", help="only the last line")
     train.set_defaults(command=_train)
 
@@ -46,27 +46,47 @@ def _sparsity(text: str) -> float:
     return value
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+def _width(text: str) -> int:
+    value = _positive(text)
+    if value % 64:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 64")
+    return value
+
+
 def _layers(options, console: Console) -> None:
     import torch
 
     from sparse_train import kernels
-    from sparse_train.bench.layers import MPT_7B_BLOCK, layer_rows, print_rows, random_weights
+    from sparse_train.bench.layers import MPT_7B_BLOCK, layer_rows, random_weights
+    from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
+    from sparse_train.cpus import set_threads
 
+    set_threads()
     bandwidth, rows = kernels.read_bandwidth(), []
     for sparsity in options.sparsity:
         rows += layer_rows("mpt-7b block", random_weights(MPT_7B_BLOCK, sparsity), options.repeats, bandwidth)
-    print_rows(rows, Console(width=140))
+    print_measured(Console(width=140), SPEED_HEADER, map(speed_cells, rows), [kernels.backend()], num_left=3)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
                       "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:
     from sparse_train.bench.moves import move_rows
+    from sparse_train.bench.tables import print_measured, spread_cell
+    from sparse_train.cpus import set_threads
 
+    set_threads()
     rows = move_rows(options.sparsity, options.repeats)
     keys = ("kernel", "dtype", "backend", "sparsity", "milliseconds", "fraction_of_copy")
-    print_table(console, keys, [[row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys]
-                                for row in rows])
+    print_measured(console, (*keys, "spread"), [
+        [*(row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys),
+         spread_cell(row["low"], row["milliseconds"], row["high"])] for row in rows])
     print(json.dumps({"rows": rows}))
 
 
@@ -105,6 +125,8 @@ def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
 
 
 def _print_train(found: dict[str, Any], console: Console) -> None:
+    from sparse_train.bench.tables import print_measured, spread_cell
+
     measured = found["measured"]
     console.print(f"{found['ranks']} ranks on {found['device']}, ZeRO-3; relative to the dense step; "
                   "arithmetic alone makes 1.333", highlight=False)
@@ -114,9 +136,11 @@ def _print_train(found: dict[str, Any], console: Console) -> None:
         step = found["step_time"].get(name, {"median": 1.0, "low": 1.0, "high": 1.0})
         rows.append([name, f"{1e3 * seconds['median']:.0f}",
                      f"{step['median']:.2f} ({step['low']:.2f}-{step['high']:.2f})",
+                     spread_cell(seconds["low"], seconds["median"], seconds["high"]),
                      *(f"{values[key] / 1e6:.0f} ({values[key] / measured['dense'][key]:.2f})"
                        for key in ("peak_memory", "traffic_bytes", "state_bytes"))])
-    print_table(console, ("step", "ms", "time (quartiles)", "peak MB", "moved MB", "state MB per rank"), rows)
+    header = ("step", "ms", "time (quartiles)", "spread", "peak MB", "moved MB", "state MB per rank")
+    print_measured(console, header, rows, [found["backend"]])
     groups = list(measured["dense"]["milliseconds_of"])
     print_table(console, ("where it goes, ms", *measured), [
         [group, *(f"{values['milliseconds_of'][group]:.0f}" for values in measured.values())] for group in groups])

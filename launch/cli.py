@@ -132,11 +132,16 @@ def _inspect(options, console: Console) -> None:
 
 
 def _generate(options, console: Console) -> None:
+    from sparse_train import kernels
+    from sparse_train.cpus import set_threads
     from sparse_train.inference import load
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: it must be at least 1")
+    set_threads()
     model = load(options.folder)
+    if model.is_sparse and kernels.backend() == "portable":
+        Console(stderr=True, soft_wrap=True).print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
     console.print(model.complete(options.prompt, options.max_new_tokens), markup=False, highlight=False,
                   soft_wrap=True)
 

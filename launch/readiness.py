@@ -17,6 +17,7 @@ from sparse_train.launch.stages import Stage, log_folder, partial_folder
 
 from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
+from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
 from sparse_train.models import describe, empty_model, read_config
 
@@ -41,7 +42,7 @@ def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
 def _own_row(place: Place) -> dict[str, Any]:
     device = dist.device()
     row = {"rank": place.rank, "host": place.host, "local_rank": place.local_rank, "device": str(device),
-           "cpus": len(os.sched_getaffinity(0)), "free_memory": _free_memory()}
+           "cpus": available_cpus(), "free_memory": _free_memory()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         row |= {"name": properties.name, "uuid": str(properties.uuid), "free_device_memory":

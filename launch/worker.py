@@ -37,6 +37,7 @@ from sparse_train.launch.stages import (
 from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig
 from sparse_train.config_file import load_config
+from sparse_train.cpus import set_threads
 from sparse_train.errors import UserError
 from sparse_train.pulse import Pulse
 from sparse_train.tracking import Progress, log_results
@@ -113,6 +114,8 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
     if place.rank == 0:  # before anything can go wrong, and before an attempt that is still alive somewhere writes more
         attempts.begin(logs, place, checkpoint.newest_step(partial_folder(stage, config) / "checkpoints"))
     pulse = join_ranks(place, cluster, port, logs) if stage.distributed else None
+    if not stage.distributed:
+        set_threads()
     if stage.distributed and cluster.preflight:
         readiness.check_ranks(place, config, stage)
     ends = deadline() if place.rank == 0 else None
@@ -142,10 +145,7 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
 
 def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Pulse:
     """Make this process the rank that it was started as, and watch over the others."""
-    given = len(os.sched_getaffinity(0))
-    # Where SLURM binds each rank to CPUs of its own, there is nothing to divide.
-    own = min(given, int(os.environ.get("SLURM_CPUS_PER_TASK", 0))) or given // place.ranks_on_node
-    torch.set_num_threads(max(1, own))
+    set_threads(place.ranks_on_node)
     # Twice as long as silence: a time-out of a collective cannot say whose fault it is, the pulse can.
     dist.start(place.rank, place.num_ranks, place.local_rank, place.ranks_on_node, place.nodes[0], port,
                timedelta(seconds=2 * cluster.silence_s))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sparse_train.launch.cli import main
 from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts, kernels
@@ -59,6 +60,18 @@ def test_the_audit_names_a_weight_that_came_back_or_changed(spoil, tmp_path):
     dense.get_submodule(name).weight.data[*place] += 1
     save_model(tmp_path, dense, tiny_tokenizer())
     assert unpruned_zeros(tmp_path, weights) == [name]
+
+
+def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
+    model = _sparse_model()
+    export_sparse(model, tiny_tokenizer(), "int8", tmp_path / "sparse")
+    export_dense(model, tiny_tokenizer(), tmp_path / "dense")
+    for backend in kernels.backends():
+        for folder in ("sparse", "dense"):
+            with kernels.use_backend(backend):
+                assert main(["generate", str(tmp_path / folder), "--prompt", "Tom", "--max-new-tokens", "2"]) == 0
+            told = capsys.readouterr().err.count("dense torch may be faster")
+            assert told == ((folder, backend) == ("sparse", "portable")), (folder, backend)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 6e-2)])

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from rich.console import Console
 from sparse_train.jobs.report import _page, print_tables
@@ -37,6 +38,31 @@ def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
         print_tables(tmp_path / "report.json", console)
         shown, page = console.export_text(), _page(data, tmp_path / "picture.png")
         assert all(text in shown and text in page for text in told), shown
+
+
+def _speed(milliseconds=1.0, spread=0.1, bound=0.5):
+    return {"model": "m", "what": "linears", "engine": "sparse", "precision": "fp32", "sparsity": 0.5,
+            "milliseconds": milliseconds, "low": milliseconds, "high": milliseconds * (1 + spread), "speedup": 1.0,
+            "fraction_of_byte_bound": bound}
+
+
+@pytest.mark.parametrize(("row", "backend", "marked", "told"), [
+    (_speed(), "avx512", [], []), (_speed(spread=0.49, bound=1.0), "avx512", [], []),
+    (_speed(spread=19.0), "avx512", ["1900%!"], ["too busy to measure"]),
+    (_speed(bound=1.21), "avx512", ["1.21!"], ["too busy to measure"]),
+    (_speed(spread=0.6, bound=2), "portable", ["60%!", "2.00!"], ["too busy to measure", "dense torch may be faster"]),
+    (_speed(), "portable", [], ["dense torch may be faster"])])
+def test_what_is_doubtful_is_marked_and_told_in_a_line(tmp_path, row, backend, marked, told):
+    data = _data("gsm8k", "exact_match", exact_match=0.5, exact_match_flexible=0.5, shots=1, cross_entropy=1.0)
+    data["speed"], data["machines"][0]["backend"] = [row], backend
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    (tmp_path / "picture.png").write_bytes(b"")
+    console = Console(record=True, width=160)
+    print_tables(tmp_path / "report.json", console)
+    shown, page = console.export_text(), _page(data, tmp_path / "picture.png")
+    assert [cell for cell in shown.split() if cell.endswith("!") and cell != "!"] == marked, shown
+    for text in ("too busy to measure", "dense torch may be faster"):
+        assert (text in shown, text in page) == (text in told,) * 2, text
 
 
 def _decoded(family, example):

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from sparse_train.bench.timing import Timing, interleave
 from sparse_train.compress import quantise_rows
 from sparse_train.kernels import PackedMatrix
 from sparse_train.sparse import BitmaskTensor
-from sparse_train.tables import print_table
 
 MPT_7B_BLOCK = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))
 
@@ -69,17 +67,3 @@ def _engines(weights):
         ("sparse", "fp32"): ([m.matvec for m in fp32], sum(m.num_bytes for m in fp32)),
         ("sparse", "int8"): ([m.matvec for m in int8], sum(m.num_bytes for m in int8)),
     }
-
-
-SPEED_HEADER = ("model", "what", "engine", "zeros", "ms", "spread", "speed-up", "bound")
-
-
-def speed_cells(row: dict[str, Any]) -> list[str]:
-    """A row as text under SPEED_HEADER. spread: the distance of the quartiles over the median."""
-    return [row["model"], row["what"], f"{row['engine']} {row['precision']}", f"{row['sparsity']:.2f}",
-            f"{row['milliseconds']:.3f}", f"{(row['high'] - row['low']) / row['milliseconds']:.0%}",
-            f"{row['speedup']:.2f}x", f"{row['fraction_of_byte_bound']:.2f}"]
-
-
-def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    print_table(console, SPEED_HEADER, map(speed_cells, rows), num_left=3)

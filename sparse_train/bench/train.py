@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MptConfig, MptForCausalLM
 
-from sparse_train import dist
+from sparse_train import dist, kernels
 from sparse_train.bench.timing import interleave
 from sparse_train.config import LossConfig, TeacherConfig, TrainConfig, ZeroConfig
 from sparse_train.models import family_of
@@ -86,7 +86,8 @@ def train_bench(bench: TrainBench, progress: Callable[[int, int], None] | None =
     return {"step_time": {name: timings[name].over(timings["dense"]).plain() for name in others},
             **{key: {name: measured[name][key] / measured["dense"][key] for name in others}
                for key in ("peak_memory", "traffic_bytes", "state_bytes")},
-            "measured": measured, "bench": vars(bench), "ranks": dist.world_size(), "device": str(dist.device())}
+            "measured": measured, "bench": vars(bench), "ranks": dist.world_size(), "device": str(dist.device()),
+            "backend": kernels.backend() if dist.device().type == "cpu" else ""}
 
 
 def _trainer(bench: TrainBench, sparse: bool) -> Trainer:

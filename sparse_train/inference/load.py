@@ -20,6 +20,11 @@ class Runtime:
     """`model.generate(...)` is Hugging Face's."""
     processor: Processor
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it runs on the native kernels."""
+        return any(isinstance(module, PackedLinear) for module in self.model.modules())
+
     def complete(self, prompt: str, max_new_tokens: int) -> str:
         """The greedy continuation of `prompt`, or an encoder-decoder's answer to it."""
         if not prompt:

@@ -4,6 +4,7 @@
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32 or INT8
     read_bandwidth           what the memory gives, for the byte bound
     backend, use_backend     which instructions run: avx512 (VBMI2, VNNI) or portable
+    PORTABLE_NOTE            what to tell where the portable ones run
 
 Tensors elsewhere than on the CPU, and dtypes the native code does not move, take the reference.
 """
@@ -26,10 +27,13 @@ except ImportError as error:
                       f"in the repository ({error})") from error
 
 __all__ = [
-    "PackedMatrix", "backend", "backends", "compact", "expand", "pack", "read_bandwidth", "unpack", "use_backend",
+    "PORTABLE_NOTE", "PackedMatrix", "backend", "backends", "compact", "expand", "pack", "read_bandwidth", "unpack",
+    "use_backend",
 ]
 
 _BACKENDS = ("avx512", "portable") if _native.has_avx512() else ("portable",)
+PORTABLE_NOTE = ("portable kernels: without AVX-512 (VBMI2, VNNI) sparse products are computed one value after the "
+                 "other; dense torch may be faster")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOVED = (*_FLOATS, torch.int8)
 _MOST_THREADS = 4096

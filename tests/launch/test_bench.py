@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from sparse_train.launch.cli import main
 
 from tests.launch.test_pipeline import _cli
 
@@ -26,6 +27,18 @@ def test_ours_holds_and_moves_less_than_the_masked_way():
     assert found["ranks"] == 2
     _check(found)
     assert found["traffic_bytes"]["ours"] < found["traffic_bytes"]["masked"]
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["layers", "--repeats", "0"], "--repeats"), (["moves", "--repeats", "-1"], "--repeats"),
+    (["train", "--repeats", "many"], "--repeats"), (["train", "--ranks", "0"], "--ranks"),
+    (["train", "--d-model", "100"], "100 is no multiple of 64"), (["train", "--num-tokens", "1.5"], "--num-tokens"),
+    (["layers", "--sparsity", "nan"], "outside [0, 1)")])
+def test_numbers_that_leave_nothing_to_measure_are_refused(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.gpu
