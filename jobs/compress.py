@@ -1,4 +1,4 @@
-"""compress: the last fine-tune of config.finetune.losses, quantised and exported, audited, and scored once more.
+"""compress: the last fine-tune of config.compress.loss, quantised and exported, audited, and scored once more.
 
     sparse-PRECISION/   values and bits for our runtime
     dense/              Hugging Face's layout with every zero in place, for other tools

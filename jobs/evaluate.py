@@ -28,7 +28,7 @@ def run(job: Job) -> dict[str, Any]:
                 index * total + done, len(job.inputs) * total, stage))
         name = "one-shot" if stage.startswith("prune") else stage.rpartition("/")[2]
         found.append({"stage": stage, "loss": name, "sparsity": sparsity, "metrics": score.metrics})
-        with open(job.out / f"{stage.replace('/', '-')}.jsonl", "w") as file:
+        with open(job.out / f"{stage.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
     write_json(job.out / "scores.json", found)
     return {row["stage"]: row["metrics"] for row in found}

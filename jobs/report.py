@@ -39,7 +39,8 @@ def _collect(job: Job) -> dict[str, Any]:
     scores = []
     for row in artifacts.read_json(inputs["evaluate"] / "scores.json"):
         scores += _score_rows(config.name, row["loss"], "fp32", row["sparsity"], row["metrics"])
-        sparsity = row["sparsity"]  # the last one's is the compressed model's
+        if row["loss"] == config.compressed_loss:
+            sparsity = row["sparsity"]  # in the end that of the last level, which is compressed
     compressed = artifacts.read_json(inputs["compress"] / "scores.json")
     for precision, metrics in compressed["scores"].items():
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)

@@ -59,7 +59,8 @@ def main(run: str, stage_id: str, code: int) -> int:
         return code
     job = attempt.rpartition(".")[0]  # of an array its task: the bare number may be the whole array's
     for _ in range(_PATIENCE):
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, encoding="utf-8",
+                               errors="replace")
         if asked.returncode == 0:
             if asked.stdout.strip() != "RUNNING":  # cancelled, or SLURM has requeued it already
                 return code

@@ -43,18 +43,18 @@ def begin(logs: Path, place: Place, from_step: int) -> None:
     artifacts.write_text(logs / "attempt", place.attempt)
     line = {"id": place.attempt, "job": place.job, "nodes": place.nodes, "ranks": place.num_ranks,
             "from_step": from_step, "started": time.time()}
-    with open(logs / "attempts.jsonl", "a") as file:
+    with open(logs / "attempts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def require_newest(logs: Path, attempt: str) -> None:
-    if (newest := (logs / "attempt").read_text()) != attempt:
+    if (newest := (logs / "attempt").read_text(encoding="utf-8")) != attempt:
         raise Superseded(f"attempt {attempt} ends here: {newest} is at work on the stage")
 
 
 def note_requeue(logs: Path, attempt: str) -> None:
     logs.mkdir(parents=True, exist_ok=True)  # where it ended before it began
-    with open(logs / "requeues", "a") as file:
+    with open(logs / "requeues", "a", encoding="utf-8") as file:
         file.write(f"{attempt}\n")
 
 
@@ -63,7 +63,7 @@ def num_tries(logs: Path, attempt: str) -> int:
     or a lost node, are no fault of the job's and do not count."""
     job, _, restarts = attempt.rpartition(".")
     file = logs / "requeues"
-    requeued = file.read_text().split() if file.is_file() else []
+    requeued = file.read_text(encoding="utf-8").split() if file.is_file() else []
     steps = {one["id"]: one["from_step"] for one in read_attempts(logs)}
     step, count = steps.get(attempt), 1
     for number in reversed(range(int(restarts))):
@@ -78,7 +78,7 @@ def num_tries(logs: Path, attempt: str) -> int:
 def read_attempts(logs: Path) -> list[dict[str, Any]]:
     """Oldest first."""
     found, file = [], logs / "attempts.jsonl"
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):  # half a line, of a node that died
             found.append(json.loads(line))
     return found

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a stage failed (its log is named); 2 a mistake of the user
 """
 
 import argparse
+import re
 import signal
 import sys
 import warnings
@@ -36,8 +37,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     # argparse takes key=value only right after CONFIG; users write them after options too.
     options, rest = parser.parse_known_args(arguments)
     if options.command is _run:
-        options.overrides += [text for text in rest if not text.startswith("-")]
+        options.overrides = [*options.overrides, *(text for text in rest if not text.startswith("-"))]
         rest = [text for text in rest if text.startswith("-")]
+        for text in rest:
+            if re.match(r"--?[a-z_]+(\.\w+)*=", text):
+                parser.error(f"{text}: keys of the config have no dashes; write {text.lstrip('-')}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
@@ -52,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
                     "training goes on from its newest checkpoint.")
     run.add_argument("config", help="a YAML recipe, such as configs/demo.yaml")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.sparsity=0.5, cluster.nodes=4")
+    run.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                     help="such as prune.sparsity=0.5, cluster.nodes=4")
     run.add_argument("--on", default="local", metavar="CLUSTER",
                      help="a file of configs/cluster, or a path: local (the default) runs here, slurm submits jobs")
     run.add_argument("--stages", default="", metavar="A,B", help="only these, such as prune,finetune")
@@ -80,16 +85,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options, console: Console) -> int:
     from sparse_train.launch import runner, slurm
-    from sparse_train.launch.cluster import load_cluster
+    from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
     from sparse_train.launch.preflight import check, numbers
     from sparse_train.launch.sweep import run_sweep
 
     from sparse_train.config_file import load_points
 
-    ours = [text for text in options.overrides if text.startswith("cluster.")]
-    points = load_points(options.config, [text for text in options.overrides if text not in ours])
-    cluster = load_cluster(options.on, [text.removeprefix("cluster.") for text in ours])
-    names = [name for name in options.stages.split(",") if name]
+    ours = [text for text in options.overrides if text.startswith(UNDER)]
+    points = load_points(options.config, [text for text in options.overrides if text not in ours],
+                         {UNDER: ClusterConfig})
+    cluster = load_cluster(options.on, ours)
+    names = [name.strip() for name in options.stages.split(",") if name.strip()]
     # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if any(point for point, _ in points):

@@ -11,7 +11,7 @@ from sparse_train.config import Positive, Section
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 
-CLUSTER = "cluster.yaml"
+CLUSTER, UNDER = "cluster.yaml", "cluster."
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",
               "open-mode", "output", "requeue", "signal", "wrap"}
@@ -143,9 +143,9 @@ class ClusterConfig(Resources):
 
 
 def load_cluster(name: str, overrides: list[str] | tuple[str, ...] = ()) -> ClusterConfig:
-    """`name`: a file of configs/cluster without its ending, or a path to one. `overrides`: key=value."""
+    """`name`: a file of configs/cluster without its ending, or a path to one. `overrides`: cluster.key=value."""
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "cluster" / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))
         raise UserError(f"--on {name}: there is no {path}; give a .yaml file or one of: {', '.join(known)}")
-    return load_config(ClusterConfig, path, overrides)
+    return load_config(ClusterConfig, path, overrides, UNDER)

@@ -191,7 +191,7 @@ def _logs(options, console: Console) -> None:
     file = _log_file(config, stage, options.rank)
     stream, asked = sys.stdout, -_ASK_S
     at_work = options.follow
-    with open(file, errors="replace") as opened:
+    with open(file, errors="replace", encoding="utf-8") as opened:
         while True:
             # Asked before reading: what is written until the end is still read.
             if at_work and (config.path / stage.id / artifacts.DONE).is_file():
@@ -237,7 +237,7 @@ def _launcher(run: Path) -> psutil.Process | None:
     """The process of this machine that runs the stages, where one does."""
     with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
         lock = (run / ".lock").resolve()
-        host, pid = lock.read_text().split()
+        host, pid = lock.read_text(encoding="utf-8").split()
         process = psutil.Process(int(pid))
         if host == platform.node() and str(lock) in {file.path for file in process.open_files()}:
             return process

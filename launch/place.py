@@ -59,8 +59,8 @@ def deadline() -> float | None:
         return float(told)
     try:
         job = submitit.JobEnvironment().job_id
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, timeout=30,
-                               check=True)
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, encoding="utf-8",
+                               errors="replace", timeout=30, check=True)
         return datetime.fromisoformat(asked.stdout.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # also "NONE", of a job without a limit
         return None

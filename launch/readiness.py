@@ -55,7 +55,7 @@ def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     found = [psutil.virtual_memory().available]
     if asked := int(os.environ.get("SLURM_MEM_PER_NODE", 0)):
         found.append(asked << 20)
-    for line in own.read_text().splitlines():
+    for line in own.read_text(encoding="utf-8").splitlines():
         _, kinds, name = line.split(":", 2)
         if kinds not in ("", "memory"):
             continue
@@ -64,10 +64,10 @@ def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
         folder = top / name.lstrip("/")
         for level in (folder, *folder.parents):
             # The whole tree has no limit, and v1's word for none is a number beyond any machine.
-            if (level / limit).is_file() and (most := (level / limit).read_text().strip()) != "max":
-                stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+            if (level / limit).is_file() and (most := (level / limit).read_text(encoding="utf-8").strip()) != "max":
+                stat = dict(line.split() for line in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
                 cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the first is v1's, of the tree
-                found.append(int(most) - int((level / used).read_text()) + cache)
+                found.append(int(most) - int((level / used).read_text(encoding="utf-8")) + cache)
             if level == top:
                 break
     return max(0, min(found))

@@ -89,7 +89,7 @@ def freeze(config: RunConfig, cluster: ClusterConfig) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """The run folder, made where it is missing, for one launcher at a time; the file says which."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

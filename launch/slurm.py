@@ -239,7 +239,8 @@ def require_idle(folder: Path) -> None:
 def read_jobs(run: Path) -> dict[str, str]:
     """stage -> the newest job submitted for it (RUN/logs/STAGE/job); empty for a run that was never on SLURM."""
     logs = run / "logs"
-    return {str(note.parent.relative_to(logs)): note.read_text().strip() for note in sorted(logs.rglob(JOB_FILE))}
+    return {str(note.parent.relative_to(logs)): note.read_text(encoding="utf-8").strip()
+            for note in sorted(logs.rglob(JOB_FILE))}
 
 
 def output_folder(config: RunConfig, stage: Stage, job: str) -> Path:
@@ -288,7 +289,7 @@ def _ask(command: list[str]) -> list[str]:
     """Lines of its output. squeue fails when it knows none of the jobs any more, which is an answer too; sacct where
     there is no accounting."""
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        asked = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]} does not answer ({error}); ask from a login node of the cluster") from error
     if asked.returncode and "squeue" in command and "Invalid job id" not in asked.stderr:

@@ -43,7 +43,7 @@ def freeze_code(run: Path) -> Path:
     for name in _INSIDE:
         shutil.copytree(top / name, package / name, ignore=ignored, dirs_exist_ok=True)
     shutil.copy2(_native.__file__, package / "kernels")
-    (aside / "sitecustomize.py").write_text(_CUSTOMIZE)
+    (aside / "sitecustomize.py").write_text(_CUSTOMIZE, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
     return final

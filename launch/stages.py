@@ -65,7 +65,9 @@ def build_stages(config: RunConfig) -> list[Stage]:
         Stage("dense", ("seed", "task", "model", *(f"dense.{name}" for name in training)), distributed=True)]
     chain, one_shots, tuned = _chain(config, training, dense, external)
     stages += chain
-    last, devices = tuned[-1], config.benchmark.devices
+    # In a chain, that of the last level.
+    last = next(stage for stage in reversed(tuned) if stage.rpartition("/")[2] == config.compressed_loss)
+    devices = config.benchmark.devices
     benchmarks = [Stage(f"benchmark/{device}" if len(devices) > 1 else "benchmark",
                         ("name", "task", "benchmark", "prune.sparsity"), (*dense, last, "compress"), external=external,
                         level=index) for index, device in enumerate(devices)]

@@ -191,7 +191,7 @@ def _run_job(place: Place, stage: Stage, config: RunConfig, ends: float | None) 
 def _prepare(out: Path, key: str) -> None:
     """Keep what an earlier try at the same key left, such as its checkpoints; clear what belongs to another."""
     note = out / _KEY
-    if not note.is_file() or note.read_text() != key:
+    if not note.is_file() or note.read_text(encoding="utf-8") != key:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         artifacts.write_text(note, key)

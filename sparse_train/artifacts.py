@@ -30,7 +30,7 @@ _PACKAGES = ("sparse-train", "torch", "deepspeed", "transformers", "safetensors"
 def write_text(path: Path, text: str) -> None:
     """Replace `path` whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w") as file:
+    with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -43,7 +43,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

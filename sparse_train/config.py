@@ -25,7 +25,7 @@ Location = Annotated[str, AfterValidator(_absolute)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TaskConfig(Section):
@@ -306,9 +306,7 @@ class LossConfig(Section):
 
 
 class FinetuneConfig(TrainConfig):
-    losses: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], LossConfig] = {
-        "squarehead": LossConfig(feature_weight=1.0)
-    }
+    losses: dict[str, LossConfig] = {"squarehead": LossConfig(feature_weight=1.0)}
     """One fine-tune per entry, all with the same budget; the name is the folder's and the report's."""
     teacher: TeacherConfig = TeacherConfig()
 
@@ -317,6 +315,9 @@ class FinetuneConfig(TrainConfig):
     def _at_least_one(cls, losses):
         if not losses:
             raise ValueError("losses is empty; name at least one, such as squarehead: {feature_weight: 1}")
+        for name in losses:
+            if not re.fullmatch("[a-z0-9_-]+", name):
+                raise ValueError(f"a loss is called {name!r}; take small letters, digits, _ and -, such as squarehead")
         taken = {"dense", "prune", "one-shot"} & set(losses)
         if taken:
             raise ValueError(f"a loss cannot be called {min(taken)}, which the report calls another model")
@@ -333,6 +334,8 @@ class EvaluateConfig(Section):
 
 
 class CompressConfig(Section):
+    loss: str | None = None
+    """Which of finetune.losses is compressed, benchmarked and reported; None: the only one."""
     precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "int8")
     """One sparse folder per precision; int8 has one scale per row."""
 
@@ -369,12 +372,13 @@ _GENERATED = {"t5": "numbers", "whisper": "dialtones"}  # task.name by family; a
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    name: str = "run"
     about: str = ""
-    """What the reader of the run's results should know; printed with them."""
+    """What the reader of the run's results should know; printed with them. It is true of this file's run: a file that
+    extends this one does not have it, nor a run with overrides, but for name and folder."""
     folder: str = "runs"
     """The run's files go to folder/name."""
-    seed: int = 17
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     dense: DenseConfig = DenseConfig()
@@ -397,6 +401,27 @@ class RunConfig(Section):
             if family in _GENERATED:
                 return {**given, "task": {**task, "name": _GENERATED[family]}}
         return given
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise ValueError(f"name={name}: a run's name is letters, digits, . _ and -, such as my-run")
+        return name
+
+    @model_validator(mode="after")
+    def _one_loss_is_compressed(self):
+        names, chosen = ", ".join(self.finetune.losses), self.compress.loss
+        if chosen is None and len(self.finetune.losses) > 1:
+            raise ValueError(f"compress.loss is missing: finetune.losses has {names}; give the one whose model is "
+                             f"compressed, such as compress.loss={list(self.finetune.losses)[-1]}")
+        if chosen is not None and chosen not in self.finetune.losses:
+            raise ValueError(f"compress.loss={chosen} is none of finetune.losses: {names}")
+        return self
+
+    @property
+    def compressed_loss(self) -> str:
+        return self.compress.loss or next(iter(self.finetune.losses))
 
     @field_validator("sweep")
     @classmethod

@@ -55,6 +55,6 @@ def _quotas() -> Iterator[float]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

@@ -36,20 +36,20 @@ class Tracker:
     def __init__(self, folder: Path, run: Path, stage: str, config: dict[str, Any] | None = None,
                  wandb: WandbConfig | None = None):
         self.path = folder / "metrics.jsonl"
-        self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._wandb = wandb and _Guest(folder, run, stage, config, wandb)
 
     def rewind(self, step: int) -> None:
         """Drop lines after `step`: a resumed job writes them again."""
         self._file.close()
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a killed job may have left half a line
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         # A new file, not a shorter one: on a node that was cut off, the last attempt may still append to its own.
         write_text(self.path, "".join(kept))
-        self._file = open(self.path, "a")  # noqa: SIM115
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """`metrics` may nest one level, such as {"squarehead": {"0": 0.2}}; wandb sees squarehead/0."""
@@ -144,7 +144,7 @@ def _kept_id(folder: Path) -> str:
     file = folder / "wandb-id"
     if not file.is_file():
         write_text(file, secrets.token_hex(8))
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 class Progress:

@@ -10,7 +10,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 
 @pytest.mark.parametrize("arguments, told", [
     (["run", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
-    (["run", _DEMO, "finetune.stepz=3"], "did you mean steps?"),
+    (["run", _DEMO, "finetune.stepz=3"], "did you mean finetune.steps?"),
     (["run", _DEMO, "prune.sparsity=1.5"], "outside [0, 1)"),
     (["run", _DEMO, "prune.sparsity=null", "prune.pattern=3:7"], "pattern 3:7 does not divide transformer.blocks.0"),
     (["run", _DEMO, "dense.zero.stage=5"], "there is no ZeRO stage 5"),
@@ -19,6 +19,9 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["run", _DEMO, "task.name=gsm8k", "task.path=EMPTY"], "holds no train.jsonl"),
     (["run", _DEMO, "dense.path=EMPTY"], "is no checkpoint"),
     (["run", _DEMO, "dense.path=./nowhere"], "there is no folder ./nowhere"),
+    (["run", _DEMO, "nodes=4"], "did you mean cluster.nodes?"),
+    (["run", _DEMO, "cluster.nodes=4"], "sparse-train: cluster.nodes=4: this machine is one node"),
+    (["run", _DEMO, "--stages", "report, dens"], "there is no stage dens in this run"),
     (["run", _DEMO, "--on", "mars"], "one of: local, slurm"),
     (["run", _DEMO, "--stages", "prun"], "there is no stage prun in this run"),
     (["run", _DEMO, "--stages", "report"], "stage report needs dense"),
@@ -48,6 +51,17 @@ def test_an_unknown_option_is_a_mistake_and_overrides_may_follow_options(tmp_pat
     with pytest.raises(SystemExit) as stop:
         main(["run", _DEMO, "--frobnicate"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["run", _DEMO, "--prune.sparsity=0.5"], "keys of the config have no dashes; write prune.sparsity=0.5"),
+    (["run", _DEMO, "-seed=1"], "write seed=1"),
+    (["run"], "the following arguments are required: config\n"),
+])
+def test_what_the_parser_refuses_has_a_remedy(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_help_tells_of_every_command(capsys):

@@ -1,15 +1,17 @@
 """Configs: closed, validated, one line per mistake; every recipe that is shipped loads."""
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
-from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
 from sparse_train.launch.stages import build_stages, select
 
-from sparse_train.config import RunConfig, TaskConfig
-from sparse_train.config_file import dump_config, load_config
+from sparse_train.config import RunConfig, Section, TaskConfig
+from sparse_train.config_file import dump_config, load_config, load_points
 from sparse_train.errors import UserError
+from sparse_train.yaml_core import read_yaml, write_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster")
@@ -50,9 +52,15 @@ def test_overrides_are_typed_and_nested():
 
 
 @pytest.mark.parametrize("override, told", [
-    ("finetune.stepz=3", "there is no key finetune.stepz; did you mean steps?"),
-    ("finetune.losses.ce.feature_wait=1", "did you mean feature_weight?"),
-    ("tracking.wandb.mod=offline", "did you mean mode?"),
+    ("finetune.stepz=3", "there is no key finetune.stepz; did you mean finetune.steps?"),
+    ("finetune.losses.ce.feature_wait=1", "did you mean finetune.losses.ce.feature_weight?"),
+    ("tracking.wandb.mod=offline", "did you mean tracking.wandb.mode?"),
+    ("sparsity=0.5", "did you mean prune.sparsity?"),
+    ("sparsty=0.5", "did you mean prune.sparsity?"),
+    ("learning_rate=1", "did you mean dense.learning_rate or finetune.learning_rate?"),
+    ("finetune.stage=2", "did you mean finetune.zero.stage?"),
+    ("nodes=4", "did you mean cluster.nodes?"),
+    ("frobnicate=4", "there is no key frobnicate; valid here: about,"),
     ("prune.sparsity=1.0", "sparsity=1.0 is outside [0, 1)"),
     ("prune.sparsity=-0.1", "sparsity=-0.1 is outside [0, 1)"),
     ("prune.sparsity=null", "sparsity is missing"),
@@ -65,19 +73,119 @@ def test_overrides_are_typed_and_nested():
     ("finetune.losses.ce.task_weight=0", "all loss weights are 0"),
     ("finetune.accumulation=7", "accumulation=7 must divide batch_size=64"),
     ("model.n_heads=3", "n_heads=3 must divide d_model=128"),
+    ("finetune.losses.SquareHead={}", "a loss is called 'SquareHead'; take small letters, digits, _ and -"),
+    ("finetune.losses={kd: {logit_weight: 1}}", "compress.loss=squarehead is none of finetune.losses: kd"),
+    ("compress={loss: null}", "compress.loss is missing: finetune.losses has ce, squarehead; give the one"),
     ("dense.steps=0", "dense.steps=0: input should be greater than 0"),
+    ("dense.steps=true", "dense.steps=true: give a whole number"),
+    ("dense.steps=1.5", "dense.steps=1.5: give a whole number"),
+    ("dense.steps=0x10", "dense.steps=0x10: give a whole number"),
+    ("task.prompt=12", "task.prompt=12: give text"),
+    ("finetune.zero.offload_optimizer=yes", "finetune.zero.offload_optimizer=yes: give true or false"),
     ("dense.steps", "write key=value"),
-    ("prune.calibration.pth=x", "did you mean path?"),
+    ("prune.calibration.pth=x", "did you mean prune.calibration.path?"),
     ("name.x=1", "name is a value, not a section"),
-    ("name=../up", "name='../up'"),
-    ("prune.sparsity=[0.5, x]", "prune.sparsity=[0.5, x]: prune.sparsity="),
+    ("name=../up", "name=../up: a run's name is letters, digits"),
+    ("name=my run", "name=my run: a run's name is letters, digits"),
+    ("prune.sparsity=75%", "prune.sparsity=75%: give a number, such as 0.5"),
+    ("prune.sparsity=[0.5, x]", "prune.sparsity=[0.5, x]: prune.sparsity.1=x: give a number"),
+    ("task={name: text, name: gsm8k}", "the key name is given 2 times"),
+    ("task={5: 1}", "there is no key task.5; valid here"),
+    ("task={? [a] : 1}", "a key must be one word"),
+    ("sweep={seed: [*seeds]}", "aliases (*seeds) are not supported"),
+    ("task.prompt=!!python/name:os.system x", "could not determine a constructor"),
+    ("seed=" + 5000 * "9", "not valid YAML: Exceeds the limit"),
+    ("sweep=" + 1000 * "[", "nested more than 50 deep"),
     ("task.languages=[en]", "task.languages.1 is missing"),
     ("tracking.wandb=5", "tracking.wandb=5: this is a section"),
 ])
 def test_a_mistake_is_one_line_with_value_and_remedy(override, told):
     with pytest.raises(UserError) as error:
-        load_config(RunConfig, _DEMO, [override])
-    assert told in str(error.value) and "\n" not in str(error.value)
+        load_config(RunConfig, _DEMO, [override], others={UNDER: ClusterConfig})
+    message = str(error.value)
+    assert told in message and "\n" not in message and message.count(override) == 1
+
+
+@pytest.mark.parametrize("override, told", [
+    ("cluster.nodes=4", "cluster.nodes=4: this machine is one node; use --on slurm"),
+    ("cluster.nods=4", "there is no key cluster.nods; did you mean cluster.nodes?"),
+    ("cluster.ranks_per_node=true", "cluster.ranks_per_node=true: give a whole number"),
+])
+def test_a_mistake_in_an_override_of_the_cluster_names_it_and_no_file(override, told):
+    with pytest.raises(UserError) as error:
+        load_cluster("local", [override])
+    assert told in str(error.value) and str(error.value).startswith(override) and ".yaml" not in str(error.value)
+
+
+def test_the_override_that_is_named_is_at_fault_not_the_last_of_its_section():
+    with pytest.raises(UserError, match=r"^model.n_heads=3 must divide d_model=128$"):
+        load_config(RunConfig, _DEMO, ["model.n_heads=3", "model.vocab_size=300"])
+
+
+def _floats(section, above=""):
+    for name, field in section.model_fields.items():
+        if isinstance(inner := field.annotation, type) and issubclass(inner, Section):
+            yield from _floats(inner, f"{above}{name}.")
+        elif inner is not Any and float in (inner, *get_args(inner)):
+            yield f"{above}{name}", inner
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+def test_no_number_of_a_config_is_infinite(value):
+    keys = list(_floats(RunConfig))
+    assert len(keys) > 10
+    for key, kind in keys:
+        with pytest.raises(UserError, match="infinity and NaN are no settings"):
+            load_config(RunConfig, _DEMO, [f"{key}=" + (f"[0.5, {value}]" if kind == tuple[float, float] else value)])
+    with pytest.raises(UserError, match="infinity and NaN"):
+        load_config(RunConfig, _DEMO, [f"prune.sparsity=[0.5, {value}]"])
+
+
+@pytest.mark.parametrize("text, value", [
+    ("no", "no"), ("on", "on"), ("Yes", "Yes"), ("true", True), ("False", False), ("~", None), ("", None),
+    ("12:30:00", "12:30:00"), ("2:4", "2:4"), ("2024-01-01", "2024-01-01"), ("1_000", "1_000"), ("0x1F", "0x1F"),
+    ("010", 10), ("-3", -3), ("1e3", 1000), ("1e-4", 1e-4), ("1E+2", 100), (".5", 0.5), ("1.", 1.0),
+    ("-2.5e3", -2500.0), ("<<", "<<"), ("=", "="), ("[en, no]", ("en", "no")), ("{a: 1}", {"a": 1}),
+])
+def test_yaml_is_that_of_the_core_schema(text, value):
+    found = read_yaml(text)
+    assert found == value and type(found) is type(value)
+    assert read_yaml(write_yaml({"x": list(found) if isinstance(found, tuple) else found}))["x"] == value
+
+
+@pytest.mark.parametrize("text", ["no", "1e3", "010", "12:30:00", "2024-01-01", "true", "~", "", "1_000", "é", "a: b"])
+def test_text_is_written_so_that_both_versions_of_yaml_read_text(text):
+    written = write_yaml({"x": text})
+    assert read_yaml(written) == yaml.safe_load(written) == {"x": text}
+
+
+def test_what_a_file_says_about_its_run_is_not_said_of_another(tmp_path):
+    def about(*overrides, path=_DEMO):
+        return [config.about for _, config in load_points(path, overrides)]
+
+    (tmp_path / "mine.yaml").write_text(f"extends: {_DEMO}\nmodel: {{d_model: 64}}\n", encoding="utf-8")
+    [told] = about()
+    assert told.startswith("The dense model plays") and about("name=x", "folder=y") == [told]
+    assert about("name=x", "dense.path=owner/name") == about("seed=18") == about(path=tmp_path / "mine.yaml") == [""]
+    assert about("seed=18", "about=mine") == ["mine"]
+    assert len(set(about(path=CONFIGS / "claim" / "arithmetic.yaml"))) == 1  # its combinations are its own
+    assert about("sweep={seed: [1, 2]}") == ["", ""]
+
+
+def test_which_loss_is_compressed_does_not_depend_on_their_order(tmp_path):
+    def sources(config):
+        return {stage.job: stage.inputs for stage in build_stages(config) if stage.job in ("compress", "benchmark")}
+
+    claim = load_config(RunConfig, CONFIGS / "claim" / "arithmetic.yaml")
+    more = load_config(RunConfig, _DEMO, ["finetune.losses.kd.logit_weight=1"])
+    assert list(more.finetune.losses)[-1] == "kd"
+    for config in (claim, more):
+        assert sources(config) == {"compress": ("finetune/squarehead",),
+                                   "benchmark": ("dense", "finetune/squarehead", "compress")}
+    chain = load_config(RunConfig, _DEMO, ["compress.loss=ce", "prune.sparsity=[0.5, 0.75]"])
+    assert sources(chain)["compress"] == ("finetune/75/ce",)
+    alone = load_config(RunConfig, CONFIGS / "gsm8k" / "small.yaml")
+    assert alone.compress.loss is None and sources(alone)["compress"] == ("finetune/squarehead",)
 
 
 @pytest.mark.parametrize("family, task", [("mpt", "arithmetic"), ("llama", "arithmetic"), ("t5", "numbers"),
@@ -89,9 +197,17 @@ def test_the_task_of_a_run_without_one_is_what_its_family_can_do(family, task):
     assert RunConfig.model_validate(run | {"task": {"name": "gsm8k"}}).task.name == "gsm8k"
 
 
-@pytest.mark.parametrize("text, told", [("- a\n- b\n", "must hold a mapping"), ("a: [1", "is not valid YAML")])
+@pytest.mark.parametrize("text, told", [
+    (b"- a\n- b\n", "must hold a mapping"), (b"a: [1", "is not valid YAML: line 1"),
+    (b"name: x\nname: y\n", "line 1: the key name is given 2 times"),
+    ("name: Größe".encode("latin-1"), "is not UTF-8 text"),
+    (b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9) or b"x") for i in range(1, 9)),
+     r"line 1: aliases \(\*a0\) are not supported"),
+    (b"{a: " * 100_000, "nested more than 50 deep"), (b"a: \0", "is not valid YAML"),
+    (b'a: "\\ud800"', "surrogates not allowed"),
+])
 def test_a_file_that_is_no_config(text, told, tmp_path):
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_bytes(text)
     with pytest.raises(UserError, match=told):
         load_config(RunConfig, tmp_path / "bad.yaml")
 

@@ -64,7 +64,8 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
     if len(parts) > 1:
         weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         (folder / f"{stem}.safetensors.index.json").write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1),
+            encoding="utf-8")
 
 
 class TensorFolder:
@@ -88,7 +89,7 @@ class TensorFolder:
         for stem in (_SPARSE, _DENSE):
             index = self.folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                files = set(json.loads(index.read_text())["weight_map"].values())
+                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 return [self.folder / name for name in sorted(files)]
             single = self.folder / f"{stem}.safetensors"
             if single.is_file():

@@ -88,7 +88,7 @@ def test_values_reach_processes_as_they_are_and_no_shell(tmp_path):
     ({"sbatch": {"output": "/x"}}, "set by sparse-train itself"),
     ({"sbatch": {"gpus_per_node": 4}}, "give gpus_per_node"),
     ({"stages": {"bench": {}}}, "there is no stage bench"),
-    ({"stages": {"prune": {"tme": "1"}}}, "did you mean time"),
+    ({"stages": {"prune": {"tme": "1"}}}, "did you mean stages.prune.time"),
     ({"nodes": 2, "executor": "local"}, "this machine is one node"),
     ({"environment": {"A-B": "c"}}, "environment"),
     ({"environment": {"WANDB_API_KEY": "c"}}, "export it in your shell"),

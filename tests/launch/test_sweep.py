@@ -32,7 +32,7 @@ def test_every_combination_is_a_run_of_its_own():
 @pytest.mark.parametrize("given, said", [
     ("sweep={seed: [1, 1]}", "two combinations are called seed-1"),
     ("sweep={seed: []}", "seed has no value"),
-    ("sweep={prune.sparsty: [0.5]}", "did you mean sparsity"),
+    ("sweep={prune.sparsty: [0.5]}", "did you mean prune.sparsity"),
     ("sweep={seed: 3}", "sweep.seed=3"),
     ("sweep={prune.sparsity: [0.5, 1.5]}", "sparsity=1.5 is outside"),
 ])

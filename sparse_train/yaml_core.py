@@ -1,0 +1,103 @@
+"""YAML as the core schema of version 1.2 has it: true and false alone are booleans, 1e-4 is a number, 2:4 is text.
+
+PyYAML's own rules are those of 1.1, where no, off and 12:30:00 are something else than they look. A key that is given
+twice is a mistake. Aliases are refused: a few lines of them unfold into billions of nodes.
+"""
+
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError, SafeConstructor
+
+_DEEPEST = 50
+_TAG = "tag:yaml.org,2002:"
+
+
+class NotYaml(ValueError):
+    """What is wrong, in one line."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_constructors = {_TAG + kind: SafeConstructor.yaml_constructors[_TAG + kind]  # noqa: RUF012
+                         for kind in ("null", "bool", "str", "seq", "map")}
+    _depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise ConstructorError(None, None, f"aliases (*{event.anchor}) are not supported; give the value again, or "
+                                   "share a file by `extends`", event.start_mark)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise ConstructorError(None, None, f"it is nested more than {_DEEPEST} deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConstructorError(None, None, "a key must be one word", key.start_mark)
+        for name, times in Counter(key.value for key, _ in node.value).items():
+            if times > 1:
+                raise ConstructorError(None, None, f"the key {name} is given {times} times", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_text(self, node):
+        text = self.construct_scalar(node)
+        text.encode()  # half of a character, "\\ud800", would fail only where it is written
+        return text
+
+    def construct_tuple(self, node):
+        return tuple(self.construct_sequence(node, deep=True))
+
+    def construct_number(self, node):
+        text = self.construct_scalar(node)
+        if re.fullmatch(r"[-+]?[0-9]+", text):
+            return int(text)
+        value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        return int(value) if "." not in text and value.is_integer() else value  # 1e3 is a number of steps as well
+
+
+for _kind, _pattern, _first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+         list("-+.0123456789"))):
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"^(?:{_pattern})$"), _first)
+for _kind in ("int", "float"):
+    _Loader.add_constructor(_TAG + _kind, _Loader.construct_number)
+_Loader.add_constructor(_TAG + "str", _Loader.construct_text)
+_Loader.add_constructor(_TAG + "seq", _Loader.construct_tuple)
+_Loader.add_constructor(None, SafeConstructor.construct_undefined)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text that either version would take for something else is quoted."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [resolver for kind in (_Loader, yaml.SafeDumper) for resolver in
+                kind.yaml_implicit_resolvers.get(first, [])]
+        for first in {**_Loader.yaml_implicit_resolvers, **yaml.SafeDumper.yaml_implicit_resolvers}}
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def read_yaml(text: str) -> Any:
+    """Its sequences are tuples, as in the schema. Raises NotYaml."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise NotYaml(f"line {mark.line + 1}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last two from a tag such as !!bool
+        raise NotYaml(" ".join(str(error).split())) from error
+
+
+def write_yaml(data: Any) -> str:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
