@@ -6,7 +6,8 @@
 There is one way in, so that what one stage reads no other refuses. Nothing of a folder is unpickled or executed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,10 +52,10 @@ def _auto_class(config: PretrainedConfig):
 def read_config(path: str | Path) -> PretrainedConfig:
     """Of a folder or hub name. Raises UserError where there is none, or one whose model transformers does not have."""
     try:
-        given, _ = PretrainedConfig.get_config_dict(path)
+        given, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
         if given.get("model_type") == "mpt":
             _check_mpt(path, given)
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -95,10 +96,8 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
     folder = ModelFolder(_local(path))
     model = empty_model(read_config(folder.folder), dtype)
     if (folder.folder / "generation_config.json").is_file():
-        try:
+        with reading(folder.folder, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder.folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder.folder}/generation_config.json cannot be read: {first_line(error)}") from error
     folder.match(model)
     for name, shape in folder.shapes.items():
         (num_values,), stored = folder.spec(f"{name}.values")
@@ -231,5 +230,17 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named if name in persistent}
 
 
+@contextmanager
+def reading(folder: str | Path, what: str) -> Iterator[None]:
+    """A net around transformers' loaders: whatever they raise becomes a UserError of one line that names the folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a hostile file may make them raise anything
+        raise UserError(f"cannot read {what} from {folder}: {first_line(error)}") from error
+
+
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """Of its message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from sparse_train.errors import UserError
-from sparse_train.models.checkpoint import first_line, read_config
+from sparse_train.models.checkpoint import first_line, read_config, reading
 
 MULTILINGUAL = 51_865
 """Whisper's own rule: a tokenizer with at least so many entries knows languages and tasks."""
@@ -32,13 +32,12 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
     `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is none to read.
     """
     config = read_config(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        features = None
-        if config.model_type == "whisper":
-            features = whole_samples(AutoFeatureExtractor.from_pretrained(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a tokenizer from {path}: {first_line(error)}") from error
+    features = None
+    with reading(path, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if config.model_type == "whisper":
+        with reading(path, "a feature extractor"):
+            features = whole_samples(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     prefix = (config.decoder_start_token_id,) if config.is_encoder_decoder else ()
