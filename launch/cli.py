@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options, console: Console) -> int:
     from sparse_train.launch import runner, slurm
     from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
-    from sparse_train.launch.preflight import check, numbers
+    from sparse_train.launch.preflight import check, numbers, require_data
     from sparse_train.launch.sweep import run_sweep
 
     from sparse_train.config_file import load_points
@@ -95,6 +95,8 @@ def _run(options, console: Console) -> int:
     points = load_points(options.config, [text for text in options.overrides if text not in ours],
                          {UNDER: ClusterConfig})
     cluster = load_cluster(options.on, ours)
+    if cluster.executor == "local":
+        cluster.visible_gpus(cluster.ranks)  # too many are refused now
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
     # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -110,6 +112,7 @@ def _run(options, console: Console) -> int:
     if options.dry_run:
         for line in [*remarks, *numbers(config, size)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
+        require_data(config)
     if options.prepare:
         slurm.prepare(config, cluster, names)
         return 0

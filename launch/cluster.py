@@ -118,6 +118,9 @@ class ClusterConfig(Resources):
     def _this_machine_is_one_node(self):
         if self.executor == "local" and self.nodes > 1:
             raise ValueError(f"nodes={self.nodes}: this machine is one node; use --on slurm")
+        for key in ("partition", "account", "qos", "constraint"):
+            if self.executor == "local" and getattr(self, key) is not None:
+                raise ValueError(f"{key}={getattr(self, key)}: this machine has no such thing; use --on slurm")
         return self
 
     def resources(self, stage: str, distributed: bool) -> Resources:
@@ -136,10 +139,14 @@ class ClusterConfig(Resources):
         return resources
 
     def visible_gpus(self, num_ranks: int) -> int:
-        """On this machine."""
+        """On this machine. Raises UserError where it has fewer than asked for."""
         import torch  # seconds, which most commands can do without
 
-        return min(num_ranks, torch.cuda.device_count()) if self.gpus_per_node is None else self.gpus_per_node
+        found = torch.cuda.device_count()
+        if (self.gpus_per_node or 0) > found:
+            raise UserError(f"cluster.gpus_per_node={self.gpus_per_node}: this machine has {found} GPUs; leave it "
+                            "out")
+        return min(num_ranks, found) if self.gpus_per_node is None else self.gpus_per_node
 
 
 def load_cluster(name: str, overrides: list[str] | tuple[str, ...] = ()) -> ClusterConfig:

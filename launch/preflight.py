@@ -20,7 +20,8 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     """
-    from sparse_train.models import describe, empty_model, family_of, read_config
+    from sparse_train.hub import hub_answers
+    from sparse_train.models import describe, empty_model, family_of, open_model, read_config
     from sparse_train.pruning import check_pattern
     from sparse_train.sparse import TensorFolder
     from sparse_train.tasks import build_task
@@ -29,26 +30,30 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
     calibration = config.prune.calibration
     for task, splits in ((config.task, ("train", "test")), *([(calibration, ("train",))] if calibration else [])):
         if dry_run and task.path and not Path(task.path).is_absolute() and not Path(task.path).exists():
-            remarks.append(f"data {task.path}: not on this machine, not looked at")
+            taken = ", so it is taken as a name on the hub" if _looks_like_hub(task.path) else ""
+            remarks.append(f"data {task.path}: not on this machine{taken}; not looked at")
         else:
             built = build_task(task)
             for split in splits:
                 built.examples(split, 1)
     path, shape = config.dense.path or config.model.path, describe(config.model)
+    local = path is not None and _is_local(path)
     if path is not None:
-        local = _is_local(path)
         if local:
             TensorFolder(Path(path))
         try:
             shape = read_config(path)
-        except UserError:
+        except UserError as error:
             if local or not dry_run:
                 raise
-            remarks.append(f"model {path}: the hub cannot be reached, sizes are those of the config")
+            why = error if hub_answers() else "the hub cannot be reached"
+            remarks.append(f"model {path}: {why}; sizes are those of the config")
     _check_task(config.task, shape, "task")
     if calibration:
         _check_task(calibration, shape, "prune.calibration")
     _check_lengths(config, shape, is_new=path is None)
+    if local:
+        open_model(path)  # what names and shapes tell of it
     model = empty_model(shape)
     family = family_of(model)
     check_pattern({name: linear.in_features for name, linear in family.prunable_linears(model).items()}, config.prune)
@@ -56,6 +61,16 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
         if loss.feature_weight:
             family.feature_points(model, loss.final_feature)
     return size_of(model), remarks
+
+
+def require_data(config: RunConfig) -> None:
+    """Raises UserError where a run would look for data on this machine that is not there. A dry run, which does without
+    data, asks last."""
+    from sparse_train.tasks import read
+
+    for task in (config.task, config.prune.calibration):
+        if task and task.path:
+            read.local(task, "data")
 
 
 def size_of(model) -> Size:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from sparse_train.launch import runner, slurm
 from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.preflight import check, numbers
+from sparse_train.launch.preflight import check, numbers, require_data
 from sparse_train.launch.stages import build_stages, is_current, stage_key
 
 from sparse_train import artifacts
@@ -32,6 +32,7 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
         if dry_run:
             for line in [f"{config.name}:", *(f"  {line}" for line in [*remarks, *numbers(config, size)])]:
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
+            require_data(config)
     shared = {config.name: _dense_of(config) for _, config in points if not config.dense.path}
     points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
     later = [name for name in names if name != "dense"]

@@ -1,5 +1,7 @@
 """Exports and the runtime: the compressed folder answers as the dense one, and from_pretrained sees every zero."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from sparse_train.launch.cli import main
@@ -14,6 +16,8 @@ from sparse_train.models import load_model, load_processor, own_tensors, save_mo
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify
 from tests.models import tiny_mpt, tiny_tokenizer
+
+_DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
 def _sparse_model():
@@ -66,6 +70,8 @@ def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
     model = _sparse_model()
     export_sparse(model, tiny_tokenizer(), "int8", tmp_path / "sparse")
     export_dense(model, tiny_tokenizer(), tmp_path / "dense")
+    assert main(["run", str(_DEMO), f"dense.path={tmp_path / 'sparse'}", "--dry-run"]) == 2
+    assert "is quantised; it runs" in capsys.readouterr().err
     for backend in kernels.backends():
         for folder in ("sparse", "dense"):
             with kernels.use_backend(backend):

@@ -1,15 +1,19 @@
 """What a run is refused for before its first job: a task that is not for the model, lengths that do not fit."""
 
-import json
+import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from sparse_train.launch.preflight import check
 
-from sparse_train.config import ModelConfig, RunConfig
+from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
-from sparse_train.models import build_model, build_processor, save_model
+from sparse_train.hub import hub_answers
+from sparse_train.models import build_model, build_processor, open_model, read_config, save_model
+from sparse_train.models import processor as models_processor
+from sparse_train.tasks import build_task
 from tests.models import tiny_tokenizer
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -52,17 +56,35 @@ def test_lengths_are_held_against_the_positions():
     check(load_config(RunConfig, _CONFIGS / "dialtones" / "demo.yaml", ["evaluate.max_new_tokens=15"]))
 
 
-def test_a_model_of_many_languages_needs_one(tmp_path):
+def test_a_model_of_many_languages_needs_one(tmp_path, monkeypatch):
     size = ModelConfig(family="whisper", d_model=32, n_layers=1, n_heads=2, max_seq_len=448)
     processor = build_processor(size, tiny_tokenizer())
     save_model(tmp_path / "m", build_model(size, processor), processor)
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"vocab_size": 51865}))
+    monkeypatch.setattr(models_processor, "MULTILINGUAL", 300)  # tokens, and not more than this one's
     task = {"name": "dialtones", "max_length": 448}
     run = {"dense": {"path": str(tmp_path / "m")}, "evaluate": {"max_new_tokens": 100}}
     with pytest.raises(UserError, match=r"task.language is missing: .* task.language=hindi"):
         check(_run("whisper", task, **run))
     check(_run("whisper", task | {"language": "hindi"}, **run))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    def no_waiting(seconds):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", no_waiting)
+    hub_answers.cache_clear()
+    with pytest.raises(UserError, match="cannot read a model config from owner/name"):
+        read_config("owner/name")
+    with pytest.raises(UserError, match=r"^cannot download owner/name: the hub does not answer"):
+        open_model("owner/name")
+    with pytest.raises(UserError, match=r"^task.path=owner/name is no file or folder.*the hub does not answer"):
+        build_task(TaskConfig(name="gsm8k", path="owner/name")).examples("train", 1)
+    assert constants.HF_HUB_OFFLINE
+    hub_answers.cache_clear()
 
 
 def test_data_without_test_rows_is_told_before_the_first_job(tmp_path):

@@ -28,13 +28,17 @@ def _offline(monkeypatch):
 def test_a_recipe_is_counted_without_data(recipe, tmp_path, capsys, monkeypatch):
     path = _CONFIGS / recipe
     monkeypatch.chdir(tmp_path)  # where no data lies beside
-    assert main(["run", str(path), f"folder={tmp_path}", "--dry-run"]) == 0
-    out = capsys.readouterr().out
     config = load_config(RunConfig, path)
+    own = config.task.path is not None and config.task.path.startswith(".")  # the user's files, to be put there first
+    assert main(["run", str(path), f"folder={tmp_path}", "--dry-run"]) == (2 if own else 0)
+    out, err = capsys.readouterr()
     stages = [stage.id for stage in build_stages(config)]
-    if not config.sweep:
+    if own:
+        assert f"task.path={config.task.path}: there is no such file or folder" in err
+    elif not config.sweep:
         assert [line.split()[0] for line in out.splitlines()[-len(stages):]] == stages
-    assert not config.task.path or f"data {config.task.path}: not on this machine" in out
+    if config.task.path:
+        assert f"data {config.task.path}: not on this machine" in out and own != ("as a name on the hub" in out)
     assert "prunable parameters kept" in out and f"{config.finetune.steps:,} steps" in out
     known = set()
     for stage in build_stages(config):

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sparse_train.errors import UserError
+from sparse_train.hub import hub_answers
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
 # What transformers' MPT takes for granted whatever the config says: another value would be another model, silently.
@@ -51,6 +52,8 @@ def _auto_class(config: PretrainedConfig):
 
 def read_config(path: str | Path) -> PretrainedConfig:
     """Of a folder or hub name. Raises UserError where there is none, or one whose model transformers does not have."""
+    if not Path(path).exists():
+        hub_answers()
     try:
         given, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
         if given.get("model_type") == "mpt":
@@ -114,10 +117,12 @@ def _local(path: str | Path) -> Path:
     folder = Path(path)
     downloaded = not folder.is_dir()
     if downloaded:
+        answers = hub_answers()
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot download {path}: {first_line(error)}; give a folder or a hub name") from error
+            cause = first_line(error) if answers else "the hub does not answer, and its cache does not hold it"
+            raise UserError(f"cannot download {path}: {cause}; give a folder or a hub name") from error
     if not any(folder.glob("*.safetensors")) and (downloaded or any(folder.glob("*.bin"))):
         raise UserError(f"{path} has no weights in safetensors; pickled ones (*.bin) can execute code and are not "
                         "read: where you trust them, convert them by transformers' from_pretrained and save_pretrained")

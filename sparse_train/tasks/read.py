@@ -20,6 +20,7 @@ import numpy as np
 
 from sparse_train.config import TaskConfig
 from sparse_train.errors import UserError
+from sparse_train.hub import hub_answers
 
 log = logging.getLogger(__name__)
 _NAMED = 3
@@ -115,6 +116,7 @@ def hub_splits(config: TaskConfig) -> list[str]:
 
 @contextlib.contextmanager
 def _hub_errors(config: TaskConfig) -> Iterator[None]:
+    answers = hub_answers()
     try:
         yield
     except Exception as error:  # datasets raises many kinds; each means that the data cannot be had
@@ -122,6 +124,8 @@ def _hub_errors(config: TaskConfig) -> Iterator[None]:
         while cause.__cause__ is not None:  # "an error occurred" around what did
             cause = cause.__cause__
         line = str(cause).strip().split("\n")[0] or type(cause).__name__
+        if not answers and isinstance(cause, ConnectionError):
+            line = "the hub does not answer, and its cache does not hold it"
         raise UserError(f"task.path={config.path} is no file or folder, and no data set that can be loaded: "
                         f"{line}") from error
 
