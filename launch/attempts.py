@@ -80,7 +80,7 @@ def read_attempts(logs: Path) -> list[dict[str, Any]]:
     found, file = [], logs / "attempts.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):  # half a line, of a node that died
-            found.append(json.loads(line))
+            found.append(artifacts.parse_json(line))
     return found
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparse_train.artifacts import read_json, write_json, write_text
+from sparse_train.artifacts import parse_json, read_json, write_json, write_text
 from sparse_train.config import WandbConfig
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Tracker:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a killed job may have left half a line
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.append(line + "\n")
         # A new file, not a shorter one: on a node that was cut off, the last attempt may still append to its own.
         write_text(self.path, "".join(kept))

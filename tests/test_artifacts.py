@@ -66,8 +66,9 @@ def test_who_is_killed_while_publishing_can_go_on(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["DONE", "manifest.json", "model"]
 
 
-def test_a_broken_json_file_is_a_clear_line(tmp_path):
-    (tmp_path / "m.json").write_text("{")
+@pytest.mark.parametrize("text", [b"{", b"[" * 100_000, b"9" * 5000, b"\xff"], ids=["cut", "deep", "long", "not UTF-8"])
+def test_a_broken_json_file_is_a_clear_line(text, tmp_path):
+    (tmp_path / "m.json").write_bytes(text)
     with pytest.raises(UserError, match=r"cannot read .*m\.json"):
         artifacts.read_json(tmp_path / "m.json")
 

@@ -179,7 +179,7 @@ def test_gsm8k_reads_a_folder_plain_or_zipped(gz, tmp_path):
 
 
 @pytest.mark.parametrize("bad, why", [('{"question": "x"}', "no text in column 'answer'"), ("{", "no JSON"),
-                                      ("[1]", "no JSON object")])
+                                      ("[1]", "no JSON object"), pytest.param("[" * 100_000, "no JSON", id="deep")])
 def test_a_bad_line_is_named(bad, why, tmp_path):
     with pytest.raises(UserError, match=rf"1 of 5 rows cannot be used.*train\.jsonl line 5: {why}"):
         build_task(_folder(tmp_path, [*_LINES, bad])).examples("train")

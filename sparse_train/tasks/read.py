@@ -7,7 +7,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import json
 import logging
 import lzma
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sparse_train import artifacts
 from sparse_train.config import TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers
@@ -162,7 +162,7 @@ def lines(file: Path | zipfile.Path) -> Iterator[tuple[str, str]]:
 
 def parse_json(line: str) -> dict:
     try:
-        row = json.loads(line)
+        row = artifacts.parse_json(line)
     except ValueError as error:
         raise Unusable("no JSON") from error
     if not isinstance(row, dict):
