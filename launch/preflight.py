@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparse_train.config import RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
+from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,6 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     """
-    from sparse_train.hub import hub_answers
     from sparse_train.models import describe, empty_model, family_of, open_model, read_config
     from sparse_train.pruning import check_pattern
     from sparse_train.sparse import TensorFolder
@@ -30,7 +30,7 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
     calibration = config.prune.calibration
     for task, splits in ((config.task, ("train", "test")), *([(calibration, ("train",))] if calibration else [])):
         if dry_run and task.path and not Path(task.path).is_absolute() and not Path(task.path).exists():
-            taken = ", so it is taken as a name on the hub" if _looks_like_hub(task.path) else ""
+            taken = ", so it is taken as a name on the hub" if may_be_hub_name(task.path) else ""
             remarks.append(f"data {task.path}: not on this machine{taken}; not looked at")
         else:
             built = build_task(task)
@@ -64,13 +64,13 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
 
 
 def require_data(config: RunConfig) -> None:
-    """Raises UserError where a run would look for data on this machine that is not there. A dry run, which does without
-    data, asks last."""
+    """Raises UserError where a run would not find its data. A dry run, which does without, asks last."""
     from sparse_train.tasks import read
 
     for task in (config.task, config.prune.calibration):
-        if task and task.path:
-            read.local(task, "data")
+        if task and task.path and read.local(task, "data") is None and has_data_set(task.path) is False:
+            raise UserError(f"task.path={task.path}: there is no such file or folder here, and no data set of that "
+                            "name on the hub that you may read")
 
 
 def size_of(model) -> Size:
@@ -142,11 +142,6 @@ def _work(train: TrainConfig, config: RunConfig) -> str:
 def _is_local(path: str) -> bool:
     if Path(path).exists():
         return True
-    if not _looks_like_hub(path):
+    if not may_be_hub_name(path):
         raise UserError(f"there is no folder {path}; give a checkpoint folder or a hub name such as mosaicml/mpt-7b")
     return False
-
-
-def _looks_like_hub(path: str) -> bool:
-    """A hub name is NAME or OWNER/NAME; anything else, and what exists, is a folder."""
-    return not path.startswith((".", "/", "~")) and path.count("/") <= 1

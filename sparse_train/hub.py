@@ -1,10 +1,32 @@
-"""The Hugging Face hub: is it there?"""
+"""The Hugging Face hub: which names may be there, and whether it answers."""
 
 import functools
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, repo_exists
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 _PATIENCE_S = 5
+_OF_FILES = (".bin", ".csv", ".gguf", ".gz", ".json", ".jsonl", ".safetensors", ".tsv", ".txt", ".xz", ".zip")
+
+
+def may_be_hub_name(name: str) -> bool:
+    """NAME or OWNER/NAME; anything else can only be a file or folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.endswith(_OF_FILES)
+
+
+def has_data_set(name: str) -> bool | None:
+    """None where the hub cannot tell."""
+    if not hub_answers():
+        return None
+    try:
+        return repo_exists(name, repo_type="dataset")
+    except Exception:  # as below; it does answer, but not this
+        return None
 
 
 @functools.cache

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from sparse_train.launch.preflight import check
+from sparse_train.launch.preflight import check, require_data
 
 from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
-from sparse_train.hub import hub_answers
+from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.models import build_model, build_processor, open_model, read_config, save_model
 from sparse_train.models import processor as models_processor
 from sparse_train.tasks import build_task
@@ -85,6 +85,22 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
         build_task(TaskConfig(name="gsm8k", path="owner/name")).examples("train", 1)
     assert constants.HF_HUB_OFFLINE
     hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize("path, is_name", [
+    ("gsm8k", True), ("openai/gsm8k", True), ("data/nope", True), ("./nope", False), ("../a/b", False),
+    ("a/b/c", False), ("~/nope", False), ("data/nope/", False), ("my data", False), ("data/train.jsonl", False), ("model.gguf", False)])
+def test_what_may_be_a_name_on_the_hub(path, is_name, monkeypatch):
+    assert may_be_hub_name(path) == is_name
+    monkeypatch.setattr("sparse_train.hub.hub_answers", lambda: True)
+    monkeypatch.setattr("sparse_train.hub.repo_exists", lambda name, repo_type: name == "openai/gsm8k")
+    run = _run("mpt", {"name": "gsm8k", "path": path})
+    if path == "openai/gsm8k":
+        require_data(run)
+    else:
+        with pytest.raises(UserError, match=f"^task.path={path}: there is no such file or folder") as error:
+            require_data(run)
+        assert ("on the hub" in str(error.value)) == is_name
 
 
 def test_data_without_test_rows_is_told_before_the_first_job(tmp_path):

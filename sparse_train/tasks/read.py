@@ -20,7 +20,7 @@ import numpy as np
 from sparse_train import artifacts
 from sparse_train.config import TaskConfig
 from sparse_train.errors import UserError
-from sparse_train.hub import hub_answers
+from sparse_train.hub import hub_answers, may_be_hub_name
 
 log = logging.getLogger(__name__)
 _NAMED = 3
@@ -93,7 +93,7 @@ def local(config: TaskConfig, what: str) -> Path | None:
     path = Path(config.path)
     if path.exists():
         return path
-    if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
+    if not may_be_hub_name(config.path):
         raise UserError(f"task.path={config.path}: there is no such file or folder")
     return None
 
