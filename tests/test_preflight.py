@@ -89,7 +89,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path, is_name", [
     ("gsm8k", True), ("openai/gsm8k", True), ("data/nope", True), ("./nope", False), ("../a/b", False),
-    ("a/b/c", False), ("~/nope", False), ("data/nope/", False), ("my data", False), ("data/train.jsonl", False), ("model.gguf", False)])
+    ("a/b/c", False), ("~/nope", False), ("data/nope/", False), ("my data", False), ("data/train.jsonl", False),
+    ("model.gguf", False)])
 def test_what_may_be_a_name_on_the_hub(path, is_name, monkeypatch):
     assert may_be_hub_name(path) == is_name
     monkeypatch.setattr("sparse_train.hub.hub_answers", lambda: True)
