@@ -416,7 +416,8 @@ class RunConfig(Section):
             raise ValueError(f"compress.loss is missing: finetune.losses has {names}; give the one whose model is "
                              f"compressed, such as compress.loss={list(self.finetune.losses)[-1]}")
         if chosen is not None and chosen not in self.finetune.losses:
-            raise ValueError(f"compress.loss={chosen} is none of finetune.losses: {names}")
+            raise ValueError(f"compress.loss={chosen} is none of finetune.losses: {names}; give the one whose model is "
+                             f"compressed, such as compress.loss={list(self.finetune.losses)[-1]}")
         return self
 
     @property

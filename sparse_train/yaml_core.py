@@ -59,7 +59,8 @@ class _Loader(yaml.SafeLoader):
         if re.fullmatch(r"[-+]?[0-9]+", text):
             return int(text)
         value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
-        return int(value) if "." not in text and value.is_integer() else value  # 1e3 is a number of steps as well
+        # 1e3 is a number of steps as well.
+        return int(value) if "." not in text and value.is_integer() and abs(value) < 2**53 else value
 
 
 for _kind, _pattern, _first in (

@@ -20,7 +20,8 @@ _TOP = Path(__file__).parents[2]
 
 def test_a_failed_stage_holds_its_dependents_and_status_says_why(place, tmp_path):
     _cli("run", RECIPE, f"folder={tmp_path}", "--on", place, "dense.learning_rate=1e30", "dense.clip=0",
-         "dense.warmup_steps=0", "--stages", "dense,prune,evaluate,finetune/ce", "finetune.losses={ce: {}}")
+         "dense.warmup_steps=0", "--stages", "dense,prune,evaluate,finetune/ce", "finetune.losses={ce: {}}",
+         "compress.loss=ce")
     run = tmp_path / "tiny"
     assert wait_for_end(run, "dense").state == "FAILED"
     assert wait_for_end(run, "prune").state == "CANCELLED"
@@ -92,8 +93,8 @@ def _pid_of(job):
 def test_a_sweep_is_arrays_that_share_their_teacher(place, tmp_path):
     """One of two combinations fails: what is behind it is held, and the other goes on."""
     _cli("run", RECIPE, f"folder={tmp_path}", "--on", place, "name=swept", "--stages", "prune,finetune,compress",
-         "finetune.losses={ce: {}}", "sweep={finetune.learning_rate: [0.001, 1.0e+30]}", "finetune.steps=4",
-         "finetune.clip=0", "finetune.warmup_steps=0", "cluster.nodes=1")
+         "finetune.losses={ce: {}}", "compress.loss=ce", "sweep={finetune.learning_rate: [0.001, 1.0e+30]}",
+         "finetune.steps=4", "finetune.clip=0", "finetune.warmup_steps=0", "cluster.nodes=1")
     points = sorted((tmp_path / "swept").glob("learning_rate-*"))
     jobs = [read_jobs(point) for point in points]
     assert [job["prune"].split("_")[1] for job in jobs] == ["0", "1"]
@@ -133,7 +134,7 @@ def test_plain_sbatch_does_the_same(undisturbed, place, tmp_path):
         environment["SPARSE_TRAIN_PYTHON"] = shutil.which("python")
     folder = tmp_path / "by hand"
     done = subprocess.run([_TOP / "slurm" / "pipeline.sh", RECIPE, f"folder='{folder}'", "finetune.losses={ce: {}}",
-                           "finetune.steps=6", "--", "--time=30"], env=environment, capture_output=True, text=True)
+                           "compress.loss=ce", "finetune.steps=6", "--", "--time=30"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[:2] == ["prune:", "job"]
     run = folder / "tiny"

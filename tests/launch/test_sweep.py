@@ -60,6 +60,7 @@ def test_combinations_share_the_dense_model_and_a_failed_one_does_not_stop_the_o
     recipe = tmp_path / "swept.yaml"
     recipe.write_text(yaml.safe_dump({
         "extends": str(RECIPE), "folder": str(tmp_path), "name": "swept", "finetune": {"losses": {"squarehead": None}},
+        "compress": {"loss": "ce"},
         "sweep": {"finetune.learning_rate": [1e30, 1e-3]}}))
     out, _ = _cli("run", recipe, "finetune.clip=0", "finetune.warmup_steps=0", "--stages", "prune,finetune,evaluate",
                   code=1)
