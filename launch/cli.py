@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
                      help="a file of configs/cluster, or a path: local (the default) runs here, slurm submits jobs")
     run.add_argument("--stages", default="", metavar="A,B", help="only these, such as prune,finetune")
     run.add_argument("--dry-run", action="store_true", help="check the config and print what would run")
+    run.add_argument("--replace", action="store_true", help="do finished stages again whose config or inputs changed; "
+                     "the old result goes when the new one stands")
     run.add_argument("--prepare", action="store_true", help="write the run folder and start nothing; for "
                      "slurm/train.sbatch")
     run.set_defaults(command=_run)
@@ -104,10 +106,11 @@ def _run(options, console: Console) -> int:
         if options.prepare:
             raise UserError("--prepare: a sweep is many runs; leave sweep out (sweep={}), or use --on slurm without "
                             "--prepare")
-        return run_sweep(points, cluster, names, console, options.dry_run)
+        return run_sweep(points, cluster, names, console, options.dry_run, options.replace)
     [(_, config)] = points
     planned = runner.plan(config, names)
     runner.require_inputs(config, names)
+    runner.check_replaced([config], names, options.replace or options.dry_run)
     size, remarks = check(config, options.dry_run)
     if options.dry_run:
         for line in [*remarks, *numbers(config, size)]:

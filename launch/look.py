@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 from rich.live import Live
 from sparse_train.launch import attempts, slurm
-from sparse_train.launch.runner import plan, rank_log
+from sparse_train.launch.runner import LOCK, plan, rank_log
 from sparse_train.launch.slurm import JobState, job_states, read_jobs
 from sparse_train.launch.stages import CONFIG, Stage, find_stage, log_folder, progress_file, read_run
 from sparse_train.launch.sweep import is_dense_of_sweep
@@ -236,7 +236,7 @@ def _cancel(options, console: Console) -> None:
 def _launcher(run: Path) -> psutil.Process | None:
     """The process of this machine that runs the stages, where one does."""
     with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
-        lock = (run / ".lock").resolve()
+        lock = (run / LOCK).resolve()
         host, pid = lock.read_text(encoding="utf-8").split()
         process = psutil.Process(int(pid))
         if host == platform.node() and str(lock) in {file.path for file in process.open_files()}:

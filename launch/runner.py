@@ -7,7 +7,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -23,8 +23,11 @@ from sparse_train.launch.stages import (
     build_stages,
     is_current,
     log_folder,
+    partial_folder,
     progress_file,
+    read_run,
     select,
+    why_stale,
 )
 
 from sparse_train import artifacts
@@ -32,6 +35,7 @@ from sparse_train.config import RunConfig
 from sparse_train.config_file import dump_config
 from sparse_train.errors import UserError
 
+LOCK = ".lock"
 _STOP_PATIENCE_S = 120
 
 
@@ -44,17 +48,35 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
     stages, found, stale = select(build_stages(config), names), [], set()
     for stage in stages:
         behind = [name for name in stage.inputs if name in stale]
-        finished = artifacts.read_manifest(config.path / stage.id) is not None
-        if not behind and is_current(stage, config):
-            found.append((stage, "current"))
-            continue
-        stale.add(stage.id)
+        manifest = artifacts.read_manifest(config.path / stage.id)
         if behind:
             reason = f"{behind[0]} will be new"
+        elif manifest is None:
+            reason = "not done yet"
         else:
-            reason = "its config or inputs changed" if finished else "not done yet"
+            reason = why_stale(manifest.get("sources"), stage, config) or "current"
+        if reason != "current":
+            stale.add(stage.id)
         found.append((stage, reason))
     return found
+
+
+def check_replaced(configs: Sequence[RunConfig], names: list[str], replace: bool) -> None:
+    """Raises UserError where a selected stage would take the place of a folder that is not its own, and, without
+    `replace`, where it would take that of its finished one."""
+    finished = []
+    for config in configs:
+        for stage, reason in plan(config, names):
+            if reason == "current":
+                continue
+            for folder in (config.path / stage.id, partial_folder(stage, config)):
+                artifacts.require_own(folder, stage.id)
+            if (config.path / stage.id).exists():
+                finished.append((f"{config.name}/{stage.id}" if len(configs) > 1 else stage.id, reason))
+    if finished and not replace:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in finished)
+        raise UserError(f"these finished stages would be done again: {listed}; give --replace to replace them, or "
+                        "name=OTHER for a run of its own")
 
 
 def require_inputs(config: RunConfig, names: list[str]) -> None:
@@ -88,8 +110,9 @@ def freeze(config: RunConfig, cluster: ClusterConfig) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The run folder, made where it is missing, for one launcher at a time; the file says which."""
+    _require_own_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -101,6 +124,16 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"{platform.node()} {os.getpid()}")
         file.flush()
         yield
+
+
+def _require_own_run(folder: Path) -> None:
+    """It is new, empty, locked by a launcher before, or the copy of a run."""
+    if not folder.is_dir() or (folder / LOCK).is_file() or not any(folder.iterdir()):
+        return
+    try:
+        read_run(folder)
+    except UserError as error:
+        raise UserError(f"{folder} holds files and is not a run folder; give another name or folder") from error
 
 
 def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console: Console) -> float:

@@ -1,13 +1,18 @@
 """The stage graph of a run: which job makes which folder from which, and when that is already done.
 
-A stage's key is the digest of its part of the config and of its inputs. A finished folder with the same key is current.
+A stage's *sources* are the values of the config that it reads and the digests of its inputs. They stand in the manifest
+of the finished folder; a folder whose sources are still the same is current, and of others the difference is known.
+A key that the manifest does not know counts as its default, so a release that adds keys makes nothing stale.
 """
 
+import json
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparse_train import artifacts
-from sparse_train.config import RunConfig
+from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 
@@ -19,8 +24,8 @@ JOBS = ("dense", "prune", "finetune", "evaluate", "compress", "benchmark", "repo
 class Stage:
     id: str
     """Its folder below the run's, such as finetune/squarehead, or finetune/75/squarehead in a chain."""
-    sections: tuple[str, ...]
-    """Parts of the config it depends on, dotted."""
+    reads: tuple[str, ...]
+    """Keys and sections of the config that its result depends on, dotted."""
     inputs: tuple[str, ...] = ()
     """Ids of stages."""
     distributed: bool = False
@@ -59,36 +64,63 @@ def build_stages(config: RunConfig) -> list[Stage]:
     """In the order in which they run."""
     external = {"dense": config.dense.path} if config.dense.path else {}
     dense = () if external else ("dense",)
-    training = ("accumulation", "activation_checkpointing", "batch_size", "betas", "clip", "learning_rate",
-                "num_examples", "precision", "steps", "warmup_steps", "weight_decay", "zero")
     stages = [] if external else [
-        Stage("dense", ("seed", "task", "model", *(f"dense.{name}" for name in training)), distributed=True)]
-    chain, one_shots, tuned = _chain(config, training, dense, external)
+        Stage("dense", ("seed", *_training_data(config.task), "model", *_training("dense")), distributed=True)]
+    chain, one_shots, tuned = _chain(config, dense, external)
     stages += chain
     # In a chain, that of the last level.
     last = next(stage for stage in reversed(tuned) if stage.rpartition("/")[2] == config.compressed_loss)
     devices = config.benchmark.devices
+    scoring = (*_of(TaskConfig, "task", "max_bad_share"), "evaluate")
     benchmarks = [Stage(f"benchmark/{device}" if len(devices) > 1 else "benchmark",
-                        ("name", "task", "benchmark", "prune.sparsity"), (*dense, last, "compress"), external=external,
-                        level=index) for index, device in enumerate(devices)]
+                        ("name", *scoring[:-1], "benchmark", "prune.sparsity", "compress.precisions"),
+                        (*dense, last, "compress"), external=external, level=index)
+                  for index, device in enumerate(devices)]
     stages += [
-        Stage("evaluate", ("task", "evaluate"), (*dense, *one_shots, *tuned), external=external),
-        Stage("compress", ("task", "evaluate", "compress"), (last,)),
+        Stage("evaluate", scoring, (*dense, *one_shots, *tuned), external=external),
+        Stage("compress", (*scoring, "compress.precisions"), (last,)),
         *benchmarks,
-        Stage("report", ("name", "about", "finetune.losses", "prune"),
+        Stage("report", ("name", "about", "task.name", "prune", "finetune.num_examples", "finetune.steps"),
               (*dense, *(stage.id for stage in chain), "evaluate", "compress", *(stage.id for stage in benchmarks)),
               external=external),
     ]
     return stages
 
 
-def _chain(config: RunConfig, training, dense, external) -> tuple[list[Stage], list[str], list[str]]:
+def _of(section: type[Section], name: str, *without: str) -> tuple[str, ...]:
+    """Dotted keys of a section called `name`, but for some."""
+    return tuple(f"{name}.{key}" for key in section.model_fields if key not in without)
+
+
+def _training_data(task: TaskConfig) -> tuple[str, ...]:
+    """What training examples come from. How many bad rows are an error changes no example."""
+    scored = ["shots", "test_prompt", "max_bad_share"]
+    # The others look at the test split to find out whether the data is split at all.
+    return _of(TaskConfig, "task", *scored, *(["test_split"] if task.name == "gsm8k" else []))
+
+
+def _training(name: str) -> tuple[str, ...]:
+    """What a training learns from. How its work is divided (ZeRO, sequence parallelism, activation checkpointing) and
+    what it saves and logs change rounding at most, so a stopped training may go on with other values."""
+    return _of(TrainConfig, name, "activation_checkpointing", "sequence_parallel", "zero", "checkpoint_every",
+               "checkpoints_kept", "log_every")
+
+
+def _pruning(config: RunConfig) -> tuple[str, ...]:
+    spec = config.prune
+    if spec.method == "magnitude":  # no example, but the tokenizer's language goes into the folder
+        return "prune.method", "prune.sparsity", "prune.pattern", "task.language"
+    return (*_of(PruneConfig, "prune"), *(() if spec.calibration else _training_data(config.task)),
+            "task.language")
+
+
+def _chain(config: RunConfig, dense, external) -> tuple[list[Stage], list[str], list[str]]:
     """(prune and finetune stages, ids of those pruned from dense, ids of the fine-tunes).
 
     Every level has its one-shot model, pruned from dense; from the second level on each loss prunes its own last one.
     """
     levels, losses = config.prune.levels, list(config.finetune.losses)
-    pruning = ("task", *(f"prune.{name}" for name in type(config.prune).model_fields if name != "sparsity"))
+    pruning = _pruning(config)
     stages: list[Stage] = []
     one_shots, tuned = [], {}
     found = []
@@ -103,8 +135,9 @@ def _chain(config: RunConfig, training, dense, external) -> tuple[list[Stage], l
                 stages.append(Stage(pruned, pruning, (tuned[name],), level=index))
             tuned[name] = f"finetune{below}/{name}"
             found.append(tuned[name])
-            stages.append(Stage(tuned[name], ("seed", "task", *(f"finetune.{key}" for key in training),
-                                              f"finetune.losses.{name}"),
+            teacher = ("finetune.teacher.precision",) if config.finetune.losses[name].needs_teacher else ()
+            stages.append(Stage(tuned[name], ("seed", *_training_data(config.task), *_training("finetune"),
+                                              f"finetune.losses.{name}", *teacher),
                                 (*dense, pruned), distributed=True, external=external, level=index))
     return stages, one_shots, found
 
@@ -118,28 +151,97 @@ def select(stages: list[Stage], names: list[str]) -> list[Stage]:
     return [stage for stage in stages if not names or stage.job in names or stage.id in names]
 
 
-def stage_key(stage: Stage, config: RunConfig) -> str | None:
-    """None while an input is not finished."""
-    tree = config.model_dump(mode="json")
-    parts = {section: _part(tree, section) for section in stage.sections}
-    outside = [*stage.external.values(), *(tree[section]["path"] for section in ("task", "model")
-                                           if section in stage.sections)]
-    if stage.job == "prune" and config.prune.calibration:
-        outside.append(config.prune.calibration.path)
-    inputs: dict = {path: _fingerprint(Path(path)) for path in outside if path}
+def sources(stage: Stage, config: RunConfig) -> dict[str, dict[str, Any]] | None:
+    """What the stage is made from, as plain data: {"config": {dotted key: value}, "inputs": {name: digest}}.
+
+    None while an input is not finished.
+    """
+    inputs = {name: _fingerprint(path) for name, path in _outside(stage, config).items()}
     for name in stage.inputs:
         manifest = artifacts.read_manifest(config.path / name)
         if manifest is None:
             return None
         inputs[name] = artifacts.digest(manifest["files"])
+    seen = _seen_by(stage, config)
+    return {"config": {key: _plain(_value(seen, key)) for key in stage.reads}, "inputs": inputs}
+
+
+def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig) -> str | None:
+    """The first difference between a folder's recorded sources and today's, in words; None where there is none."""
+    today = sources(stage, config)
+    if today is None:
+        return "an input is not finished"
+    if not isinstance(recorded, dict) or not {"config", "inputs"} <= recorded.keys():
+        return "an older release made it and noted nothing to compare"
+    seen = _seen_by(stage, config)
+    for key in stage.reads:
+        # Of keys that an older release did not know, the default held.
+        before = recorded["config"].get(key, _default(seen, key))
+        if found := _change(before, _value(seen, key), key):
+            return found
+    for name in today["inputs"].keys() | recorded["inputs"].keys():
+        if today["inputs"].get(name) != recorded["inputs"].get(name):
+            words = "is another" if name in recorded["inputs"] else "was not read"
+            return f"{name} {words}" if name in today["inputs"] else f"it read {name}"
+    return None
+
+
+def _change(before: Any, now: Any, key: str) -> str | None:
+    """The first key at or below `key` whose value differs."""
+    if isinstance(now, Section) and isinstance(before, dict):
+        found = (_change(before.get(name, _plain(field.get_default(call_default_factory=True))), getattr(now, name),
+                         f"{key}.{name}") for name, field in type(now).model_fields.items())
+        return next(filter(None, found), None)
+    if before == _plain(now):
+        return None
+    return f"{key}: {_short(before)} -> {_short(_plain(now))}"
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False), 60, placeholder=" ...")
+
+
+def _seen_by(stage: Stage, config: RunConfig) -> RunConfig:
+    """Of what the config has a list, the stage sees its own."""
     if stage.job == "prune":
-        parts["sparsity"] = config.prune.levels[stage.level].sparsity
-    return artifacts.digest({"stage": stage.id, "config": parts, "inputs": inputs})
+        return config.model_copy(update={"prune": config.prune.levels[stage.level]})
+    if stage.job == "benchmark":
+        own = config.benchmark.model_copy(update={"devices": (config.benchmark.devices[stage.level],)})
+        return config.model_copy(update={"benchmark": own})
+    return config
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
+
+
+def _default(config: RunConfig, key: str) -> Any:
+    parent, _, last = key.rpartition(".")
+    section = _value(config, parent) if parent else config
+    field = type(section).model_fields.get(last) if isinstance(section, Section) else None
+    return _plain(field.get_default(call_default_factory=True)) if field and not field.is_required() else None
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json")))
 
 
 def is_current(stage: Stage, config: RunConfig) -> bool:
     manifest = artifacts.read_manifest(config.path / stage.id)
-    return manifest is not None and manifest["key"] == stage_key(stage, config)
+    return manifest is not None and why_stale(manifest.get("sources"), stage, config) is None
+
+
+def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:
+    """Paths from outside the run that the stage reads, by what names them."""
+    calibration = config.prune.calibration
+    named = {"task.path": config.task.path, "model.path": config.model.path,
+             "prune.calibration.path": calibration and calibration.path}
+    return {**stage.external, **{key: path for key, path in named.items() if path and any(
+        key.startswith(part) for part in stage.reads)}}
 
 
 def input_paths(stage: Stage, config: RunConfig) -> dict[str, Path | str]:
@@ -159,14 +261,9 @@ def progress_file(stage: Stage, config: RunConfig) -> Path:
     return log_folder(stage, config) / "progress.json"
 
 
-def _fingerprint(path: Path) -> list:
-    """Name, size and time of a file or of a folder's: reading a large model to skip a stage is too much."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    return [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns)
-            for file in files if file.is_file()]
-
-
-def _part(tree: dict, section: str):
-    for key in section.split("."):
-        tree = tree[key]
-    return tree
+def _fingerprint(path: str) -> str:
+    """Of names, sizes and times of a file or of a folder's: reading a large model to skip a stage is too much."""
+    top = Path(path)
+    files = [top] if top.is_file() else sorted(top.rglob("*"))
+    return artifacts.digest([(str(file.relative_to(top)), (stat := file.stat()).st_size, stat.st_mtime_ns)
+                             for file in files if file.is_file()])

@@ -13,7 +13,7 @@ from rich.console import Console
 from sparse_train.launch import runner, slurm
 from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.preflight import check, numbers, require_data
-from sparse_train.launch.stages import build_stages, is_current, stage_key
+from sparse_train.launch.stages import build_stages, is_current, sources
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
@@ -24,7 +24,8 @@ from sparse_train.tasks import task_class
 Points = list[tuple[dict[str, Any], RunConfig]]
 
 
-def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool) -> int:
+def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool,
+              replace: bool = False) -> int:
     """1 when a combination failed; the others are run all the same."""
     for _, config in points:
         runner.plan(config, names)  # a stage that does not exist is told at once
@@ -36,27 +37,36 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     shared = {config.name: _dense_of(config) for _, config in points if not config.dense.path}
     points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
     later = [name for name in names if name != "dense"]
-    for _, config in points if later or not names else ():
+    runs = [config for _, config in points] if later or not names else []
+    for config in runs:
         runner.require_inputs(config, later)
+    dense = list({one.name: one for one in shared.values()}.values())
+    runner.check_replaced(dense, ["dense"], replace or dry_run)
+    runner.check_replaced(runs, later, replace or dry_run)
     if cluster.executor == "slurm":
-        runs = [config for _, config in points] if later or not names else []
-        slurm.submit_sweep(points[0][1].path.parent, list({one.name: one for one in shared.values()}.values()), runs,
-                           cluster, later, console, dry_run)
+        slurm.submit_sweep(points[0][1].path.parent, dense, runs, cluster, later, console, dry_run)
         return 0
     if dry_run:
-        stages = [stage.id for stage, _ in runner.plan(points[0][1], later)] if later or not names else []
-        for line in (f"{len(points)} combinations, {len({one.name for one in shared.values()})} dense models",
+        stages = [stage.id for stage, _ in runner.plan(runs[0], later)] if runs else []
+        for line in (f"{len(points)} combinations, {len(dense)} dense models",
                      f"each combination: {', '.join(stages) or 'nothing'}"):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
-    slurm.require_idle(points[0][1].path.parent)
+    folder = points[0][1].path.parent
+    slurm.require_idle(folder)
+    with runner.locked(folder):
+        return _run_all(points, shared, bool(runs), later, cluster, console)
+
+
+def _run_all(points: Points, shared: dict[str, RunConfig], goes_on: bool, later: list[str], cluster: ClusterConfig,
+             console: Console) -> int:
     failures = []
     for number, (_, config) in enumerate(points, 1):
         console.print(f"[bold]{config.name}[/] ({number} of {len(points)})", highlight=False)
         try:
             if dense := shared.get(config.name):
                 runner.run(dense, cluster, ["dense"], console)
-            if later or not names:
+            if goes_on:
                 runner.run(config, cluster, later, console)
         except (runner.StageFailed, UserError) as error:
             failures.append(f"{config.name}: {error}")
@@ -69,7 +79,17 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
 def _dense_of(config: RunConfig) -> RunConfig:
     """The run that makes the dense model of `config`, and of all who agree with it on how that is made."""
     dense = next(stage for stage in build_stages(config) if stage.id == "dense")
-    return config.model_copy(update={"name": f"dense-{stage_key(dense, config)[:8]}"})
+    # Without what is at its default, so that a release that adds keys finds the models of an older one.
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    keys = {key: found for key in dense.reads if (found := _at(given, key)) is not None}
+    made_from = artifacts.digest([keys, sources(dense, config)["inputs"]])
+    return config.model_copy(update={"name": f"dense-{made_from[:8]}"})
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def is_dense_of_sweep(config: RunConfig) -> bool:

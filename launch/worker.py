@@ -31,7 +31,8 @@ from sparse_train.launch.stages import (
     partial_folder,
     progress_file,
     read_run,
-    stage_key,
+    sources,
+    why_stale,
 )
 
 from sparse_train import artifacts, dist
@@ -43,8 +44,8 @@ from sparse_train.pulse import Pulse
 from sparse_train.tracking import Progress, log_results
 from sparse_train.training import checkpoint
 
-_KEY, _PUBLISHED = "key", "published"
-_SCRATCH = (_KEY, "checkpoints")
+_PUBLISHED = "published"
+_SCRATCH = (artifacts.SOURCES, "checkpoints")
 
 
 def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
@@ -177,7 +178,7 @@ def _require_inputs(stage: Stage, config: RunConfig) -> None:
 def _run_job(place: Place, stage: Stage, config: RunConfig, ends: float | None) -> dict:
     out = partial_folder(stage, config)
     if place.rank == 0:
-        _prepare(out, stage_key(stage, config))
+        _prepare(out, stage, config)
     dist.barrier()
 
     def guard() -> None:
@@ -188,20 +189,21 @@ def _run_job(place: Place, stage: Stage, config: RunConfig, ends: float | None) 
     return importlib.import_module(f"sparse_train.jobs.{stage.job}").run(job)
 
 
-def _prepare(out: Path, key: str) -> None:
-    """Keep what an earlier try at the same key left, such as its checkpoints; clear what belongs to another."""
-    note = out / _KEY
-    if not note.is_file() or note.read_text(encoding="utf-8") != key:
+def _prepare(out: Path, stage: Stage, config: RunConfig) -> None:
+    """Keep what an earlier attempt with the same sources left, such as its checkpoints; clear what had others."""
+    note = out / artifacts.SOURCES
+    if not note.is_file() or why_stale(artifacts.read_json(note), stage, config):
+        artifacts.require_own(out, stage.id)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        artifacts.write_text(note, key)
+        artifacts.write_json(note, sources(stage, config))
 
 
 def _publish(stage: Stage, config: RunConfig, metrics: dict, seconds: float, place: Place) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):  # it is as good as done
         signal.signal(number, signal.SIG_IGN)
     artifacts.publish(partial_folder(stage, config), config.path / stage.id, {
-        "stage": stage.id, "key": stage_key(stage, config), "config": config.model_dump(mode="json"),
+        "stage": stage.id, "sources": sources(stage, config), "config": config.model_dump(mode="json"),
         "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
         "num_ranks": place.num_ranks, "nodes": place.nodes, "seconds": round(seconds, 3), "metrics": metrics,
     }, _SCRATCH)

@@ -4,11 +4,11 @@
     runs/demo/dense.partial/            a stage at work (training keeps its checkpoints here and goes on from them)
     runs/demo/dense/                    a finished stage, renamed from .partial
              ... its files
-             manifest.json              key, inputs, config, versions, host, seconds, metrics, and every file's sha256
+             manifest.json              sources, config, versions, host, seconds, metrics, and every file's sha256
              DONE                       empty; written last: without it the folder does not count
 
-`key` is the digest of what a stage is made from (its part of the config and its inputs' digests): a finished stage with
-the same key is not run again.
+`sources` is what a stage is made from (the values of the config that it reads, its inputs' digests): a finished stage
+with the same sources is not run again. A folder is replaced only by the stage that its own manifest names.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any
 
 from sparse_train.errors import UserError
 
-MANIFEST, DONE = "manifest.json", "DONE"
+MANIFEST, DONE, SOURCES = "manifest.json", "DONE", "sources.json"
 _PACKAGES = ("sparse-train", "torch", "deepspeed", "transformers", "safetensors", "submitit")
 
 
@@ -90,12 +90,28 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any], scratch: tuple
     """
     if files is None:
         files = {name: digest_file(partial / name) for name in _files(partial) if Path(name).parts[0] not in scratch}
+    require_own(final, manifest.get("stage"))
     sign(partial, manifest, files)
+    old = final.with_name(f"{final.name}.replaced")
     if final.exists():
-        (final / DONE).unlink(missing_ok=True)
-        shutil.rmtree(final)
-    os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
     clear(final, scratch)
+
+
+def require_own(folder: Path, stage: str | None) -> None:
+    """Raises UserError for what is at `folder` and was not made by `stage` of a run: another's files, a link."""
+    remedy = "it is left as it is; move it away, or give another name"
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link to {os.readlink(folder)}, which this run did not make; {remedy}")
+    if not folder.exists() or folder.suffix == ".partial" or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    manifest = folder / MANIFEST
+    made_by = read_json(manifest).get("stage") if manifest.is_file() else "nobody"
+    if made_by != stage:
+        raise UserError(f"{folder} was not made by stage {stage} of a run; {remedy}")
 
 
 def clear(folder: Path, names: tuple[str, ...]) -> None:

@@ -405,8 +405,9 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name):
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise ValueError(f"name={name}: a run's name is letters, digits, . _ and -, such as my-run")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError(f"name={name}: a run's name is letters, digits, . _ and -, at most 100, and begins with "
+                             "neither . nor -, such as my-run")
         return name
 
     @model_validator(mode="after")

@@ -93,7 +93,7 @@ def test_a_rerun_does_nothing_and_a_change_redoes_what_depends_on_it(run):
     plan, _ = _cli("run", RECIPE, f"folder='{run[0]}'", "finetune.losses.squarehead.feature_weight=2.0", "--dry-run")
     state = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in plan.splitlines()}
     assert [stage for stage in STAGES if state[stage] == "current"] == ["dense", "prune", "finetune/ce"]
-    assert state["finetune/squarehead"] == "its config or inputs changed"
+    assert state["finetune/squarehead"] == "finetune.losses.squarehead.feature_weight: 1.0 -> 2.0"
     assert state["evaluate"] == "finetune/squarehead will be new"
 
 
