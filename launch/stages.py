@@ -80,7 +80,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
         Stage("evaluate", scoring, (*dense, *one_shots, *tuned), external=external),
         Stage("compress", (*scoring, "compress.precisions"), (last,)),
         *benchmarks,
-        Stage("report", ("name", "about", "task.name", "prune", "finetune.num_examples", "finetune.steps"),
+        Stage("report", ("name", "about", "task.name", "prune", "finetune.num_examples", "finetune.steps",
+               "compress.loss"),
               (*dense, *(stage.id for stage in chain), "evaluate", "compress", *(stage.id for stage in benchmarks)),
               external=external),
     ]

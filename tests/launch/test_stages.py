@@ -42,7 +42,7 @@ READERS = {
     "finetune.*": "finetune",
     "evaluate.*": "evaluate compress",
     "compress.precisions": "compress benchmark",
-    "compress.loss": "compress benchmark",  # takes another input
+    "compress.loss": "compress benchmark report",  # takes another input
     "benchmark.*": "benchmark",
     "folder": "", "tracking.*": "", "sweep": "",
 }
@@ -184,7 +184,7 @@ def _reads_of_jobs(folder):
 
     def recording(section, name):
         # Others are made by the jobs themselves; a level of a chain is a copy.
-        ours = id(section) in known or isinstance(section, PruneConfig)
+        ours = id(section) in known or type(section) is PruneConfig
         if at_work is not None and ours and name in type(section).model_fields:
             read.setdefault(at_work, set()).add((type(section).__name__, name))
         return plain(section, name)
