@@ -134,7 +134,8 @@ def test_plain_sbatch_does_the_same(undisturbed, place, tmp_path):
         environment["SPARSE_TRAIN_PYTHON"] = shutil.which("python")
     folder = tmp_path / "by hand"
     done = subprocess.run([_TOP / "slurm" / "pipeline.sh", RECIPE, f"folder='{folder}'", "finetune.losses={ce: {}}",
-                           "compress.loss=ce", "finetune.steps=6", "--", "--time=30"], env=environment, capture_output=True, text=True)
+                           "compress.loss=ce", "finetune.steps=6", "--", "--time=30"],
+                          env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[:2] == ["prune:", "job"]
     run = folder / "tiny"
