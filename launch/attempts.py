@@ -8,11 +8,13 @@
 
 import contextlib
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
 from sparse_train.launch.place import Place
 
 from sparse_train import artifacts
@@ -31,6 +33,10 @@ class Ending:
     the time limit, state saved. After the last two the same command goes on."""
     message: str = ""
     rank: int = 0
+
+
+_ENDING = TypeAdapter(Ending)
+_ATTEMPT = {"id": str, "job": str, "ranks": int, "from_step": int}
 
 
 class Superseded(Exception):
@@ -78,10 +84,17 @@ def num_tries(logs: Path, attempt: str) -> int:
 def read_attempts(logs: Path) -> list[dict[str, Any]]:
     """Oldest first."""
     found, file = [], logs / "attempts.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):  # half a line, of a node that died
-            found.append(artifacts.parse_json(line))
+            one = artifacts.parse_json(line)
+            if isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in _ATTEMPT.items()):
+                found.append(one)
     return found
+
+
+def rank_log(logs: Path, job: str, rank: int) -> Path:
+    """Where submitit has a rank's output written."""
+    return logs / f"{job}_{rank}_log.out"
 
 
 def write_ending(logs: Path, attempt: str, ending: Ending) -> None:
@@ -99,7 +112,7 @@ def newest_ending(logs: Path, tried: list[dict[str, Any]]) -> Ending | None:
 
 def read_ending(logs: Path, attempt: str, num_ranks: int) -> Ending:
     """The most telling one: a mistake, an error of a rank's own, a stop; else a lost rank, which leaves nothing."""
-    found = [ending or Ending("lost", "ended without a result; it was killed, or ran out of memory", rank)
+    found = [ending or _untold(rank_log(logs, attempt.rpartition(".")[0], rank), rank)
              for rank, ending in _endings_of(logs, attempt, num_ranks).items()]
     order = ("mistake", "broken", "stopped", "lost", "finished")
     # Of lost ranks, one that says nothing tells more than its peers, who only heard the connection break.
@@ -109,6 +122,18 @@ def read_ending(logs: Path, attempt: str, num_ranks: int) -> Ending:
 def _endings_of(logs: Path, attempt: str, num_ranks: int) -> dict[int, Ending | None]:
     found: dict[int, Ending | None] = dict.fromkeys(range(num_ranks))
     for rank in found:
-        with contextlib.suppress(UserError):  # it is not there
-            found[rank] = Ending(**artifacts.read_json(logs / "endings" / attempt / f"{rank}.json"))
+        with contextlib.suppress(UserError, ValidationError):  # it is not there, or broken
+            found[rank] = _ENDING.validate_python(artifacts.read_json(logs / "endings" / attempt / f"{rank}.json"))
     return found
+
+
+def _untold(log: Path, rank: int) -> Ending:
+    """Of a process that left no ending. One that Python ended, such as in an import, has its error at the end of its
+    log."""
+    lines = [""]
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines() or lines
+    if re.match(r"[\w.]*(Error|Exception)\b", lines[-1]):
+        return Ending("broken", f"ended before it began: {lines[-1]}", rank)
+    return Ending("lost", "ended without a result; it was killed, or ran out of memory", rank)

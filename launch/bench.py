@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from sparse_train.launch.runner import StageFailed, free_port, start_processes
 
+from sparse_train.errors import StageFailed
 from sparse_train.tables import print_table
 
 
@@ -71,7 +71,7 @@ def _layers(options, console: Console) -> None:
     bandwidth, rows = kernels.read_bandwidth(), []
     for sparsity in options.sparsity:
         rows += layer_rows("mpt-7b block", random_weights(MPT_7B_BLOCK, sparsity), options.repeats, bandwidth)
-    print_measured(Console(width=140), SPEED_HEADER, map(speed_cells, rows), [kernels.backend()], num_left=3)
+    print_measured(console, SPEED_HEADER, map(speed_cells, rows), [kernels.backend()], num_left=3)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
                       "rows": rows}))
 
@@ -92,10 +92,12 @@ def _moves(options, console: Console) -> None:
 
 def _train(options, console: Console) -> int:
     from sparse_train.launch.cluster import load_cluster
+    from sparse_train.launch.runner import free_port, start_processes, stop_processes, take_signals
 
     cluster = load_cluster(options.on)
     given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
                                                     "checkpointing", "repeats")}
+    take_signals()
     with tempfile.TemporaryDirectory() as logs:
         job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, given, cluster,
                               free_port())
@@ -103,6 +105,9 @@ def _train(options, console: Console) -> int:
             found = job.results()[0]
         except Exception as error:
             raise StageFailed(f"bench train failed: {str(error).strip().splitlines()[-1]}") from error
+        except KeyboardInterrupt:
+            stop_processes(job, 0)
+            raise
     if not options.json:
         _print_train(found, console)
     print(json.dumps(found))

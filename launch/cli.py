@@ -1,11 +1,12 @@
 """sparse-train: run a recipe, look at runs and models, generate.
 
-Exit codes: 0 done; 1 a stage failed (its log is named); 2 a mistake of the user (one line); 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 a stage failed (its log is named); 2 a mistake of the user (one line); 130 stopped by Ctrl-C or
+another signal.
 """
 
 import argparse
+import os
 import re
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,23 +14,46 @@ from pathlib import Path
 from rich.console import Console
 from sparse_train.launch.bench import add_commands as add_bench_commands
 from sparse_train.launch.look import add_commands as add_look_commands
-from sparse_train.launch.runner import StageFailed
 
-from sparse_train.errors import UserError
+from sparse_train.errors import StageFailed, UserError, is_of_a_path, told_of
 
 
 def main(arguments: list[str] | None = None) -> int:
+    try:
+        try:
+            return _answer(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # such as | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def _answer(arguments: list[str] | None) -> int:
+    """Every mistake of the user's and every path that cannot be used becomes one line here."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII, a path that is not UTF-8
     options = _parse(arguments)
     # Tables are as wide as they are where nobody's window cuts them.
-    console, complaints = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
+    complaints = Console(stderr=True, soft_wrap=True)
     try:
         return options.command(options, console) or 0
-    except (UserError, StageFailed) as error:
-        complaints.print(f"sparse-train: {error}", style="red", markup=False, highlight=False)
-        return 2 if isinstance(error, UserError) else 1
+    except StageFailed as error:
+        told, code = str(error), 1
+    except UserError as error:
+        told, code = str(error), 2
+    except OSError as error:
+        if not is_of_a_path(error):
+            raise
+        told, code = told_of(error), 2
     except KeyboardInterrupt:
         return 130
+    complaints.print(f"sparse-train: {told}", style="red", markup=False, highlight=False)
+    return code
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="run a recipe: dense, prune, finetune, evaluate, compress, benchmark, report",
         description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
                     "training goes on from its newest checkpoint.")
-    run.add_argument("config", help="a YAML recipe, such as configs/demo.yaml")
+    run.add_argument("config", help="a YAML recipe, or the name of one of the package's, such as demo")
     run.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                      help="such as prune.sparsity=0.5, cluster.nodes=4")
     run.add_argument("--on", default="local", metavar="CLUSTER",
@@ -89,19 +113,20 @@ def _run(options, console: Console) -> int:
     from sparse_train.launch import runner, slurm
     from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
     from sparse_train.launch.preflight import check, numbers, require_data
+    from sparse_train.launch.recipes import find_recipe
+    from sparse_train.launch.submitted import require_idle
     from sparse_train.launch.sweep import run_sweep
 
     from sparse_train.config_file import load_points
 
     ours = [text for text in options.overrides if text.startswith(UNDER)]
-    points = load_points(options.config, [text for text in options.overrides if text not in ours],
+    points = load_points(find_recipe(options.config), [text for text in options.overrides if text not in ours],
                          {UNDER: ClusterConfig})
     cluster = load_cluster(options.on, ours)
     if cluster.executor == "local":
         cluster.visible_gpus(cluster.ranks)  # too many are refused now
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
-    # kill and a closing batch system end a run as Ctrl-C does; without this its ranks would be left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    runner.take_signals()
     if any(point for point, _ in points):
         if options.prepare:
             raise UserError("--prepare: a sweep is many runs; leave sweep out (sweep={}), or use --on slurm without "
@@ -126,7 +151,7 @@ def _run(options, console: Console) -> int:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
-    slurm.require_idle(config.path)
+    require_idle(config.path)
     runner.run(config, cluster, names, console)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":

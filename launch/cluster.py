@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
+from sparse_train.launch.recipes import CONFIGS
 from sparse_train.launch.stages import JOBS
 
 from sparse_train.config import Positive, Section
@@ -12,7 +13,6 @@ from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 
 CLUSTER, UNDER = "cluster.yaml", "cluster."
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",
               "open-mode", "output", "requeue", "signal", "wrap"}
 _NAMED = {"nodes": "nodes", "cpus-per-task": "cpus_per_rank", "gpus-per-node": "gpus_per_node", "mem": "memory",

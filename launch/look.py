@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import platform
+import os
 import shlex
 import signal
 import sys
@@ -13,22 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.live import Live
-from sparse_train.launch import attempts, slurm
-from sparse_train.launch.runner import LOCK, plan, rank_log
-from sparse_train.launch.slurm import JobState, job_states, read_jobs
-from sparse_train.launch.stages import CONFIG, Stage, find_stage, log_folder, progress_file, read_run
-from sparse_train.launch.sweep import is_dense_of_sweep
+from sparse_train.launch import attempts, submitted
+from sparse_train.launch.lock import Launcher, find_launcher
+from sparse_train.launch.runner import STOP_PATIENCE_S, plan, told_of_stop
+from sparse_train.launch.stages import (
+    CONFIG,
+    Stage,
+    build_stages,
+    find_stage,
+    is_dense_of_sweep,
+    log_folder,
+    read_progress,
+    read_run,
+    select,
+)
+from sparse_train.launch.submitted import JobState, job_states, read_jobs
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.errors import UserError
+from sparse_train.errors import UserError, told_of
 from sparse_train.tables import make_table, print_table
 
-_HEADER = ("stage", "state", "job", "nodes", "tries", "progress", "", "left")
-_WATCH_S, _STATE_WIDTH = 5.0, 50
+_HEADER = ("stage", "state", "job", "nodes", "tries")
+_WATCH_S, _STATE_WIDTH = 5.0, 300
 _ASK_S = 10.0  # between questions to SLURM while a log is followed
 
 
@@ -67,12 +76,12 @@ class Look:
     progress: dict[str, Any] | None = None
 
     def cells(self) -> list[str]:
-        progress = self.progress or {}
-        left = progress.get("seconds_left")
-        done = f"{progress['done']}/{progress['total']}" if progress else ""
-        state = textwrap.shorten(self.state, _STATE_WIDTH, placeholder=" ...")
-        return [self.stage.id, state, self.job, self.nodes, str(self.tries or ""), done, progress.get("note", ""),
-                f"{left / 60:.0f} min" if left is not None and self.state == "running" else ""]
+        told = [_shortened(self.state)]
+        if progress := self.progress:
+            told.append(f"{progress['done']}/{progress['total']} {progress['note']}".strip())
+            if progress["seconds_left"] is not None and self.state == "running":
+                told.append(f"{progress['seconds_left'] / 60:.0f} min left")
+        return [self.stage.id, ", ".join(told), self.job, self.nodes, str(self.tries or "")]
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,21 @@ class Files:
 
 
 def read_files(config: RunConfig) -> Files:
-    """Raises UserError where one of them is broken."""
-    return Files(config, plan(config, ["dense"] if is_dense_of_sweep(config) else []), read_jobs(config.path))
+    """Raises UserError or OSError where the run cannot be read at all; a broken stage is told as its reason."""
+    names = ["dense"] if is_dense_of_sweep(config) else []
+    try:
+        planned = plan(config, names)
+    except (UserError, OSError):
+        planned = [(stage, _reason(stage, config)) for stage in select(build_stages(config), names)]
+    return Files(config, planned, read_jobs(config.path))
+
+
+def _reason(stage: Stage, config: RunConfig) -> str:
+    """plan's, of a stage by itself: another one is broken, or this."""
+    try:
+        return next(reason for other, reason in plan(config, [stage.id]) if other.id == stage.id)
+    except (UserError, OSError) as error:
+        return told_of(error)
 
 
 def look_at(runs: Sequence[Files], console: Console) -> list[list[Look]]:
@@ -105,25 +127,27 @@ def look_at(runs: Sequence[Files], console: Console) -> list[list[Look]]:
 
 
 def _look_at(run: Files, states: dict[str, JobState]) -> list[Look]:
-    config, jobs, found, failed = run.config, run.jobs, [], []
+    found: list[Look] = []
     for stage, reason in run.planned:
-        logs = log_folder(stage, config)
-        tried = attempts.read_attempts(logs)
-        job, state = jobs.get(stage.id, ""), states.get(stage.id)
-        if reason == "current":
-            manifest = artifacts.read_manifest(config.path / stage.id)
-            found.append(Look(stage, f"done in {manifest['seconds']:.0f} s", job, _short(manifest.get("nodes", ())),
-                              len(tried)))
-            continue
-        progress = None
-        with contextlib.suppress(UserError):
-            progress = artifacts.read_json(progress_file(stage, config))
-        text = _told(config, stage, reason, state, tried, failed)
-        if text.startswith(("failed", "cancelled", "held")):
-            failed.append(stage.id)
-        nodes = state.nodes if state and state.state == "RUNNING" else ""
-        found.append(Look(stage, text, job, nodes, len(tried), progress))
+        failed = [look.stage.id for look in found if look.state.startswith(("failed", "cancelled", "held"))]
+        try:
+            found.append(_look_at_stage(run, stage, reason, states.get(stage.id), failed))
+        except (UserError, OSError) as error:  # such as logs of another user's
+            found.append(Look(stage, told_of(error)))
     return found
+
+
+def _look_at_stage(run: Files, stage: Stage, reason: str, state: JobState | None, failed: list[str]) -> Look:
+    tried = attempts.read_attempts(log_folder(stage, run.config))
+    job = run.jobs.get(stage.id, "")
+    if reason == "current":
+        manifest = artifacts.read_manifest(run.config.path / stage.id)
+        seconds = manifest.get("seconds")
+        took = f" in {seconds:.0f} s" if isinstance(seconds, int | float) else ""
+        return Look(stage, f"done{took}", job, _short(manifest.get("nodes") or ()), len(tried))
+    text = _told(run.config, stage, reason, state, tried, failed)
+    nodes = state.nodes if state and state.state == "RUNNING" else ""
+    return Look(stage, text, job, nodes, len(tried), read_progress(stage, run.config))
 
 
 def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, tried: list, failed: list[str]) -> str:
@@ -133,7 +157,7 @@ def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, 
                if Path(path).is_absolute() and not Path(path).is_dir()]
     if state is None or state.state == "UNKNOWN":  # the files alone tell
         newest = attempts.newest_ending(log_folder(stage, config), tried)
-        if tried and newest is None and _launcher(config.path) is not None:
+        if tried and newest is None and find_launcher(config.path) is not None:
             return "running"
         return f"failed: {newest.message}" if newest and newest.status in ("broken", "lost", "mistake") else reason
     if state.is_active:
@@ -149,27 +173,49 @@ def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, 
     return f"{'cancelled' if state.state == 'CANCELLED' else 'failed'}: {state.state} {cause}"
 
 
+def _shortened(state: str) -> str:
+    return textwrap.shorten(state, _STATE_WIDTH, placeholder=" ...")
+
+
 def _short(nodes) -> str:
-    return ",".join(nodes[:2]) + (f" and {len(nodes) - 2} more" if len(nodes) > 2 else "")
+    return ",".join(map(str, nodes[:2])) + (f" and {len(nodes) - 2} more" if len(nodes) > 2 else "")
 
 
 def _status(options, console: Console) -> None:
-    runs = _below(options.run)
+    folders = _run_folders(options.run)
     if not options.watch:
-        for config, looks in zip(runs, look_at([read_files(config) for config in runs], console), strict=True):
-            _print_run(config, looks, console, len(runs) > 1)
+        files, broken = _read_each(folders)
+        for run, looks in zip(files, look_at(files, console), strict=True):
+            _print_run(run.config, looks, console, len(folders) > 1)
+        for name, why in broken.items():
+            console.print(f"{name}: {why}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         return
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
-            found = look_at([read_files(config) for config in runs], console)
-            live.update(make_table(_HEADER, [look.cells() for looks in found for look in looks], 5), refresh=True)
+            files, broken = _read_each(folders)
+            rows = [look.cells() for looks in look_at(files, console) for look in looks]
+            rows += [[name, why, *[""] * (len(_HEADER) - 2)] for name, why in broken.items()]
+            live.update(make_table(console, _HEADER, rows, len(_HEADER)), refresh=True)
             time.sleep(_WATCH_S)
+
+
+def _read_each(folders: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
+    """(runs, why each of the others cannot be read). Raises what is wrong with a single one."""
+    files, broken = [], {}
+    for folder in folders:
+        try:
+            files.append(read_files(read_run(folder)))
+        except (UserError, OSError) as error:
+            if len(folders) == 1:
+                raise
+            broken[folder.name] = told_of(error)
+    return files, broken
 
 
 def _print_run(config: RunConfig, looks: list[Look], console: Console, named: bool) -> None:
     if named:
         console.print(f"[bold]{config.name}", highlight=False)
-    print_table(console, _HEADER, [look.cells() for look in looks], 5)
+    print_table(console, _HEADER, [look.cells() for look in looks], len(_HEADER))
     for look in looks:
         if look.state.startswith("failed"):
             for line in (f"{look.stage.id} {look.state}",
@@ -177,12 +223,11 @@ def _print_run(config: RunConfig, looks: list[Look], console: Console, named: bo
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _below(folder: Path) -> list[RunConfig]:
+def _run_folders(folder: Path) -> list[Path]:
     """The run in `folder`, or those of a sweep."""
     if (folder / CONFIG).is_file():
-        return [read_run(folder)]
-    found = [read_run(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}"))]
-    return found or [read_run(folder)]
+        return [folder]
+    return sorted(_find_runs(folder, 1)) or [folder]
 
 
 def _logs(options, console: Console) -> None:
@@ -209,7 +254,7 @@ def _logs(options, console: Console) -> None:
 def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
     """Of the newest job."""
     if job := read_jobs(config.path).get(stage.id):
-        file = rank_log(slurm.output_folder(config, stage, job), job, rank)
+        file = attempts.rank_log(submitted.output_folder(config, stage, job), job, rank)
         files = [file] if file.is_file() else []
     else:
         files = sorted(log_folder(stage, config).glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
@@ -220,46 +265,85 @@ def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
 
 def _is_at_work(config: RunConfig, stage: Stage) -> bool:
     state = job_states(read_jobs(config.path)).get(stage.id)
-    return state.is_active if state else _launcher(config.path) is not None
+    return state.is_active if state else find_launcher(config.path) is not None
 
 
-def _cancel(options, console: Console) -> None:
-    ended = []
-    for config in _below(options.run):
-        ended += slurm.cancel(read_jobs(config.path))
-        if (process := _launcher(config.path)) is not None:
-            process.send_signal(signal.SIGINT)
-            ended.append(f"process {process.pid}")
-    console.print(f"ended: {', '.join(ended)}" if ended else "nothing is running", highlight=False)
+def _cancel(options, console: Console) -> int:
+    folders = _run_folders(options.run)
+    # A sweep's launcher is that of its folder and of the run that it is at.
+    launchers = {launcher: folder for folder in (options.run, *folders) if (launcher := find_launcher(folder))}
+    ended = [_end_launcher(folder, launcher, console) for launcher, folder in launchers.items()]
+    withdrawn = [stage for folder in folders for stage in submitted.cancel(read_jobs(folder))]
+    if withdrawn:
+        console.print(f"withdrawn: {', '.join(withdrawn)}", highlight=False)
+    elif not launchers:
+        console.print("nothing is running", highlight=False)
+    return 0 if all(ended) else 1
 
 
-def _launcher(run: Path) -> psutil.Process | None:
-    """The process of this machine that runs the stages, where one does."""
-    with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
-        lock = (run / LOCK).resolve()
-        host, pid = lock.read_text(encoding="utf-8").split()
-        process = psutil.Process(int(pid))
-        if host == platform.node() and str(lock) in {file.path for file in process.open_files()}:
-            return process
-    return None
+def _end_launcher(folder: Path, launcher: Launcher, console: Console) -> bool:
+    """Ask the process that runs the stages of `folder` to end, wait for it, and tell what it came to."""
+    since, pid = time.time(), launcher.pid
+    try:
+        os.kill(pid, signal.SIGTERM)  # not SIGINT, which a process in a shell's background ignores
+    except PermissionError as error:
+        raise UserError(f"process {pid} runs {folder} and is another user's; ask its owner to end it") from error
+    console.print(f"waiting for process {pid} to save its state and end", highlight=False)
+    while launcher.is_alive:
+        waited = time.time() - since
+        if waited > STOP_PATIENCE_S + 10:
+            console.print(f"process {pid} is still running after {waited:.0f} s; kill -9 {pid} ends it, without a save",
+                          highlight=False)
+            return False
+        time.sleep(0.2)
+    console.print(_told_of_end(folder, since), highlight=False, markup=False, soft_wrap=True)
+    return True
+
+
+def _told_of_end(folder: Path, since: float) -> str:
+    """What the stage that ended after `since` came to, by its endings."""
+    with contextlib.suppress(UserError):  # a sweep's folder is no run
+        config = read_run(folder)
+        for stage in build_stages(config):
+            logs = log_folder(stage, config)
+            tried = attempts.read_attempts(logs)
+            endings = (logs / "endings" / tried[-1]["id"]).glob("*.json") if tried else ()
+            if any(file.stat().st_mtime >= since for file in endings):
+                return f"ended: {told_of_stop(stage, attempts.read_ending(logs, tried[-1]['id'], tried[-1]['ranks']))}"
+    return "ended; the same command goes on from what is finished"
 
 
 def _runs(options, console: Console) -> None:
-    found = [path for depth in ("*", "*/*") for path in options.folder.glob(f"{depth}/{CONFIG}")]  # sweeps' too
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    found = _find_runs(options.folder, 2)  # a sweep's are below its folder
     if not found:
         raise UserError(f"{options.folder} holds no runs; give the folder that run folders are in")
+    found = dict(sorted(found.items(), key=lambda item: item[1][0], reverse=True))
     rows, runs = {}, {}
-    for path in found:
-        name = str(path.parent.relative_to(options.folder))
-        rows[name] = ["", ""]
+    for path, (_, why) in found.items():
+        rows[path] = ["", why]
         try:
-            runs[name] = read_files(read_run(path.parent))
-        except UserError as error:  # such as a config of another release
-            rows[name] = ["", str(error)]
-    for name, looks in zip(runs, look_at(list(runs.values()), console), strict=True):
+            if not why:
+                runs[path] = read_files(read_run(path))
+        except (UserError, OSError) as error:  # such as a config of another release
+            rows[path] = ["", told_of(error)]
+    for path, looks in zip(runs, look_at(list(runs.values()), console), strict=True):
         done = [look for look in looks if look.state.startswith("done")]
         rest = [look for look in looks if look not in done]
-        rows[name] = [f"{len(done)}/{len(looks)}", f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"]
-    rows = [[name, count, textwrap.shorten(state, 100, placeholder=" ...")] for name, (count, state) in rows.items()]
-    print_table(console, ("run", "stages", "state"), rows, 3)
+        rows[path] = [f"{len(done)}/{len(looks)}", f"{rest[0].stage.id}: {rest[0].state}" if rest else "done"]
+    print_table(console, ("run", "stages", "state"), [
+        [str(path.relative_to(options.folder)), count, _shortened(state)]
+        for path, (count, state) in rows.items()], 3)
+
+
+def _find_runs(folder: Path, depth: int) -> dict[Path, tuple[float, str]]:
+    """Run folders below `folder` and the times of their configs; and folders that cannot be read, with the reason."""
+    found: dict[Path, tuple[float, str]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            if (path / CONFIG).is_file():
+                found[path] = (path / CONFIG).stat().st_mtime, ""
+            elif depth > 1 and path.is_dir():
+                found |= _find_runs(path, depth - 1)
+        except OSError as error:
+            found[path] = 0.0, told_of(error)
+    return found

@@ -9,8 +9,6 @@ import subprocess
 from dataclasses import dataclass
 from datetime import datetime
 
-import submitit
-
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range that systems hand out for outgoing connections (32768 ...)
 
 
@@ -34,18 +32,24 @@ class Place:
         """Of the rendezvous on the first node; another one after a requeue, since the last attempt may still hold its
         own."""
         job, _, restarts = self.attempt.rpartition(".")
-        number = int(os.environ.get("SLURM_JOB_ID", job)) + 1_009 * int(restarts)
+        number = int(os.environ.get("SLURM_JOB_ID") or job) + 1_009 * int(restarts)
         return _FIRST_PORT + number % _NUM_PORTS
 
 
 def attempt_of_job() -> str:
     # Processes of this machine may be inside somebody's job.
-    restarts = os.environ.get("SLURM_RESTART_COUNT", 0) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else 0
-    return f"{submitit.JobEnvironment().job_id}.{restarts}"
+    restarts = os.environ.get("SLURM_RESTART_COUNT") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
+    return f"{_environment().job_id}.{restarts or 0}"
+
+
+def _environment():
+    from submitit import JobEnvironment  # brings much that status can do without
+
+    return JobEnvironment()
 
 
 def find_place() -> Place:
-    environment = submitit.JobEnvironment()
+    environment = _environment()
     return Place(environment.global_rank, environment.num_tasks, environment.local_rank,
                  environment.num_tasks // environment.num_nodes, environment.hostname, tuple(environment.hostnames),
                  attempt_of_job())
@@ -55,10 +59,10 @@ def deadline() -> float | None:
     """When SLURM will end this job, in seconds since the epoch; None elsewhere, and where SLURM does not tell."""
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return None
-    if told := os.environ.get("SLURM_JOB_END_TIME"):  # since SLURM 23.02
-        return float(told)
     try:
-        job = submitit.JobEnvironment().job_id
+        if told := os.environ.get("SLURM_JOB_END_TIME"):  # since SLURM 23.02
+            return float(told)
+        job = _environment().job_id
         asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, encoding="utf-8",
                                errors="replace", timeout=30, check=True)
         return datetime.fromisoformat(asked.stdout.strip()).timestamp()

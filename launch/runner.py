@@ -1,21 +1,22 @@
 """Run the stages of a config on this machine, in order: skip what is current, start the rest, stop at a failure."""
 
 import contextlib
-import fcntl
 import os
-import platform
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import submitit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sparse_train.launch import attempts
+from sparse_train.launch.attempts import Ending, rank_log
 from sparse_train.launch.cluster import CLUSTER, ClusterConfig
+from sparse_train.launch.lock import locked
+from sparse_train.launch.place import find_place
 from sparse_train.launch.stages import (
     CONFIG,
     JOB_FILE,
@@ -25,7 +26,7 @@ from sparse_train.launch.stages import (
     log_folder,
     partial_folder,
     progress_file,
-    read_run,
+    read_progress,
     select,
     why_stale,
 )
@@ -33,14 +34,13 @@ from sparse_train.launch.stages import (
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.config_file import dump_config
-from sparse_train.errors import UserError
+from sparse_train.errors import StageFailed, UserError
 
-LOCK = ".lock"
-_STOP_PATIENCE_S = 120
+if TYPE_CHECKING:
+    import submitit
 
-
-class StageFailed(Exception):
-    """A stage ended without its artifact. The text is one line and names the log."""
+STOP_PATIENCE_S = 120
+_LINE_S = 30  # between lines of progress where there is no terminal
 
 
 def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
@@ -107,35 +107,6 @@ def freeze(config: RunConfig, cluster: ClusterConfig) -> None:
     artifacts.write_text(config.path / CLUSTER, dump_config(cluster))
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The run folder, made where it is missing, for one launcher at a time; the file says which."""
-    _require_own_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another sparse-train; wait for it, or give name=OTHER") from error
-        except OSError as error:
-            raise UserError(f"{folder} is on storage without file locks ({error.strerror}); mount it with them, as "
-                            "Lustre with -o flock, or give folder=ELSEWHERE") from error
-        file.truncate(0)
-        file.write(f"{platform.node()} {os.getpid()}")
-        file.flush()
-        yield
-
-
-def _require_own_run(folder: Path) -> None:
-    """It is new, empty, locked by a launcher before, or the copy of a run."""
-    if not folder.is_dir() or (folder / LOCK).is_file() or not any(folder.iterdir()):
-        return
-    try:
-        read_run(folder)
-    except UserError as error:
-        raise UserError(f"{folder} holds files and is not a run folder; give another name or folder") from error
-
-
 def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console: Console) -> float:
     logs = log_folder(stage, config)
     for note in (progress_file(stage, config), logs / JOB_FILE):  # of earlier times, perhaps on SLURM
@@ -145,38 +116,68 @@ def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console:
     job = start_processes(cluster, num_ranks, logs, process, str(config.path.absolute()), stage.id, free_port())
     try:
         _watch(stage, config, job, console)
-    except KeyboardInterrupt:
-        console.print(f"[yellow]stopping {stage.id}; it saves its state first")
-        _stop(job)
+    except BaseException:  # Ctrl-C, a signal, a terminal that is closed: no rank is left behind
+        try:
+            console.print(f"[yellow]stopping {stage.id}; it saves its state first")
+        finally:
+            stop_processes(job)
+        told = told_of_stop(stage, attempts.read_ending(logs, f"{job.job_id}.0", num_ranks))
+        console.print(f"[yellow]{told}", highlight=False, soft_wrap=True)
         raise
     ending = attempts.read_ending(logs, f"{job.job_id}.0", num_ranks)
     if ending.status == "mistake":
         raise UserError(f"stage {stage.id}: {ending.message}")
     if ending.status == "stopped":
-        raise StageFailed(f"stage {stage.id} was stopped and saved its state; the same command goes on from there")
+        raise StageFailed(told_of_stop(stage, ending))
     if ending.status != "finished":
         raise StageFailed(f"stage {stage.id} failed: rank {ending.rank} {ending.message} "
                           f"(log: {rank_log(logs, job.job_id, ending.rank)})")
     return time.monotonic() - started
 
 
-def rank_log(logs: Path, job: str, rank: int) -> Path:
-    return logs / f"{job}_{rank}_log.out"
+def told_of_stop(stage: Stage, ending: Ending) -> str:
+    """What a stage that was stopped came to, and what the same command will do."""
+    if ending.status == "finished":
+        return f"{stage.id} was finished; the same command goes on behind it"
+    if not stage.distributed:
+        return f"{stage.id} was stopped; the same command starts it again"
+    if ending.status == "stopped":
+        return f"{stage.id} was stopped and saved its state; the same command goes on from there"
+    return f"{stage.id} ended before it could save; the same command goes on from its newest checkpoint"
 
 
-def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function, *arguments) -> submitit.Job:
+def take_signals() -> None:
+    """kill, a closing batch system and a terminal that goes away end a run as Ctrl-C does; without this its ranks would
+    be left behind. Only the first such signal counts: the ranks are given time to save."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(*_) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:  # nohup has SIGHUP ignored
+        signal.signal(number, end)
+
+
+def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function, *arguments) -> "submitit.Job":
     """`function(*arguments)` on as many processes of this machine as ranks."""
-    executor = submitit.LocalExecutor(logs)
+    import submitit  # which looking at runs can do without
+
+    executor = submitit.LocalExecutor(logs.absolute())
     executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(num_ranks),
                                timeout_min=7 * 24 * 60, stderr_to_stdout=True)
-    # A terminal's Ctrl-C reaches the whole process group; the ranks shall hear of it from us, as SIGTERM.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    given = {key: os.environ.get(key) for key in cluster.environment}
-    os.environ.update(cluster.environment)
+    # A terminal's Ctrl-C and its end reach the whole process group; the ranks hear of it from us, as SIGTERM.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    # Safe path: else a random.py in the folder that this was started in comes before Python's own.
+    environment = {"PYTHONSAFEPATH": "1", **cluster.environment}
+    given = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
     try:
         return executor.submit(function, *arguments)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for key, value in given.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
 
@@ -186,8 +187,13 @@ def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
     # The imports take seconds; submitit's handlers would count a warning in them as an error, or swallow it.
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
-    from sparse_train.launch.worker import work  # brings DeepSpeed, which only the ranks need
-
+    try:
+        from sparse_train.launch.worker import work  # brings DeepSpeed, which only the ranks need
+    except Exception as error:
+        place = find_place()
+        told = f"could not be started: {type(error).__name__}: {' '.join(str(error).split())}"
+        attempts.write_ending(Path(run_folder) / "logs" / stage_id, place.attempt, Ending("broken", told, place.rank))
+        raise
     work(run_folder, stage_id, port)
 
 
@@ -197,24 +203,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _watch(stage: Stage, config: RunConfig, job: submitit.Job, console: Console) -> None:
+def _watch(stage: Stage, config: RunConfig, job: "submitit.Job", console: Console) -> None:
+    """Until its processes have ended: a bar, or lines where there is no terminal."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[note]}"))
+    told = time.monotonic()
+    if not console.is_terminal:
+        console.print(f"{stage.id:<22} started", highlight=False)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(stage.id, total=None, note="")
         while job._process.poll() is None:
-            with contextlib.suppress(UserError):
-                state = artifacts.read_json(progress_file(stage, config))
+            if state := read_progress(stage, config):
                 bars.update(bar, completed=state["done"], total=state["total"], note=state["note"])
+            if not console.is_terminal and time.monotonic() - told > _LINE_S:
+                told = time.monotonic()
+                done = f"{state['done']}/{state['total']} {state['note']}" if state else "at work"
+                console.print(f"{stage.id:<22} {done}", highlight=False, markup=False, soft_wrap=True)
             time.sleep(0.2)
 
 
-def _stop(job: submitit.Job) -> None:
+def stop_processes(job: "submitit.Job", patience_s: float = STOP_PATIENCE_S) -> None:
     """Let the ranks save; what still runs after the patience, or at a second Ctrl-C, is killed."""
     process = job._process  # submitit's cancel() sends SIGINT and kills a second later, in the middle of a save
     everyone = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_PATIENCE_S
+    deadline = time.monotonic() + patience_s
     try:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -9,40 +9,24 @@ import itertools
 import os
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import submitit
 from rich.console import Console
 from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.runner import StageFailed, freeze, locked, plan, process
+from sparse_train.launch.lock import locked
+from sparse_train.launch.runner import freeze, plan, process
 from sparse_train.launch.snapshot import freeze_code
-from sparse_train.launch.stages import CONFIG, JOB_FILE, Stage, build_stages, log_folder, select
-from submitit.slurm.slurm import read_job_id
+from sparse_train.launch.stages import JOB_FILE, Stage, build_stages, log_folder, select
+from sparse_train.launch.submitted import array_of, require_idle
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.errors import UserError
+from sparse_train.errors import StageFailed, UserError
 
 RUNS_FILE = "runs.txt"
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-          "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
-
-
-@dataclass(frozen=True)
-class JobState:
-    state: str
-    """As SLURM calls it, such as RUNNING."""
-    reason: str = ""
-    """Why it waits."""
-    nodes: str = ""
-
-    @property
-    def is_active(self) -> bool:
-        return self.state in ACTIVE
 
 
 def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console,
@@ -77,7 +61,7 @@ def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunCon
         made = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
         # Of several dense models one that fails shall not hold those who need another.
         kind = "afterok" if len(dense) == 1 else "afterany"
-        after = f"{kind}:{_array_of(made[0]['dense'])}" if made and made[0] else ""
+        after = f"{kind}:{array_of(made[0]['dense'])}" if made and made[0] else ""
         if runs:
             _submit_graph(runs, cluster, names, console, dry_run, code, after)
     if not dry_run:
@@ -131,7 +115,7 @@ def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list
             ids = [f"<{stage.id}>"] * len(runs)
         else:
             ids = _submit(executor, stage, runs)
-            console.print(f"{stage.id:<22} job {_array_of(ids[0])} {after}", highlight=False, soft_wrap=True)
+            console.print(f"{stage.id:<22} job {array_of(ids[0])} {after}", highlight=False, soft_wrap=True)
         for config, own, job in zip(runs, made, ids, strict=True):
             own[stage.id] = job
             if not dry_run:  # at once: a submission that is cut off leaves no job unknown
@@ -216,85 +200,9 @@ def _own_environment() -> Iterator[None]:
 
 def _dependency(stage: Stage, made: list[dict[str, str]]) -> str:
     """afterok of the jobs that make its inputs; of an array, each task after the same task of theirs."""
-    jobs = list(dict.fromkeys(_array_of(made[0][name]) for name in stage.inputs if name in made[0]))
+    jobs = list(dict.fromkeys(array_of(made[0][name]) for name in stage.inputs if name in made[0]))
     kind = "afterok" if len(made) == 1 else "aftercorr"
     return ",".join(f"{kind}:{job}" for job in jobs)
-
-
-def _array_of(job: str) -> str:
-    return job.partition("_")[0]
-
-
-def require_idle(folder: Path) -> None:
-    """Raises UserError where jobs of the run in `folder`, or of any run of the sweep there, are in the queue."""
-    jobs = read_jobs(folder)
-    for config in folder.glob(f"*/{CONFIG}"):
-        jobs |= {f"{config.parent.name}/{stage}": job for stage, job in read_jobs(config.parent).items()}
-    active = [name for name, state in job_states(jobs).items() if state.is_active]
-    if active:
-        raise UserError(f"{folder} has jobs in the queue ({', '.join(active)}); wait for them, or withdraw them: "
-                        f"sparse-train cancel {shlex.quote(str(folder))}")
-
-
-def read_jobs(run: Path) -> dict[str, str]:
-    """stage -> the newest job submitted for it (RUN/logs/STAGE/job); empty for a run that was never on SLURM."""
-    logs = run / "logs"
-    return {str(note.parent.relative_to(logs)): note.read_text(encoding="utf-8").strip()
-            for note in sorted(logs.rglob(JOB_FILE))}
-
-
-def output_folder(config: RunConfig, stage: Stage, job: str) -> Path:
-    """Where what `job` prints is; the tasks of an array print into the sweep's folder."""
-    return config.path.parent / "logs" / stage.id if "_" in job else log_folder(stage, config)
-
-
-def job_states(jobs: dict[Hashable, str]) -> dict[Hashable, JobState]:
-    """Stages to their jobs -> what SLURM says of them: squeue of those in the queue, sacct of the others.
-
-    sacct alone would not do: between a node's failure and the requeue it says NODE_FAIL of a job that will run again.
-    """
-    ids = list(dict.fromkeys(jobs.values()))
-    if not ids:
-        return {}
-    found: dict[str, JobState] = {}
-    asked = _ask(["squeue", "-h", "-r", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"])
-    for job, state, reason, nodes in (line.split("|") for line in asked):
-        found[job] = JobState(state, "" if reason == "None" else reason, nodes)
-    rest = [job for job in ids if job not in found]
-    if rest:
-        # By whole arrays: a task that never started has no line of its own, but one as 9_[0-3] with its peers.
-        asked = _ask(["env", "SLURM_BITSTR_LEN=0", "sacct", "-n", "-P", "-X", "-j",
-                      ",".join(dict.fromkeys(map(_array_of, rest))), "-o", "JobID,State,ExitCode,NodeList"])
-        for some, state, code, nodes in (line.split("|") for line in asked):
-            for job in set(_tasks_of(some)) & set(rest):
-                found[job] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
-    return {stage: found.get(job, JobState("UNKNOWN")) for stage, job in jobs.items()}
-
-
-def _tasks_of(job: str) -> Iterator[str]:
-    """9_[0-1,3%2] -> 9_0, 9_1, 9_3."""
-    for number, *tasks in read_job_id(job):
-        yield from (f"{number}_{task}" for task in range(int(tasks[0]), int(tasks[-1]) + 1)) if tasks else (number,)
-
-
-def cancel(jobs: dict[str, str]) -> list[str]:
-    """Withdraw the active ones; returns their stages."""
-    active = [stage for stage, state in job_states(jobs).items() if state.is_active]
-    if active:
-        subprocess.run(["scancel", *(jobs[stage] for stage in active)], check=True)
-    return active
-
-
-def _ask(command: list[str]) -> list[str]:
-    """Lines of its output. squeue fails when it knows none of the jobs any more, which is an answer too; sacct where
-    there is no accounting."""
-    try:
-        asked = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{command[0]} does not answer ({error}); ask from a login node of the cluster") from error
-    if asked.returncode and "squeue" in command and "Invalid job id" not in asked.stderr:
-        raise UserError(f"squeue failed: {asked.stderr.strip()}; try again")
-    return asked.stdout.splitlines()
 
 
 def _indented(text: str) -> str:

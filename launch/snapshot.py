@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sparse_train.launch.cluster import CONFIGS
+from sparse_train.launch.recipes import CONFIGS
 
 import sparse_train
 

@@ -5,6 +5,7 @@ of the finished folder; a folder whose sources are still the same is current, an
 A key that the manifest does not know counts as its default, so a release that adds keys makes nothing stale.
 """
 
+import contextlib
 import json
 import textwrap
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig) -> str 
     today = sources(stage, config)
     if today is None:
         return "an input is not finished"
-    if not isinstance(recorded, dict) or not {"config", "inputs"} <= recorded.keys():
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(key), dict) for key in today):
         return "an older release made it and noted nothing to compare"
     seen = _seen_by(stage, config)
     for key in stage.reads:
@@ -245,6 +246,28 @@ def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:
         key.startswith(part) for part in stage.reads)}}
 
 
+def dense_of_sweep(config: RunConfig) -> RunConfig:
+    """The run that makes the dense model of `config`, a run of a sweep, and of all who agree with it on how that is
+    made."""
+    dense = next(stage for stage in build_stages(config) if stage.id == "dense")
+    # Without what is at its default, so that a release that adds keys finds the models of an older one.
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    keys = {key: found for key in dense.reads if (found := _at(given, key)) is not None}
+    made_from = artifacts.digest([keys, sources(dense, config)["inputs"]])
+    return config.model_copy(update={"name": f"dense-{made_from[:8]}"})
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def is_dense_of_sweep(config: RunConfig) -> bool:
+    """Such a run has no other stages."""
+    return not config.dense.path and config.name == dense_of_sweep(config).name
+
+
 def input_paths(stage: Stage, config: RunConfig) -> dict[str, Path | str]:
     """dense first, then in the order of the graph."""
     return {**stage.external, **{name: config.path / name for name in stage.inputs}}
@@ -260,6 +283,16 @@ def log_folder(stage: Stage, config: RunConfig) -> Path:
 
 def progress_file(stage: Stage, config: RunConfig) -> Path:
     return log_folder(stage, config) / "progress.json"
+
+
+def read_progress(stage: Stage, config: RunConfig) -> dict[str, Any] | None:
+    """What sparse_train.tracking.Progress wrote last; None where there is nothing, or nothing that can be read."""
+    types = {"done": int, "total": int, "note": str, "seconds_left": int | float | None}
+    with contextlib.suppress(UserError, OSError):
+        found = artifacts.read_json(progress_file(stage, config))
+        if isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in types.items()):
+            return found
+    return None
 
 
 def _fingerprint(path: str) -> str:

@@ -12,12 +12,14 @@ from typing import Any
 from rich.console import Console
 from sparse_train.launch import runner, slurm
 from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.lock import locked
 from sparse_train.launch.preflight import check, numbers, require_data
-from sparse_train.launch.stages import build_stages, is_current, sources
+from sparse_train.launch.stages import build_stages, dense_of_sweep, is_current
+from sparse_train.launch.submitted import require_idle
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.errors import UserError
+from sparse_train.errors import StageFailed, UserError
 from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 
@@ -34,7 +36,7 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
             for line in [f"{config.name}:", *(f"  {line}" for line in [*remarks, *numbers(config, size)])]:
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
             require_data(config)
-    shared = {config.name: _dense_of(config) for _, config in points if not config.dense.path}
+    shared = {config.name: dense_of_sweep(config) for _, config in points if not config.dense.path}
     points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
     later = [name for name in names if name != "dense"]
     runs = [config for _, config in points] if later or not names else []
@@ -53,8 +55,8 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
             console.print(line, highlight=False, soft_wrap=True)
         return 0
     folder = points[0][1].path.parent
-    slurm.require_idle(folder)
-    with runner.locked(folder):
+    require_idle(folder)
+    with locked(folder):
         return _run_all(points, shared, bool(runs), later, cluster, console)
 
 
@@ -68,33 +70,12 @@ def _run_all(points: Points, shared: dict[str, RunConfig], goes_on: bool, later:
                 runner.run(dense, cluster, ["dense"], console)
             if goes_on:
                 runner.run(config, cluster, later, console)
-        except (runner.StageFailed, UserError) as error:
+        except (StageFailed, UserError) as error:
             failures.append(f"{config.name}: {error}")
     print_collected(points, console)
     for line in failures:
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failures else 0
-
-
-def _dense_of(config: RunConfig) -> RunConfig:
-    """The run that makes the dense model of `config`, and of all who agree with it on how that is made."""
-    dense = next(stage for stage in build_stages(config) if stage.id == "dense")
-    # Without what is at its default, so that a release that adds keys finds the models of an older one.
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    keys = {key: found for key in dense.reads if (found := _at(given, key)) is not None}
-    made_from = artifacts.digest([keys, sources(dense, config)["inputs"]])
-    return config.model_copy(update={"name": f"dense-{made_from[:8]}"})
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def is_dense_of_sweep(config: RunConfig) -> bool:
-    """Such a run has no other stages."""
-    return not config.dense.path and config.name == _dense_of(config).name
 
 
 def _with_dense(config: RunConfig, dense: RunConfig | None) -> RunConfig:

@@ -16,7 +16,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do recipe+=("$1"); shift; done
 # The jobs use the Python that this script uses; train.sbatch reads it.
 SPARSE_TRAIN_PYTHON=${SPARSE_TRAIN_PYTHON:-$(command -v python)}
 export SPARSE_TRAIN_PYTHON
-plan=$("$SPARSE_TRAIN_PYTHON" -m sparse_train.launch.cli run "${recipe[@]}" --on "${CLUSTER:-slurm}" --prepare)
+plan=$("$SPARSE_TRAIN_PYTHON" -P -m sparse_train.launch.cli run "${recipe[@]}" --on "${CLUSTER:-slurm}" --prepare)
 run=$(head -n 1 <<<"$plan")
 declare -A jobs
 # A line per stage that is not current: its id, the stages that it reads (a comma between them), options of sbatch.

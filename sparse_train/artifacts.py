@@ -123,8 +123,13 @@ def clear(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a signed folder, None when it is not signed."""
-    return read_json(folder / MANIFEST) if (folder / DONE).is_file() else None
+    """The manifest of a signed folder, None when it is not signed. Raises UserError where it is broken."""
+    if not (folder / DONE).is_file():
+        return None
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"cannot read {folder / MANIFEST}: it is no manifest; delete {folder}")
+    return manifest
 
 
 def damage(folder: Path, share: Callable[[list[str]], list[str]] = lambda names: names) -> str | None:

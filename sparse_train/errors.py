@@ -1,8 +1,41 @@
-"""The one exception that means "the user can mend this": value, rule, remedy, in one line.
+"""What the command line tells in one line. Anything else that escapes is our bug and keeps its traceback."""
 
-The command line prints it and exits with 2; anything else that escapes is our bug and keeps its traceback.
-"""
+import errno
 
 
 class UserError(ValueError):
-    """A mistake in a config, a path or an argument. Its text names the value, the rule and the remedy."""
+    """The user can mend it: a mistake in a config, a path or an argument. Its text names the value, the rule and the
+    remedy."""
+
+
+class StageFailed(Exception):
+    """A stage ended without its artifact. The text is one line and names the log."""
+
+
+_OF_PATHS = {
+    errno.EACCES: "ask its owner for access, or give another path",
+    errno.EPERM: "ask its owner for access, or give another path",
+    errno.EROFS: "give a path that can be written to",
+    errno.ENOTDIR: "a part of this path is a file; give another one",
+    errno.EISDIR: "this is a folder; give a file",
+    errno.EEXIST: "there is a file of this name; give another path",
+    errno.ENOENT: "check the path",
+    errno.ENOSPC: "free some space; the same command goes on",
+    errno.EDQUOT: "free some space; the same command goes on",
+    errno.ELOOP: "a link here leads back to itself; give another path",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def is_of_a_path(error: OSError) -> bool:
+    """The user can mend it: a path that cannot be used, or a full disk."""
+    return error.errno in _OF_PATHS
+
+
+def told_of(error: UserError | OSError) -> str:
+    """`error` in one line, with the remedy where there is one."""
+    if isinstance(error, UserError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    remedy = f"; {_OF_PATHS[error.errno]}" if error.errno in _OF_PATHS else ""
+    return f"{where}{error.strerror or error}{remedy}"

@@ -10,6 +10,11 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 
 @pytest.mark.parametrize("arguments, told", [
     (["run", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
+    (["run", "demoo"], "there is no recipe demoo; give a .yaml file or one of: claim/arithmetic, demo, "),
+    (["run", "demo", "folder=FILE/runs", "--stages", "dense"], "FILE/runs/demo: Not a directory; a part of this path"),
+    (["run", "demo", "folder=100%j", "--stages", "dense"], "%j, %t, %A and %a stand for"),
+    (["status", "x" * 300], "File name too long; give a shorter name"),
+    (["runs", "FILE"], "holds no runs"),
     (["run", _DEMO, "finetune.stepz=3"], "did you mean finetune.steps?"),
     (["run", _DEMO, "prune.sparsity=1.5"], "outside [0, 1)"),
     (["run", _DEMO, "prune.sparsity=null", "prune.pattern=3:7"], "pattern 3:7 does not divide transformer.blocks.0"),
@@ -40,7 +45,11 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert main([argument.replace("EMPTY", str(tmp_path / "empty")) for argument in arguments]) == 2
+    (tmp_path / "file").touch()
+    places = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
+    for word, place in places.items():
+        arguments, told = [argument.replace(word, place) for argument in arguments], told.replace(word, place)
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert told in err and err.startswith("sparse-train: ") and err.count("\n") == 1
     assert "Traceback" not in out + err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sparse_train.launch import attempts
-from sparse_train.launch.slurm import job_states, read_jobs
+from sparse_train.launch.submitted import job_states, read_jobs
 
 from sparse_train import artifacts
 from tests.launch.test_pipeline import RECIPE, _cli

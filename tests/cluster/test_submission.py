@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 from sparse_train.launch import attempts
-from sparse_train.launch.slurm import read_jobs
 from sparse_train.launch.stages import build_stages, read_run
+from sparse_train.launch.submitted import read_jobs
 
 from sparse_train import artifacts
 from tests.cluster.conftest import NUM_STEPS, PLACE, at_work, submit, wait_for, wait_for_end

@@ -12,7 +12,7 @@ import subprocess
 import psutil
 import pytest
 from sparse_train.launch import attempts
-from sparse_train.launch.slurm import read_jobs
+from sparse_train.launch.submitted import read_jobs
 
 from tests.cluster.conftest import (
     LONG,

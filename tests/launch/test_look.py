@@ -1,7 +1,10 @@
 """What status and runs show of a run, by its files and by what SLURM answers."""
 
 import argparse
+import ctypes
+import os
 import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -11,11 +14,12 @@ from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.look import look_at, read_files
 from sparse_train.launch.place import Place
 from sparse_train.launch.runner import freeze
-from sparse_train.launch.slurm import read_jobs
 from sparse_train.launch.stages import build_stages, log_folder
+from sparse_train.launch.submitted import read_jobs
 
 from sparse_train.config import RunConfig
 from sparse_train.config_file import load_config
+from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE
 
 
@@ -97,3 +101,111 @@ def test_runs_are_listed_where_there_is_no_slurm_and_others_are_broken(monkeypat
     assert "squeue does not answer" in lines[0] and "below is what the files say" in lines[0]
     shown = {line.split()[0]: line for line in lines}
     assert "dense: not done yet" in shown["a"] and "is missing" in shown["old"] and "cannot read" in shown["torn"]
+
+
+def test_a_broken_stage_is_told_in_its_row(tmp_path):
+    """Manifests, endings, attempts, progress and jobs, in ways that no release writes."""
+    config = _run(tmp_path, "a")
+    for stage, manifest in (("dense", "[]"), ("prune", '{"files": {}, "key": 3, "seconds": "x", "nodes": 4}')):
+        (config.path / stage).mkdir()
+        (config.path / stage / "DONE").touch()
+        (config.path / stage / "manifest.json").write_text(manifest)
+    logs = log_folder(build_stages(config)[2], config)
+    (logs / "endings" / "7.0").mkdir(parents=True)
+    (logs / "endings" / "7.0" / "0.json").write_text('{"status": "lost in space", "message": 3, "rang": 1}')
+    (logs / "attempts.jsonl").write_bytes(b'[]\n"x"\n{"id": 7}\n\xff\n'
+                                          b'{"id": "7.0", "job": "7", "ranks": 1, "from_step": 0}\n')
+    for progress in ("[]", '{"done": "1"}', "\0"):
+        (logs / "progress.json").write_text(progress)
+        states = _states(config)
+        assert states["dense"].startswith("cannot read") and "it is no manifest" in states["dense"]
+        assert states["finetune/ce"] == "not done yet"
+    (logs / "job").write_text("7; rm -rf")
+    with pytest.raises(UserError, match="no number of a job"):
+        read_files(config)
+
+
+def test_a_rank_without_an_ending_is_told_by_the_end_of_its_log(tmp_path):
+    for text, status, told in (("torch.OutOfMemoryError: too large", "broken", "torch.OutOfMemoryError: too large"),
+                               ("12/100 loss 1.0", "lost", "killed, or ran out of memory"), ("", "lost", "killed")):
+        (tmp_path / "7_0_log.out").write_text(f"{'x' * 5000}\n{text}\n\n")
+        ending = attempts.read_ending(tmp_path, "7.0", 1)
+        assert ending.status == status and told in ending.message
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_status_shows_all_at_any_width(width, slurm, tmp_path, capsys):
+    config = _run(tmp_path, "a", jobs=["dense", "finetune/squarehead"])
+    slurm[1]["squeue"] = ["10|RUNNING|None|node001", "13|PENDING|AssocGrpCPUMinutesLimit|"]
+    (log_folder(build_stages(config)[0], config) / "progress.json").write_text(
+        '{"done": 120, "total": 2000, "note": "loss 0.1234", "seconds_left": 600.0}')
+    look._status(argparse.Namespace(run=config.path, watch=False), Console(width=width))
+    shown = capsys.readouterr().out
+    together = "".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= width
+    assert all(text in shown for text in ("finetune/squarehead", "120/2000", "10 min left", "node001"))
+    assert "waiting(AssocGrpCPUMinutesLimit)" in together
+
+
+def _without_root():
+    """root's right to open everything is taken away for good; others have none."""
+    for right in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, right, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def _in_a_process(commands, **options):
+    """(printed, heavy packages that the commands loaded), the commands one after the other."""
+    code = f"""import sys
+from sparse_train.launch.cli import main
+for command in {commands!r}:
+    try:
+        print("code", main(command), flush=True)
+    except SystemExit as leave:
+        print("code", leave.code, flush=True)
+print([name for name in ("torch", "transformers", "deepspeed", "submitit", "numpy") if name in sys.modules])"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          **options)
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
+    *lines, heavy = done.stdout.splitlines()
+    return lines, heavy
+
+
+def test_looking_loads_nothing_heavy_and_prints_to_any_terminal(tmp_path):
+    (tmp_path / "größe").mkdir()
+    run = _run(tmp_path / "größe", "a").path
+    (run / "logs" / "dense").mkdir(parents=True)
+    (run / "logs" / "dense" / "7_0_log.out").write_text("step 1\n")
+    lines, heavy = _in_a_process([["--help"], ["run", "--help"], ["status", str(run)], ["runs", str(tmp_path)],
+                                  ["cancel", str(run)], ["logs", str(run), "dense"], ["status", str(run.parent / "b")]],
+                                 env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert [line for line in lines if line.startswith("code")] == [*["code 0"] * 6, "code 2"]
+    assert "nothing is running" in lines and "step 1" in lines and "gr\\xf6\\xdfe" in lines[-2]
+    assert heavy == "[]"
+
+
+def test_a_pipe_that_nobody_reads_ends_quietly(tmp_path):
+    _run(tmp_path, "a")
+    done = subprocess.run(f"{sys.executable} -m sparse_train.launch.cli runs '{tmp_path}' | true; "
+                          f"{sys.executable} -m sparse_train.launch.cli --help | true", shell=True, capture_output=True)
+    assert done.stderr == b""
+
+
+def test_what_may_not_be_read_is_one_line_and_hides_nothing(tmp_path):
+    for name in ("open", "secret", "locked"):
+        _run(tmp_path, name)
+    (tmp_path / "locked" / "logs").mkdir()
+    for path in (tmp_path / "secret", tmp_path / "locked" / "logs"):
+        path.chmod(0)
+    try:
+        lines, _ = _in_a_process([["runs", str(tmp_path)], ["status", str(tmp_path)]], preexec_fn=_without_root)
+        shown = "\n".join(lines)
+        assert "dense: not done yet" in shown and shown.count("code 0") == 2
+        assert shown.count("secret/config.yaml: Permission denied") == 2
+        lines, _ = _in_a_process([["status", str(tmp_path / "secret")], ["cancel", str(tmp_path / "secret")],
+                                  ["logs", str(tmp_path / "secret"), "dense"]],
+                                 preexec_fn=_without_root)
+        assert lines[1::2] == ["code 2"] * 3
+        assert all("Permission denied; ask its owner" in line for line in lines[::2]), lines
+    finally:
+        for path in (tmp_path / "secret", tmp_path / "locked" / "logs"):
+            path.chmod(0o755)

@@ -22,12 +22,13 @@ STAGES = ["dense", "prune", "finetune/ce", "finetune/squarehead", "evaluate", "c
 
 
 def _command(*arguments):
-    return [sys.executable, "-m", "sparse_train.launch.cli", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "sparse_train.launch.cli", *map(str, arguments)]
 
 
-def _cli(*arguments, code=0):
+def _cli(*arguments, code=0, **options):
     """(stdout, stderr) of the command line in a process of its own."""
-    done = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL)
+    done = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL,
+                          **options)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout, done.stderr
@@ -125,8 +126,9 @@ def test_a_dense_model_from_outside_is_the_teacher_and_nothing_dense_is_trained(
 
 
 def test_a_failed_stage_names_its_cause_and_its_log(tmp_path):
+    (tmp_path / "random.py").write_text("raise ImportError('a file of the user, who works in this folder')")
     _, err = _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "dense", "dense.learning_rate=1e30",
-                  "dense.clip=0", "dense.warmup_steps=0", code=1)
+                  "dense.clip=0", "dense.warmup_steps=0", code=1, cwd=tmp_path)
     assert "stage dense failed: rank 0 FloatingPointError: step 2: the gradient's norm is" in err
     assert err.count("\n") == 1
     log = Path(err.rpartition("log: ")[2].strip().rstrip(")"))
@@ -156,13 +158,13 @@ def undisturbed(tmp_path_factory):
     return (folder / "tiny" / "dense" / "model.safetensors").read_bytes()
 
 
-def _started(folder):
+def _started(folder, *overrides, sigint=signal.SIG_DFL):
     """The command, at work beyond step 30; its first checkpoint is written."""
     process = subprocess.Popen(
-        _command("run", RECIPE, f"folder={folder}", *_LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        _command("run", RECIPE, f"folder={folder}", *_LONG, *overrides), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
         # Where the tests run in a shell's background, Ctrl-C is ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint))
     metrics, deadline = folder / "tiny" / "dense.partial" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.is_file() or metrics.read_text().count("\n") < 30:
         assert process.poll() is None and time.monotonic() < deadline, "training did not get to step 30"
@@ -173,8 +175,8 @@ def _started(folder):
 def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(tmp_path, undisturbed):
     process = _started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    process.communicate(timeout=120)
-    assert process.returncode == 130
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "saved its state; the same command goes on from there" in out
     steps = [json.loads(line)["step"] for line in
              (tmp_path / "tiny/dense.partial/metrics.jsonl").read_text().splitlines()]
     assert (tmp_path / f"tiny/dense.partial/checkpoints/step-{steps[-1]:08d}/DONE").is_file()
@@ -195,11 +197,26 @@ def test_a_killed_rank_ends_the_stage_and_the_same_command_ends_with_the_same_bi
     assert (tmp_path / "tiny" / "dense" / "model.safetensors").read_bytes() == undisturbed
 
 
-def test_two_commands_on_one_run_folder_do_not_meet(tmp_path):
-    process = _started(tmp_path)
+def test_two_commands_on_one_run_folder_do_not_meet_and_cancel_waits_for_the_save(tmp_path):
+    process = _started(tmp_path, "dense.steps=5000", sigint=signal.SIG_IGN)  # as in the background of a shell
     try:
-        _, err = _cli("run", RECIPE, f"folder={tmp_path}", *_LONG, code=2)
+        _, err = _cli("run", RECIPE, f"folder={tmp_path}", *_LONG, "dense.steps=5000", code=2)
         assert "is in use by another sparse-train" in err
+        told, _ = _cli("cancel", tmp_path / "tiny")
+        assert f"waiting for process {process.pid}" in told
+        assert "ended: dense was stopped and saved its state; the same command goes on from there" in told
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and out.startswith("dense                  started")
+    assert _cli("cancel", tmp_path / "tiny")[0] == "nothing is running\n"
+
+
+@pytest.mark.slow
+def test_a_terminal_that_goes_away_ends_the_run_and_its_ranks_save(tmp_path):
+    process = _started(tmp_path)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGHUP)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "dense was stopped and saved its state" in out
+    assert not [rank for rank in ranks if rank.is_running()]

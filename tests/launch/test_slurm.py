@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sparse_train.launch import slurm
+from sparse_train.launch import slurm, submitted
 from sparse_train.launch.cluster import ClusterConfig, load_cluster
 from sparse_train.launch.slurm import batch_text, make_executor
 from sparse_train.launch.stages import build_stages
@@ -131,12 +131,12 @@ def test_without_slurm_it_says_where_to_go(monkeypatch):
 
 def _answers(monkeypatch, **of):
     """squeue and sacct, as lists of lines."""
-    monkeypatch.setattr(slurm, "_ask", lambda command: next(lines for name, lines in of.items() if name in command))
+    monkeypatch.setattr(submitted, "_ask", lambda command: next(lines for name, lines in of.items() if name in command))
 
 
 def test_tasks_of_an_array_that_never_started_are_told_together(monkeypatch):
     _answers(monkeypatch, squeue=[], sacct=["9_[0-1,3%2]|CANCELLED by 0|0:0|None assigned", "9_2|FAILED|1:0|node1"])
-    states = slurm.job_states({"a": "9_1", "b": "9_2", "c": "9_3"})
+    states = submitted.job_states({"a": "9_1", "b": "9_2", "c": "9_3"})
     assert [states[name].state for name in "abc"] == ["CANCELLED", "FAILED", "CANCELLED"]
 
 
@@ -144,7 +144,7 @@ def test_a_job_between_node_failure_and_requeue_is_not_over(monkeypatch):
     jobs = {"dense": "7", "prune": "8_1", "report": "9"}
     _answers(monkeypatch, squeue=["7|PENDING|BeginTime|", "8_0|RUNNING|None|node1"],
              sacct=["7|NODE_FAIL|0:0|node1", "8_1|CANCELLED by 0|0:15|None assigned"])
-    states = slurm.job_states(jobs)
+    states = submitted.job_states(jobs)
     assert states["dense"].is_active and states["dense"].reason == "BeginTime"
     assert states["prune"].state == "CANCELLED" and not states["prune"].is_active
     assert states["report"].state == "UNKNOWN"

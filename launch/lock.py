@@ -1,0 +1,85 @@
+"""The lock of a run folder: one launcher at a time, and which process it is.
+
+    RUN/.lock     while a launcher is at work: its host, its pid, and when that process started
+"""
+
+import contextlib
+import fcntl
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_train.launch.stages import read_run
+
+from sparse_train.errors import UserError
+
+_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The run folder, made where it is missing, for one launcher at a time; the file says which."""
+    if re.search("%[jtAa]", str(folder.absolute())):  # submitit replaces these in the path of the logs
+        raise UserError(f"{folder.absolute()}: %j, %t, %A and %a stand for a job's numbers in paths of logs; give a "
+                        "folder without them (folder=...)")
+    _require_own_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _FILE, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is in use by another sparse-train; wait for it, or give name=OTHER") from error
+        except OSError as error:
+            raise UserError(f"{folder} is on storage without file locks ({error.strerror}); mount it with them, as "
+                            "Lustre with -o flock, or give folder=ELSEWHERE") from error
+        file.truncate(0)
+        file.write(f"{platform.node()} {os.getpid()} {_start_time(os.getpid())}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)  # a sweep's launcher goes on with another run
+
+
+def _require_own_run(folder: Path) -> None:
+    """It is new, empty, locked by a launcher before, or the copy of a run."""
+    if not folder.is_dir() or (folder / _FILE).is_file() or not any(folder.iterdir()):
+        return
+    try:
+        read_run(folder)
+    except UserError as error:
+        raise UserError(f"{folder} holds files and is not a run folder; give another name or folder") from error
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The process of this machine that runs a run's stages."""
+
+    pid: int
+    started: str
+
+    @property
+    def is_alive(self) -> bool:
+        return _start_time(self.pid) == self.started
+
+
+def find_launcher(run: Path) -> Launcher | None:
+    """None where none is alive here."""
+    with contextlib.suppress(OSError, ValueError):
+        host, pid, started = (run / _FILE).read_text(encoding="utf-8").split()
+        launcher = Launcher(int(pid), started)
+        if host == platform.node() and launcher.is_alive:
+            return launcher
+    return None
+
+
+def _start_time(pid: int) -> str | None:
+    """In ticks since the machine's start, None where no such process is alive. A pid alone may by now be another's."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in (b"Z", b"X") else rest[18].decode()

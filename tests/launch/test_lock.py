@@ -1,0 +1,86 @@
+"""Which process is at work on a run, and that folders are refused in which its logs would not be found."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pytest
+from sparse_train.launch import lock, runner
+from sparse_train.launch.lock import find_launcher, locked
+
+from sparse_train.errors import UserError
+
+
+def test_the_launcher_is_told_by_its_pid_and_start(tmp_path):
+    assert find_launcher(tmp_path) is None
+    with locked(tmp_path):
+        assert find_launcher(tmp_path).pid == os.getpid()
+    assert find_launcher(tmp_path) is None, "a sweep's launcher goes on with another run"
+
+
+@pytest.mark.parametrize("noted", ["HOST 1 STARTED", "HOST PID 1", "elsewhere PID STARTED", "HOST PID", "", "\0"])
+def test_another_process_is_not_taken_for_the_launcher(noted, tmp_path):
+    started = lock._start_time(os.getpid())
+    for word, value in (("HOST", platform.node()), ("PID", str(os.getpid())), ("STARTED", started)):
+        noted = noted.replace(word, value)
+    (tmp_path / ".lock").write_text(noted)
+    assert find_launcher(tmp_path) is None
+
+
+def test_a_process_that_nobody_has_waited_for_is_no_launcher():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    launcher = lock.Launcher(process.pid, lock._start_time(process.pid))
+    assert launcher.is_alive
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not launcher.is_alive
+    process.wait()
+
+
+@pytest.mark.parametrize("name", ["%j", "100%t", "a%A", "%a"])
+def test_a_folder_that_submitit_would_rename_is_refused_before_it_is_made(name, tmp_path):
+    with pytest.raises(UserError, match="give a folder without them"), locked(tmp_path / name):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_first_of_several_signals_ends_a_run(handlers):
+    runner.take_signals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGHUP)
+    for number in (signal.SIGHUP, signal.SIGTERM):  # the shell's, then the kernel's, then a batch system's
+        signal.raise_signal(number)
+
+
+def test_nohup_keeps_a_run_from_ending_with_its_terminal(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    runner.take_signals()
+    signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_rank_that_dies_in_its_imports_says_so(handlers, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sparse_train.launch.worker", None)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    for key, value in {"JOB_ID": 7, "NTASKS": 2, "JOB_NUM_NODES": 1, "NODEID": 0, "GLOBALID": 1, "LOCALID": 1}.items():
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{key}", str(value))
+    usr2 = signal.getsignal(signal.SIGUSR2)
+    try:
+        with pytest.raises(ImportError):
+            runner.process(str(tmp_path), "dense")
+    finally:
+        signal.signal(signal.SIGUSR2, usr2)
+    ending = runner.attempts.read_ending(tmp_path / "logs" / "dense", "7.0", 2)
+    assert (ending.status, ending.rank) == ("broken", 1)
+    assert ending.message.startswith("could not be started: ModuleNotFoundError: import of sparse_train.launch.worker")
