@@ -18,6 +18,7 @@ from sparse_train.training.engine import FrozenBits, build_student, build_teache
 from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.test_families import made
+from tests.training.plain import Float64, assert_as_exact
 from tests.training.test_parity import _models
 
 _CONFIG = TrainConfig(zero=ZeroConfig(persistence_threshold=0))
@@ -129,9 +130,12 @@ def test_the_teacher_only_answers_and_keeps_nothing_gathered(precision, offload,
     model = _models()[1].eval()
     save_model(tmp_path, model, tiny_tokenizer())
     config = TeacherConfig(precision=precision, offload=offload, persistence_threshold=0)
+    inputs = {"input_ids": torch.arange(12).view(2, 6), "use_cache": False}
+    asked = torch.float32 if precision == "fp32" else torch.bfloat16
     with torch.no_grad():
-        expected = model(input_ids=torch.arange(12).view(2, 6), use_cache=False).logits
+        plain = model.to(asked)(**inputs).logits
+        with Float64():
+            exact = _models()[1].eval().double()(**inputs).logits
     for logits, left, grads, dtype in run_ranks(_teach, 2, tmp_path, config):
         assert not left and not grads and dtype == ("torch.float32" if precision == "fp32" else "torch.bfloat16")
-        tolerance = 1e-5 if precision == "fp32" else 0.05
-        torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+        assert_as_exact("logits", logits, plain, exact, asked)

@@ -1,5 +1,9 @@
-"""The losses against what PAPER's equations say, computed in loops, and against any way of splitting a batch."""
+"""The losses against what PAPER's equations say, computed in loops, and against any way of splitting a batch.
 
+In float64 throughout (plain.Float64), so that what is left of a difference is a fault of the formula.
+"""
+
+import contextlib
 import math
 
 import pytest
@@ -8,8 +12,10 @@ import torch
 from sparse_train.config import LossConfig
 from sparse_train.training.losses import FeatureSums, distillation_loss, squarehead
 from tests.ranks import run_ranks
+from tests.training.plain import Float64
 
 B, T, D, V, L = 4, 6, 8, 11, 3
+_EXACT = 1e-13  # a few hundred additions in float64
 _LOSS = LossConfig(task_weight=0.7, logit_weight=0.4, feature_weight=1.3, temperature=2.0)
 
 
@@ -26,12 +32,18 @@ def _inputs(dtype=torch.float64):
 
 
 def _loss(config, logits, labels, attend, features=(), taught=(), teacher_logits=None):
-    sums = FeatureSums(config) if config.feature_weight else None
-    if sums:
-        for s, t in zip(features, taught, strict=True):
-            sums.add(s, t, attend)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    return distillation_loss(config, logits, targets, sums, teacher_logits, labels)
+    with Float64() if logits.dtype == torch.float64 else contextlib.nullcontext():
+        sums = FeatureSums(config) if config.feature_weight else None
+        if sums:
+            for s, t in zip(features, taught, strict=True):
+                sums.add(s, t, attend)
+        return distillation_loss(config, logits, targets, sums, teacher_logits, labels)
+
+
+def _squarehead(*arguments):
+    with Float64():
+        return squarehead(*arguments)
 
 
 def _by_hand(logits, labels, attend, features, taught, teacher_logits):
@@ -61,11 +73,11 @@ def test_the_terms_are_the_equations():
     inputs = _inputs()
     task, logit, terms = _by_hand(*inputs)
     shares = _loss(_LOSS, *inputs)
-    assert shares.task.item() == pytest.approx(task, rel=1e-5)
-    assert shares.logit.item() == pytest.approx(logit, rel=1e-5)
-    assert shares.feature.tolist() == pytest.approx(terms, rel=1e-5)
-    assert shares.loss.item() == pytest.approx(0.7 * task + 0.4 * logit + 1.3 * sum(terms), rel=1e-5)
-    assert squarehead(inputs[3], inputs[4], inputs[2]).tolist() == pytest.approx(terms, rel=1e-5)
+    assert shares.task.item() == pytest.approx(task, rel=_EXACT)
+    assert shares.logit.item() == pytest.approx(logit, rel=_EXACT)
+    assert shares.feature.tolist() == pytest.approx(terms, rel=_EXACT)
+    assert shares.loss.item() == pytest.approx(0.7 * task + 0.4 * logit + 1.3 * sum(terms), rel=_EXACT)
+    assert _squarehead(inputs[3], inputs[4], inputs[2]).tolist() == pytest.approx(terms, rel=_EXACT)
 
 
 def test_what_stands_at_padding_changes_nothing():
@@ -83,7 +95,7 @@ def test_weights_select_the_terms():
     torch.testing.assert_close(plain.loss, plain.task)
     assert _loss(LossConfig(task_weight=0, feature_weight=1.0), logits, labels, attend, features,
                              taught).loss.item() == pytest.approx(
-        squarehead(features, taught, attend).sum().item(), rel=1e-6)
+        _squarehead(features, taught, attend).sum().item(), rel=_EXACT)
 
 
 def test_an_all_zero_teacher_makes_no_nan():
@@ -122,8 +134,8 @@ def test_shares_over_ranks_add_up_to_the_whole_batch(splits):
     whole = _loss(_LOSS, leaf, *inputs[1:])
     whole.loss.backward()
     ranks = run_ranks(_share, 2, splits)
-    torch.testing.assert_close(sum(terms for terms, _ in ranks), whole.detached(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(sum(grad for _, grad in ranks), leaf.grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(sum(terms for terms, _ in ranks), whole.detached(), rtol=_EXACT, atol=0)
+    torch.testing.assert_close(sum(grad for _, grad in ranks), leaf.grad, rtol=_EXACT, atol=1e-18)
 
 
 @pytest.mark.parametrize(("preset", "epsilon", "over", "task_weight"), [
@@ -131,7 +143,7 @@ def test_shares_over_ranks_add_up_to_the_whole_batch(splits):
     ("paper-whisper", 1e-8, "masked", 0.5), ("sparseml", 0.0, "gathered", 1.0)])
 def test_presets_are_the_formulas_of_their_codes(preset, epsilon, over, task_weight):
     config = LossConfig(preset=preset)
-    logits, labels, attend, features, taught, teacher_logits = _inputs(torch.float32)
+    logits, labels, attend, features, taught, teacher_logits = _inputs()
     small = [t * 1e-2 for t in taught]  # where an epsilon counts
     for teacher in (taught, small):
         shares = _loss(config, logits, labels, attend, features, teacher, teacher_logits)
@@ -143,12 +155,12 @@ def test_presets_are_the_formulas_of_their_codes(preset, epsilon, over, task_wei
             else:
                 error, energy = (mask[..., None] * (s - t) ** 2).mean(), (mask[..., None] * t**2).mean()
             expected = expected + error / (energy + epsilon)
-        torch.testing.assert_close(shares.feature.sum(), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(shares.loss, task_weight * shares.task + expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shares.feature.sum(), expected, rtol=_EXACT, atol=0)
+        torch.testing.assert_close(shares.loss, task_weight * shares.task + expected, rtol=_EXACT, atol=0)
 
 
 def test_the_paper_compares_logits_at_the_labelled_positions():
-    logits, labels, attend, _, _, teacher_logits = _inputs(torch.float32)
+    logits, labels, attend, _, _, teacher_logits = _inputs()
     config = LossConfig(preset="paper-mpt", feature_weight=0, logit_weight=1.0)
     chosen = labels != -100
     s, t = logits[chosen].log_softmax(-1), teacher_logits[chosen].log_softmax(-1)
@@ -163,7 +175,7 @@ def test_keys_beside_a_preset_win():
 
 def _micro_batch_share(splits):
     from sparse_train import dist
-    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
+    logits, labels, attend, features, taught, _ = _inputs()
     rows = splits[dist.rank()]
     shares = _loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows],
                    [f[rows] for f in features], [f[rows] for f in taught])
@@ -172,7 +184,7 @@ def _micro_batch_share(splits):
 
 def test_micro_batch_means_the_ranks_own_ratios():
     """Which is not the ratio over all ranks: that is why it is not the default."""
-    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
+    logits, labels, attend, features, taught, _ = _inputs()
     alone = [_loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows], [f[rows] for f in features],
                    [f[rows] for f in taught]).detached() for rows in ([0], [1, 2, 3])]
     ranks = run_ranks(_micro_batch_share, 2, ([0], [1, 2, 3]))
@@ -183,12 +195,13 @@ def test_micro_batch_means_the_ranks_own_ratios():
 
 def test_encoder_and_decoder_features_have_their_own_masks():
     """Two stacks of different lengths in one loss: each feature counts where its own mask says."""
-    _, _, attend, features, taught, _ = _inputs(torch.float32)
+    _, _, attend, features, taught, _ = _inputs()
     sums = FeatureSums(LossConfig(feature_weight=1.0))
-    encoder, taught_encoder = torch.randn(B, 9, D), torch.randn(B, 9, D)
+    encoder, taught_encoder = torch.randn(2, B, 9, D, dtype=torch.float64)
     real = torch.arange(9) < torch.tensor([9, 2, 5, 1])[:, None]
-    sums.add(encoder, taught_encoder, real)
-    sums.add(features[0], taught[0], attend)
+    with Float64():
+        sums.add(encoder, taught_encoder, real)
+        sums.add(features[0], taught[0], attend)
     for (error, energy), (s, t, mask) in zip(zip(sums.errors, sums.energies, strict=True),
                                              [(encoder, taught_encoder, real), (features[0], taught[0], attend)],
                                              strict=True):
@@ -196,9 +209,9 @@ def test_encoder_and_decoder_features_have_their_own_masks():
 
 
 def test_the_features_gradient_is_autograds():
-    _, _, attend, features, taught, _ = _inputs(torch.float32)
+    _, _, attend, features, taught, _ = _inputs()
     mine, theirs = features[0].clone().requires_grad_(), features[0].clone().requires_grad_()
-    squarehead([mine], [taught[0]], attend).sum().backward()
+    _squarehead([mine], [taught[0]], attend).sum().backward()
     ((((theirs - taught[0])[attend]) ** 2).sum() / (taught[0][attend] ** 2).sum()).backward()
     torch.testing.assert_close(mine.grad, theirs.grad)
     assert not mine.grad[~attend].any()

@@ -211,17 +211,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path):
     plain = run_ranks(_train, 2, _config(steps=4), tmp_path / "a")[0]
     less = run_ranks(_train, 2, _config(steps=4, activation_checkpointing=True), tmp_path / "b")[0]
     for name, tensor in plain[3].items():
-        torch.testing.assert_close(less[3][name], tensor, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_bf16_follows_fp32(stage, tmp_path):
-    fp32 = run_ranks(_train, 2, _config(stage), tmp_path / "a")[0]
-    bf16 = run_ranks(_train, 2, _config(stage, precision="bf16"), tmp_path / "b")[0]
-    for name, tensor in fp32[3].items():
-        if not name.endswith(".bitmask"):
-            error = (bf16[3][name].float() - tensor).norm() / tensor.norm().clamp(min=1e-3)
-            assert error < 0.05, f"{name}: {error:.3f}"
+        assert torch.equal(less[3][name], tensor), name
 
 
 def _explode(folder, what):

@@ -15,7 +15,8 @@ from sparse_train.training.order import Order
 from sparse_train.training.sequence import parallelise_attention, split_tokens
 from tests.models import tiny_mpt
 from tests.ranks import run_ranks
-from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _Lines, _models
+from tests.training.plain import Float64, Lines, assert_as_exact, assert_trained_as_exact, train_plain
+from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
 
 
 def _model(kind):
@@ -75,15 +76,16 @@ def test_two_ranks_that_share_the_tokens_are_one(kind):
     batches = ([12, 7], [9], [16, 3, 2])  # 3 and 2 of 16: one rank holds all of a row's real tokens
     ranks = run_ranks(_split, 2, kind, batches)
     for index, lengths in enumerate(batches):
-        model = _model(kind)
         ids, attend = _batch(lengths)
-        logits, grads = _run(model, ids, attend, _weight(ids.shape))
+        logits, grads = _run(_model(kind), ids, attend, _weight(ids.shape))
+        exact_kind = kind.replace("mpt-checkpointing", "mpt")  # what is computed again would be so outside Float64
+        with Float64():
+            exact_logits, exact_grads = _run(_model(exact_kind).double(), ids, attend, _weight(ids.shape))
         mine = torch.cat([rank[index][0] for rank in ranks], 1)[:, :ids.shape[1]]
-        torch.testing.assert_close(mine[attend], logits[attend], rtol=1e-5, atol=1e-5)
+        assert_as_exact("logits", mine[attend], logits[attend], exact_logits[attend])
         assert ranks[0][index][1].keys() == grads.keys()
         for name, grad in grads.items():
-            error = (ranks[0][index][1][name] - grad).norm() / grad.norm()
-            assert error < 1e-5, f"{name}: {error:.1e}"
+            assert_as_exact(name, ranks[0][index][1][name], grad, exact_grads[name])
 
 
 def _refuse():
@@ -102,21 +104,21 @@ def test_heads_that_do_not_divide_are_refused():
                     "4 heads cannot be divided over 3 ranks of a sequence; use a number of ranks that divides them"]
 
 
-def _train(folder, stage, num_sharing):
+def _training(stage, num_sharing):
+    """What train and train_plain begin with."""
     config = TrainConfig(steps=4, batch_size=6, accumulation=2, learning_rate=2e-3, warmup_steps=1, weight_decay=0.1,
                          sequence_parallel=num_sharing, zero=ZeroConfig(stage=stage, persistence_threshold=0))
-    student, teacher = _models()
-    lines = _Lines()
-    outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 2, 0, num_sharing), config, _LOSS,
-                    folder / f"{stage}-{num_sharing}", lines)
+    return *_models(), _fetch, Order(_NUM_EXAMPLES, 6, 2, 0, num_sharing), config, _LOSS
+
+
+def _train(folder, stage):
+    lines = Lines()
+    outcome = train(*_training(stage, num_sharing=2), folder, lines)
     return lines.found, dict(gathered_tensors(outcome.engine))
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (3, 2), (3, 4)])
 def test_training_with_shared_tokens_is_training_on_one_process(stage, world, tmp_path):
     """Losses over partitioned hidden states, targets across the cut, and with four ranks two groups of two."""
-    whole_lines, whole = run_ranks(_train, 1, tmp_path, 0, 1)[0]
-    lines, tensors = run_ranks(_train, world, tmp_path, stage, 2)[0]
-    torch.testing.assert_close(torch.tensor(lines), torch.tensor(whole_lines), rtol=1e-4, atol=1e-5)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+    plain, exact = (train_plain(*_training(stage, 1), dtype) for dtype in (torch.float32, torch.float64))
+    assert_trained_as_exact(*run_ranks(_train, world, tmp_path, stage)[0], plain, exact)

@@ -1,5 +1,6 @@
 """Encoder-decoders train like decoders: the ranks do not change a tensor, both stacks' features and paddings count."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -8,14 +9,22 @@ import torch
 
 from sparse_train.config import LossConfig, ModelConfig, TrainConfig, ZeroConfig
 from sparse_train.models import build_model, build_processor, family_of
-from sparse_train.models.family import block_output
-from sparse_train.sparse import BitmaskTensor, sparsify
+from sparse_train.sparse import BitmaskTensor, densify, sparsify
 from sparse_train.tasks import Example
 from sparse_train.tasks.batch import collate
 from sparse_train.training import gathered_tensors, train
 from sparse_train.training.order import Order
 from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
+from tests.training.plain import (
+    Float64,
+    Lines,
+    assert_as_exact,
+    assert_trained_as_exact,
+    squarehead_of,
+    states_of,
+    train_plain,
+)
 
 _LOSS = LossConfig(task_weight=1.0, logit_weight=0.5, feature_weight=1.0)
 
@@ -45,62 +54,60 @@ def _examples(processor):
     return found
 
 
-def _train(family, folder):
+def _training(family):
+    """What train and train_plain begin with."""
     student, teacher, processor = _parts(family)
     examples = _examples(processor)
-    config = TrainConfig(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=1,
+    config = TrainConfig(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=1, log_every=1,
                          zero=ZeroConfig(stage=3, persistence_threshold=0), activation_checkpointing=True)
-    outcome = train(student, teacher, lambda indices: collate([examples[i] for i in indices], processor),
-                    Order(len(examples), 3, 1, 0), config, _LOSS, folder)
-    return outcome.metrics, dict(gathered_tensors(outcome.engine))
+    return (student, teacher, lambda indices: collate([examples[i] for i in indices], processor),
+            Order(len(examples), 3, 1, 0), config, _LOSS)
+
+
+def _train(family, folder):
+    lines = Lines()
+    outcome = train(*_training(family), folder, lines)
+    return outcome.metrics, lines.found, dict(gathered_tensors(outcome.engine))
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated", "whisper"])
 def test_ranks_do_not_change_what_an_encoder_decoder_learns(family, tmp_path):
     """With two ranks one has a single example; with four, one has none."""
-    (metrics, alone), = run_ranks(_train, 1, family, tmp_path / "1")
-    for world in (2, 4):
-        found = run_ranks(_train, world, family, tmp_path / str(world))[0]
-        assert found[0]["squarehead"].keys() == {"0", "1", "2", "3"}
-        assert found[0]["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
-        for name, tensor in alone.items():
-            torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-5 if tensor.is_floating_point() else 0,
-                                       msg=lambda m, name=name: f"{name}: {m}")
+    plain, exact = (train_plain(*_training(family), dtype) for dtype in (torch.float32, torch.float64))
+    for world in (1, 2, 4):
+        metrics, lines, tensors = run_ranks(_train, world, family, tmp_path / str(world))[0]
+        assert metrics["squarehead"].keys() == {"0", "1", "2", "3"}
+        assert_trained_as_exact(lines, tensors, plain, exact)
 
 
 def _squarehead(family, padding, folder):
-    """(the logged terms, the formula's)."""
+    """The logged terms of a step that changes nothing, and the batch."""
     student, teacher, processor = _parts(family)
-    student.eval(), teacher.eval()
     batch = collate(_examples(processor), processor)
-
-    def states(model):
-        found = []
-        handles = [block.register_forward_hook(lambda m, i, o: found.append(block_output(o)))
-                   for block in family_of(model).blocks(model).values()]
-        with torch.no_grad():
-            model(**batch.inputs())
-        for handle in handles:
-            handle.remove()
-        return found
-
-    wanted = []
-    for index, (s, t) in enumerate(zip(states(student), states(teacher), strict=True)):
-        real = (batch.attends["encoder" if index < 2 else "decoder"])[..., None].float()
-        if padding and index < 2:
-            real = torch.ones_like(real)
-        wanted.append(float(((s - t) ** 2 * real).sum() / (t**2 * real).sum()))
     config = TrainConfig(steps=1, batch_size=5, learning_rate=0.0, zero=ZeroConfig(stage=0))
     outcome = train(student, teacher, lambda indices: batch, Order(5, 5, 1, 0), config,
                     LossConfig(feature_weight=1.0, encoder_padding=padding), folder)
-    return list(outcome.metrics["squarehead"].values()), wanted
+    return list(outcome.metrics["squarehead"].values()), batch
+
+
+def _formula(family, padding, batch, dtype):
+    student, teacher, _ = _parts(family)
+    inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+              for name, tensor in batch.inputs().items()}
+    with torch.no_grad(), Float64() if dtype == torch.float64 else contextlib.nullcontext():
+        (_, s), (_, t) = (states_of(model.to(dtype).eval(), inputs) for model in (densify(student), teacher))
+        attends = [batch.attends[side] for side in ("encoder", "encoder", "decoder", "decoder")]
+        if padding:
+            attends[:2] = map(torch.ones_like, attends[:2])
+        return [float(squarehead_of(*pair)) for pair in zip(s.values(), t.values(), attends, strict=True)]
 
 
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_squarehead_of_two_stacks_is_the_formula(family, padding, tmp_path):
-    (found, wanted), = run_ranks(_squarehead, 1, family, padding, tmp_path)
-    assert found == pytest.approx(wanted, rel=1e-4)
+    (found, batch), = run_ranks(_squarehead, 1, family, padding, tmp_path)
+    plain, exact = (_formula(family, padding, batch, dtype) for dtype in (torch.float32, torch.float64))
+    assert_as_exact("SquareHead", found, plain, exact)
 
 
 def test_a_batch_goes_to_a_device_whole():
