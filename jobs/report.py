@@ -86,9 +86,22 @@ def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]],
     return [
         ("Scores on unseen examples", ["model", "computed in", "sparsity", *(name.replace("_", " ") for name in shown),
                                        "cross-entropy", "examples"], scores,
-         ", ".join(f"{name.replace('_', ' ')}: {settings[name]}" for name in task.settings)),
+         "; ".join([*_beaten(task, [row for row in data["scores"] if row["metric"] == task.metric]),
+                    *(f"{name.replace('_', ' ')}: {settings[name]}" for name in task.settings)])),
         (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes, ""),
     ]
+
+
+def _beaten(task, rows: list[dict[str, Any]]) -> list[str]:
+    """A line where the teacher has less to teach than its students know."""
+    (dense, *students) = [row for row in rows if row["engine"] == "fp32" and row["value"] is not None] or [None]
+    if dense is None or dense["loss"] != "dense" or not students:
+        return []
+    best = task.best(students, key=lambda row: row["value"])
+    if task.best(dense["value"], best["value"]) == dense["value"]:
+        return []
+    return [f"the dense model, the teacher, is worse at the task ({_number(dense['value'], 3)}) than {best['loss']} "
+            f"({_number(best['value'], 3)}); where that is more than chance, train it longer or give a better one"]
 
 
 def _number(value: float | None, digits: int) -> str:

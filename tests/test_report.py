@@ -40,6 +40,31 @@ def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
         assert all(text in shown and text in page for text in told), shown
 
 
+@pytest.mark.parametrize(("task", "metric", "dense", "students", "told"), [
+    ("gsm8k", "exact_match", 0.5, [0.1, 0.6, 0.55], "worse at the task (0.500) than kd (0.600)"),
+    ("gsm8k", "exact_match", 0.5, [0.1, 0.5, 0.2], ""),
+    ("speech", "wer", 0.5, [0.9, 0.6, 0.4], "worse at the task (0.500) than squarehead (0.400)"),
+    ("speech", "wer", 0.5, [0.9, 0.6, 0.5], ""),
+    ("text", "perplexity", None, [9.0, None, 7.0], "")])
+def test_a_teacher_that_is_worse_than_its_students_is_told(task, metric, dense, students, told, tmp_path):
+    settings = {"shots": 0, "bleu_signature": "", "exact_match_flexible": 0.0, "wer_normalised": 0.0, "cer": 0.0,
+                "cer_normalised": 0.0, "cross_entropy": 1.0}
+    data = _data(task, metric, **{metric: dense, **settings})
+    for loss, value in zip(("one-shot", "kd", "squarehead"), students, strict=True):
+        more = _data(task, metric, **{metric: value, **settings})["scores"]
+        data["scores"] += [row | {"loss": loss, "sparsity": 0.5} for row in more]
+    # What the compressed model scores is no student's.
+    data["scores"] += [row | {"engine": "runtime int8"}
+                       | ({"value": 0.99 if task == "gsm8k" else 0.01} if row["metric"] == metric else {})
+                       for row in data["scores"] if row["loss"] == "dense"]
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    (tmp_path / "picture.png").write_bytes(b"")
+    console = Console(record=True, width=200)
+    print_tables(tmp_path / "report.json", console)
+    for shown in (console.export_text(), _page(data, tmp_path / "picture.png")):
+        assert told in shown and ("worse at the task" in shown) == bool(told)
+
+
 def _speed(milliseconds=1.0, spread=0.1, bound=0.5):
     return {"model": "m", "what": "linears", "engine": "sparse", "precision": "fp32", "sparsity": 0.5,
             "milliseconds": milliseconds, "low": milliseconds, "high": milliseconds * (1 + spread), "speedup": 1.0,

@@ -13,7 +13,7 @@ import soundfile
 from sparse_train.config import EvaluateConfig, ModelConfig, TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.models import build_model, build_processor
-from sparse_train.tasks import Example, build_task, generate, training_examples
+from sparse_train.tasks import Example, build_task, generate, speech, training_examples
 from sparse_train.tasks.batch import collate, windows
 from sparse_train.tasks.speech import Decoded, normalise
 from tests.models import tiny_tokenizer
@@ -95,6 +95,32 @@ def test_a_clip_whose_end_is_missing_is_named(format, why, tmp_path, caplog):
     assert f"1 of 2 rows left out: {folder / 'index.tsv'} line 3: b {why}" in caplog.text
 
 
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_sound_that_is_not_finite_is_a_bad_row(subtype, value, tmp_path, caplog):
+    samples = np.zeros(200_000)
+    samples[100_000] = value  # neither at the start nor at the end
+    opened = io.BytesIO()
+    soundfile.write(opened, samples, 8000, format="WAV", subtype=subtype)
+    for archived in (False, True):
+        folder = _speech(tmp_path, [("a.wav", "one", "train", _sound(0.1)), ("b.wav", "b", "train", opened.getvalue())],
+                         archived)
+        with caplog.at_level(logging.WARNING):
+            assert len(_task("speech", folder, max_bad_share=0.5).examples("train")) == 1
+        assert "line 3: b.wav has samples that are not finite numbers" in caplog.text
+        caplog.clear()
+        (tmp_path / "b.wav").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("bound, why", [("_MOST_SAMPLES", "samples"), ("_MOST_BYTES", "bytes")])
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_clip_has_a_largest_size(bound, why, archived, tmp_path, monkeypatch):
+    folder = _speech(tmp_path, [("a.wav", "one", "train", _sound(0.1))], archived)
+    monkeypatch.setattr(speech, bound, 100)
+    with pytest.raises(UserError, match=rf"a.wav has [\d,]+ {why}, more than 100; split it"):
+        _task("speech", folder).examples("train")
+
+
 def test_a_stream_that_does_not_know_its_length_is_whole(tmp_path):
     whole = bytearray(_sound(0.2))
     whole[4:8] = b"\xff" * 4
@@ -144,6 +170,7 @@ def test_common_voice_is_read_as_mozilla_packs_it(where, tmp_path):
         with zipfile.ZipFile(tmp_path / "hi.zip", "w") as archive:
             for file in folder.rglob("*.*"):
                 archive.write(file, file.relative_to(folder if where == "zip" else tmp_path))
+            archive.writestr("__MACOSX/._train.tsv", b"\x00\x05\x16")
         folder = tmp_path / "hi.zip"
     task = _task("speech", folder, train_split="train+dev")
     assert {e.answer for e in task.examples("train")} == {"the train", "the dev"}

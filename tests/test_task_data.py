@@ -1,7 +1,9 @@
 """Tasks with data of their own kind: pairs and text; what is unusable is counted, named and bounded."""
 
+import gzip
 import json
 import logging
+import lzma
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from sparse_train.jobs.job import Job
 from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.models import build_model, build_processor, save_model
-from sparse_train.tasks import build_task, build_tokenizer
+from sparse_train.tasks import build_task, build_tokenizer, read
 
 _DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -192,6 +194,108 @@ def test_calibration_may_have_a_task_of_its_own(tmp_path, monkeypatch):
         prune_job.run(Job(config, tmp_path / "out", {"dense": tmp_path / "dense"}, lambda *_: None, "prune"))
         texts = [tokenizer.decode(row) for batch in given for row in batch.input_ids]
         assert len(texts) == 4 and all(("Question" in text) == (calibration is None) for text in texts)
+
+
+def test_half_a_surrogate_pair_is_a_bad_row_in_every_task(tmp_path, caplog):
+    good, bad = r'{"question": "\ud83d\ude00?", "answer": "1"}', r'{"question": "\ud83d?", "answer": "1"}'
+    for split in ("train", "test"):
+        _pairs(tmp_path, [good, bad], f"{split}.jsonl")
+    with caplog.at_level(logging.WARNING):
+        examples = _task("gsm8k", tmp_path, max_bad_share=0.5).examples("train")
+    assert [e.prompt for e in examples] == ["Question: \U0001f600?\nAnswer:"]
+    assert "train.jsonl line 2: column 'question' has half of a surrogate pair" in caplog.text
+    file = _pairs(tmp_path, [r'{"en": "a", "de": "b\udc00"}', r'{"en": "a", "de": "b"}'], "p.jsonl")
+    assert len(_task("translation", file, max_bad_share=0.5, test_share=1e-9).examples("train")) == 1
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_blank_lines_are_no_rows(ending, tmp_path):
+    row = '{"question": "q", "answer": "1"}'
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(ending.join([row, "", row, "  ", ""]).encode())
+        (tmp_path / f"{split}.tsv").write_bytes(ending.join(["a\tb", "", "c\td", "", ""]).encode())
+    assert len(_task("gsm8k", tmp_path, max_bad_share=0).examples("train")) == 2
+    assert len(_task("translation", tmp_path, max_bad_share=0).examples("train")) == 2
+    (tmp_path / "train.tsv").write_text("a\tb\n\t\n")  # a row whose columns are empty is a bad one
+    with pytest.raises(UserError, match="column 'en' is empty"):
+        _task("translation", tmp_path, max_bad_share=0).examples("train")
+
+
+def test_what_systems_leave_beside_data_is_no_data(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pairs.zip", "w") as archive:
+        for name in ("deu.txt", "__MACOSX/._deu.txt", ".hidden.txt", "__MACOSX/deu.txt"):
+            archive.writestr(name, "a\tb\n" if name == "deu.txt" else b"\x00\x05\x16\xff")
+    (tmp_path / "._pairs.tsv").write_bytes(b"\xff")
+    assert len(_task("translation", tmp_path, test_share=1e-9).examples("train")) == 1
+    text = tmp_path / ".data" / "text"  # dots above the folder say nothing
+    for folder in (text, text / "__MACOSX", text / ".git"):
+        folder.mkdir(parents=True)
+    (text / "a.txt").write_text("the text")
+    for name in ("._a.txt", "__MACOSX/a.txt", ".git/b.md"):
+        (text / name).write_bytes(b"\xff")
+    assert [e.answer for e in _task("text", text, test_share=1e-9).examples("train")] == ["the text"]
+
+
+def test_text_of_one_line_is_cut_in_one_pass(tmp_path):
+    class Counted(str):
+        copied = 0
+
+        def __getitem__(self, part):
+            Counted.copied += len(found := str.__getitem__(self, part))
+            return Counted(found)
+
+    text = Counted("".join(f"w{i} " for i in range(9000)))
+    pieces = list(_task("text", tmp_path, max_length=8)._pieces([text, Counted("after")]))
+    assert "".join(pieces[:-1]) + pieces[-1].replace("\n\n", "") == text + "after" and len(pieces) > 3000
+    assert Counted.copied <= 2 * len(text)
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(_task("text", tmp_path, test_share=0.2)._pieces([text.strip()])) == text.strip()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_what_unpacks_without_end_is_one_line(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_UNPACKED", 1000)
+    ending = {gzip.compress: "gz", lzma.compress: "xz"}[pack]
+    for content in (b"a" * 10**6, b"\n" * 10**6):
+        (tmp_path / f"train.txt.{ending}").write_bytes(pack(content))
+        (tmp_path / "test.txt").write_text("test")
+        with pytest.raises(UserError, match=rf"train\.txt\.{ending} unpacks to more than 250 times its size"):
+            _task("text", tmp_path).examples("train")
+    (tmp_path / "plain.txt").write_text("plain text " * 1000)  # whatever it says, it is as large as it is
+    assert _task("text", tmp_path / "plain.txt").examples("train")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", "a\tb\n" * 10**5)
+    with pytest.raises(UserError, match=r"a\.txt unpacks to more than 250 times its size"):
+        _task("translation", tmp_path / "a.zip").examples("train")
+
+
+def test_a_row_has_a_longest_length_and_text_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_LONGEST_ROW", 100)
+    _pairs(tmp_path, ["a\tb", f"{'a' * 98}\tb"], "train.tsv")
+    _pairs(tmp_path, ["a\tb"], "test.tsv")
+    assert len(_task("translation", tmp_path).examples("train")) == 2
+    _pairs(tmp_path, ["a\tb", f"{'a' * 99}\tb"], "train.tsv")
+    with pytest.raises(UserError, match=r"train.tsv line 2 has more than 100 characters"):
+        _task("translation", tmp_path).examples("train")
+    (tmp_path / "long.txt").write_text("word " * 100)
+    assert _task("text", tmp_path / "long.txt", test_share=1e-9).examples("train")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "train.txt"])
+def test_text_outside_the_folder_is_not_read(name, tmp_path):
+    folder, secret = tmp_path / "data", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("secret")
+    (folder / "test.txt").write_text("the test")
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=rf"{name} is a link out of task.path="):
+        _task("text", folder).examples("train")
+    (folder / name).unlink()
+    (folder / name).symlink_to("test.txt")  # inside
+    assert _task("text", folder, test_share=1e-9).examples("train")
+    secret_folder = tmp_path / "more"
+    secret_folder.symlink_to(folder)  # the folder itself may be a link
+    assert _task("text", secret_folder, test_share=1e-9).examples("train")
 
 
 @pytest.mark.skipif(not _DATA.is_dir(), reason=f"needs {_DATA}")

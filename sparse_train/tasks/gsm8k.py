@@ -87,7 +87,7 @@ class Gsm8k(WordProblems):
         files = read.split_files(self._path, name, "jsonl")
         if not files:
             raise UserError(f"task.path={config.path} holds no {name}.jsonl and no {name}.jsonl.gz")
-        rows = itertools.chain.from_iterable(map(read.lines, files))
+        rows = itertools.chain.from_iterable(map(read.rows, files))
         return read.usable(rows, lambda line: _columns(read.parse_json(line)), config)
 
 

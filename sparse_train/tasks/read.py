@@ -7,12 +7,14 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import logging
 import lzma
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +26,9 @@ from sparse_train.hub import hub_answers, may_be_hub_name
 
 log = logging.getLogger(__name__)
 _NAMED = 3
+_LONGEST_ROW = 2**24
+# Text and JSON shrink to a tenth or a fiftieth; what unpacks to more than this was made to fill the memory.
+_UNPACKED, _UNPACKED_PER_BYTE = 2**26, 250
 T = TypeVar("T")
 _OPEN = {".gz": gzip.open, ".xz": lzma.open}
 # All that reading a damaged file or archive raises.
@@ -58,12 +63,14 @@ def usable(rows: Iterable[tuple[str, Any]], make: Callable[[Any], T], config: Ta
         try:
             found.append(make(row))
         except Unusable as error:
-            bad.append(f"{place}: {error}")
-    if len(bad) > config.max_bad_share * total:
-        raise UserError(f"task.path={config.path}: {len(bad)} of {total} rows cannot be used, more than "
+            if len(bad) <= _NAMED:
+                bad.append(f"{place}: {error}")
+    num_bad = total - len(found)
+    if num_bad > config.max_bad_share * total:
+        raise UserError(f"task.path={config.path}: {num_bad} of {total} rows cannot be used, more than "
                         f"task.max_bad_share={config.max_bad_share:g}: {some(bad)}")
     if bad:
-        log.warning("%s: %d of %d rows left out: %s", config.path, len(bad), total, some(bad))
+        log.warning("%s: %d of %d rows left out: %s", config.path, num_bad, total, some(bad))
     return found
 
 
@@ -142,22 +149,55 @@ def split_files(folder: Path, name: str, *endings: str) -> list[Path]:
     return [] if None in found else found
 
 
-def lines(file: Path | zipfile.Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of a text file, plain, .gz or .xz, or of the one .txt, .tsv or .jsonl of a .zip."""
+def rows(file: Path | zipfile.Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of a file with a row per line; blank lines, such as a last one, are none."""
+    return ((place, line) for place, line in lines(file, _LONGEST_ROW) if line.strip(" "))
+
+
+def lines(file: Path | zipfile.Path, longest: int = sys.maxsize) -> Iterator[tuple[str, str]]:
+    """(place, line) of a text file, plain, .gz or .xz, or of the one .txt, .tsv or .jsonl of a .zip.
+
+    Raises UserError for a line of more than `longest` characters and for what unpacks to far more than text does.
+    """
     try:
         if file.suffix == ".zip":
-            archive = zipfile.ZipFile(file)
-            names = [name for name in archive.namelist()
-                     if name.endswith((".txt", ".tsv", ".jsonl")) and not Path(name).name.startswith("_")]
-            if len(names) != 1:
-                raise UserError(f"{file} holds {len(names)} text files; it must be one .txt, .tsv or .jsonl")
-            file = zipfile.Path(archive, names[0])
+            file = _only_text(file)
+        left = _UNPACKED + _UNPACKED_PER_BYTE * _stored_size(file)
         # The mark that some editors put in front of UTF-8 is not part of the first column.
         with (file.open("rb") as stored, _OPEN.get(file.suffix, contextlib.nullcontext)(stored) as unpacked,
               io.TextIOWrapper(unpacked, "utf-8-sig") as opened):
-            yield from ((f"{file} line {number}", line.rstrip("\n")) for number, line in enumerate(opened, 1))
+            for number in itertools.count(1):
+                line = opened.readline(min(longest, left) + 2)
+                if not line:
+                    return
+                left -= len(line)
+                if left < 0:
+                    raise UserError(f"{file} unpacks to more than {_UNPACKED_PER_BYTE} times its size, which text does "
+                                    "not; unpack it yourself if it is what you want to train on")
+                line = line.rstrip("\n")
+                if len(line) > longest:
+                    raise UserError(f"{file} line {number} has more than {longest:,} characters; a row is one line")
+                yield f"{file} line {number}", line
     except DAMAGED as error:
         raise UserError(f"cannot read {file}: {error}") from error
+
+
+def _only_text(file: Path | zipfile.Path) -> zipfile.Path:
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if name.endswith((".txt", ".tsv", ".jsonl"))
+             and not is_litter(PurePath(name)) and not PurePath(name).name.startswith("_")]
+    if len(names) != 1:
+        raise UserError(f"{file} holds {len(names)} text files; it must be one .txt, .tsv or .jsonl")
+    return zipfile.Path(archive, names[0])
+
+
+def _stored_size(file: Path | zipfile.Path) -> int:
+    return file.root.getinfo(file.at).compress_size if isinstance(file, zipfile.Path) else file.stat().st_size
+
+
+def is_litter(path: PurePath) -> bool:
+    """What systems and editors leave beside data: dot files and __MACOSX; `path` relative to the data's folder."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def parse_json(line: str) -> dict:
@@ -176,7 +216,18 @@ def text_of(row: Any, column: str) -> str:
         raise Unusable(f"no text in column {column!r}")
     if not value.strip():
         raise Unusable(f"column {column!r} is empty")
+    if not is_unicode(value):
+        raise Unusable(f"column {column!r} has half of a surrogate pair in it, which is no character")
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON may spell and the command line make of bytes, and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fill(template: str, key: str, columns: dict[str, str]) -> str:

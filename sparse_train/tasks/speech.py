@@ -17,7 +17,7 @@ import re
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jiwer
@@ -32,6 +32,9 @@ from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
 
 log = logging.getLogger(__name__)
+_FLOATS = ("FLOAT", "DOUBLE")  # what can spell NaN and Inf
+_MOST_SAMPLES = 2**28  # over four hours at 16 kHz
+_MOST_BYTES = 2**30  # of an encoded clip
 
 
 class Transcribing(Task):
@@ -99,7 +102,7 @@ class Speech(Transcribing):
 
 
 def _table(file: Path | zipfile.Path) -> Iterator[tuple[str, dict[str, str]]]:
-    rows = read.lines(file)
+    rows = read.rows(file)
     columns = next(rows, ("", ""))[1].split("\t")
     if not {"file", "text"} <= set(columns) and not {"path", "sentence"} <= set(columns):
         raise UserError(f"{file} lacks a column; its first line must name file and text, or path and sentence")
@@ -115,10 +118,16 @@ class Sound:
             data = encoded()
             with soundfile.SoundFile(io.BytesIO(data)) as opened:
                 num_samples = opened.frames
+                if num_samples * opened.channels > _MOST_SAMPLES:
+                    raise read.Unusable(f"{name} has {num_samples:,} samples, more than {_MOST_SAMPLES:,}; split it")
+                is_finite = opened.subtype not in _FLOATS or all(
+                    np.isfinite(block).all() for block in opened.blocks(2**16, dtype="float32"))
                 opened.seek(max(0, num_samples - 1))
                 is_whole = len(opened.read(1)) == 1 and not _is_cut(data)
         except (soundfile.SoundFileError, *read.DAMAGED) as error:
             raise read.Unusable(f"{name} does not decode as audio") from error
+        if not is_finite:
+            raise read.Unusable(f"{name} has samples that are not finite numbers")
         if not num_samples:
             raise read.Unusable(f"{name} has no sound in it")
         if not is_whole:
@@ -176,7 +185,7 @@ class _Clips:
         if not path.is_dir():
             self.root = _top(zipfile.Path(_opened(path)))
             return
-        for file in sorted(path.glob("*.zip")):
+        for file in sorted(path.glob("[!.]*.zip")):
             archive = _opened(file)
             self._archives |= dict.fromkeys(archive.namelist(), archive)
 
@@ -186,13 +195,22 @@ class _Clips:
         return Example("", read.text_of(row, "text"), self._sound(read.text_of(row, "file")))
 
     def _sound(self, name: str) -> Sound:
-        if name in self._archives:
-            return Sound(name, functools.partial(self._archives[name].read, name))
+        if archive := self._archives.get(name):
+            _check_size(name, archive.getinfo(name).file_size)
+            return Sound(name, functools.partial(archive.read, name))
         file = self.root / name
         outside = isinstance(file, Path) and not file.resolve().is_relative_to(self.root.resolve())
         if outside or not file.is_file():
             raise read.Unusable(f"there is no {name}")
+        _check_size(name, self.root.root.getinfo(file.at).file_size if isinstance(file, zipfile.Path)
+                    else file.stat().st_size)
         return Sound(name, file.read_bytes)
+
+
+def _check_size(name: str, num_bytes: int) -> None:
+    """Before it is unpacked: an archive's directory says how large a clip is, and zipfile unpacks no more."""
+    if num_bytes > _MOST_BYTES:
+        raise read.Unusable(f"{name} has {num_bytes:,} bytes, more than {_MOST_BYTES:,}; split it")
 
 
 def _opened(file: Path) -> zipfile.ZipFile:
@@ -204,7 +222,7 @@ def _opened(file: Path) -> zipfile.ZipFile:
 
 def _top(folder: zipfile.Path) -> zipfile.Path:
     """Past the one folder that an archive may have around everything."""
-    inside = list(folder.iterdir())
+    inside = [path for path in folder.iterdir() if not read.is_litter(PurePath(path.name))]
     return _top(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
 
 

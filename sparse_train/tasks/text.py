@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_train.config import TaskConfig
+from sparse_train.errors import UserError
 from sparse_train.tasks import read
 from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
@@ -42,9 +43,9 @@ class Text(Task):
                 yield held
                 held = ""
             held = f"{held}\n\n{paragraph}" if held else paragraph
-            while len(held) > largest:
-                yield held[:largest]
-                held = held[largest:]
+            whole = range(0, len(held) - largest, largest)
+            yield from (held[start:start + largest] for start in whole)
+            held = held[len(whole) * largest:]
         if held:
             yield held
 
@@ -59,7 +60,11 @@ class Text(Task):
         given = {part: read.split_files(path, config.split_name(part), "txt", "md") for part in ("train", "test")}
         is_given = all(given.values())
         files = given[split] if is_given else [path] if path.is_file() else [
-            file for file in sorted(path.rglob("*")) if {".txt", ".md"} & set(file.suffixes)]
+            file for file in sorted(path.rglob("*"))
+            if {".txt", ".md"} & set(file.suffixes) and not read.is_litter(file.relative_to(path))]
+        for file in files:
+            if file != path and not file.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"{file} is a link out of task.path={path}; put a copy there, or take it away")
         return itertools.chain.from_iterable(map(_file_paragraphs, files)), is_given
 
 

@@ -54,7 +54,8 @@ class Translation(Translating):
                      for part in ("train", "test")}
             if all(files.values()):
                 return [self.pair(*pair, split) for file in files[split] for pair in self._pairs(file)]
-            single = [file for file in sorted(path.iterdir()) if file.suffix in (".zip", ".tsv", ".jsonl")]
+            single = [file for file in sorted(path.iterdir()) if file.suffix in (".zip", ".tsv", ".jsonl")
+                      and not read.is_litter(file.relative_to(path))]
             if len(single) != 1:
                 raise UserError(f"task.path={path} holds neither {self.config.train_split} and {self.config.test_split}"
                                 ".tsv or .jsonl (task.train_split, task.test_split) nor one file of pairs")
@@ -80,7 +81,7 @@ class Translation(Translating):
                 return self._columns(row.get("translation", row))
             return self._columns(dict(zip(self.config.languages, line.split("\t"), strict=False)))
 
-        return read.usable(read.lines(file), parse, self.config)
+        return read.usable(read.rows(file), parse, self.config)
 
     def _columns(self, row: dict) -> tuple[str, str]:
         source, target = self.config.languages
