@@ -126,6 +126,8 @@ def test_a_quantised_folder_does_not_train_and_an_empty_prompt_does_not_run(tmp_
         load_model(tmp_path)
     with pytest.raises(UserError, match="the prompt is empty"):
         load(tmp_path).complete("", 3)
+    with pytest.raises(UserError, match=r"the prompt 'Tom\\udcff' is not UTF-8"):  # as argv has the byte 0xff
+        load(tmp_path).complete("Tom\udcff", 3)
 
 
 def test_missing_weights_are_refused_dense_and_sparse(tmp_path):

@@ -64,6 +64,10 @@ def test_a_missing_column_is_counted_named_and_bounded(tmp_path, caplog):
 def test_a_template_with_an_unknown_column_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"task.prompt='\{quelle\}': 'quelle' is no column; use \{source\}, \{target\}"):
         _task("translation", _pairs(tmp_path, ["a\tb"]), prompt="{quelle}").examples("train")
+    with pytest.raises(UserError, match=r"task.prompt='.*udc00.*' has half of a surrogate pair"):
+        _task("translation", _pairs(tmp_path, ["a\tb"]), prompt="{source} \udc00").examples("train")
+    with pytest.raises(UserError, match=r"task.answer='\{target.x\}': .* is no column"):
+        _task("translation", _pairs(tmp_path, ["a\tb"]), answer="{target.x}").examples("train")
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "translation", "speech", "text"])

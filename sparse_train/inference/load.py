@@ -11,7 +11,7 @@ from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.kernels import PackedMatrix
 from sparse_train.models import Processor, fill, load_processor, open_model
 from sparse_train.sparse import replace_module
-from sparse_train.tasks import Example, generate
+from sparse_train.tasks import Example, generate, read
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Runtime:
         """The greedy continuation of `prompt`, or an encoder-decoder's answer to it."""
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
+        if not read.is_unicode(prompt):
+            raise UserError(f"the prompt {prompt!r} is not UTF-8; give it in that encoding")
         if self.processor.features is not None:
             raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
         return generate(self.model, self.processor, [Example(prompt, "")],
