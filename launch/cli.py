@@ -71,8 +71,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """A mistake is one line, not the usage."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
+    parser = _Parser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(

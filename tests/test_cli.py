@@ -68,7 +68,7 @@ def test_an_unknown_option_is_a_mistake_and_overrides_may_follow_options(tmp_pat
 @pytest.mark.parametrize("arguments, told", [
     (["run", _DEMO, "--prune.sparsity=0.5"], "keys of the config have no dashes; write prune.sparsity=0.5"),
     (["run", _DEMO, "-seed=1"], "write seed=1"),
-    (["run"], "the following arguments are required: config\n"),
+    (["run"], "the following arguments are required: config; see"),
 ])
 def test_what_the_parser_refuses_has_a_remedy(arguments, told, capsys):
     with pytest.raises(SystemExit) as stop:
