@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from sparse_train.errors import UserError
-from sparse_train.sparse.format import PARTS, TensorFolder
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+from sparse_train.errors import UserError, printable
+from sparse_train.sparse import TensorFolder
+from sparse_train.sparse.header import NUM_BYTES, PARTS
 
 
 def print_folder(folder: Path, console: Console) -> None:
@@ -22,9 +22,9 @@ def print_folder(folder: Path, console: Console) -> None:
     total = dense_total = 0
     for name, shape, dtype, sparsity, num_bytes, dense_bytes in _rows(tensors):
         total, dense_total = total + num_bytes, dense_total + dense_bytes
-        table.add_row(name, "x".join(map(str, shape)), dtype, f"{sparsity:.4f}", f"{num_bytes:,}")
+        table.add_row(Text(printable(name)), "x".join(map(str, shape)), dtype, f"{sparsity:.4f}", f"{num_bytes:,}")
     console.print(table, soft_wrap=True)
-    console.print(f"{total:,} bytes, {total / dense_total:.3f} of the same tensors dense", highlight=False)
+    console.print(f"{total:,} bytes, {total / max(1, dense_total):.3f} of the same tensors dense", highlight=False)
 
 
 def _rows(tensors: TensorFolder):
@@ -33,16 +33,16 @@ def _rows(tensors: TensorFolder):
         (num_kept,), dtype = parts[0]
         num_weights = shape[0] * shape[1]
         yield (name, shape, dtype, 1 - num_kept / num_weights, sum(_num_bytes(*part) for part in parts),
-               num_weights * _BYTES[dtype])
+               num_weights * NUM_BYTES[dtype])
     for name in tensors.names:
         shape, dtype = tensors.spec(name)
         num_zeros = int((tensors.get(name) == 0).sum())
         num_bytes = _num_bytes(shape, dtype)
-        yield name, shape, dtype, num_zeros / max(1, num_bytes // _BYTES[dtype]), num_bytes, num_bytes
+        yield name, shape, dtype, num_zeros / max(1, num_bytes // NUM_BYTES[dtype]), num_bytes, num_bytes
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    count = _BYTES[dtype]
+    count = NUM_BYTES[dtype]
     for size in shape:
         count *= size
     return count

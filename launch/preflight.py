@@ -56,7 +56,9 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
         open_model(path)  # what names and shapes tell of it
     model = empty_model(shape)
     family = family_of(model)
-    check_pattern({name: linear.in_features for name, linear in family.prunable_linears(model).items()}, config.prune)
+    shapes = {name: tuple(linear.weight.shape) for name, linear in family.prunable_linears(model).items()}
+    for level in config.prune.levels:
+        check_pattern(shapes, level)
     for loss in config.finetune.losses.values():
         if loss.feature_weight:
             family.feature_points(model, loss.final_feature)

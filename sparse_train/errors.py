@@ -7,6 +7,9 @@ class UserError(ValueError):
     """The user can mend it: a mistake in a config, a path or an argument. Its text names the value, the rule and the
     remedy."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class StageFailed(Exception):
     """A stage ended without its artifact. The text is one line and names the log."""
@@ -38,4 +41,10 @@ def told_of(error: UserError | OSError) -> str:
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
     remedy = f"; {_OF_PATHS[error.errno]}" if error.errno in _OF_PATHS else ""
-    return f"{where}{error.strerror or error}{remedy}"
+    return printable(f"{where}{error.strerror or error}{remedy}")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters, and halves of characters, escaped: what comes from a file must not steer a
+    terminal. `keep`: those that are meant."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -18,6 +18,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["run", _DEMO, "finetune.stepz=3"], "did you mean finetune.steps?"),
     (["run", _DEMO, "prune.sparsity=1.5"], "outside [0, 1)"),
     (["run", _DEMO, "prune.sparsity=null", "prune.pattern=3:7"], "pattern 3:7 does not divide transformer.blocks.0"),
+    (["run", _DEMO, "prune.sparsity=[0.5,0.99999]"], "prune.sparsity=0.99999 keeps none of the 384 x 128 weights"),
     (["run", _DEMO, "dense.zero.stage=5"], "there is no ZeRO stage 5"),
     (["run", _DEMO, "task.name=gsm8k"], "task.path is missing"),
     (["run", _DEMO, "task.name=gsm8k", "task.path=./nowhere"], "there is no such file or folder"),

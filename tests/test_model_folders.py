@@ -1,5 +1,6 @@
 """Models as folders, ours and published ones: every way in reads the same, and refuses the same in one line."""
 
+import copy
 import json
 
 import pytest
@@ -170,3 +171,30 @@ def test_an_mpt_that_transformers_would_compute_otherwise_is_refused(facts, told
         with pytest.raises(UserError, match=told) as error:
             read(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_save_pretrained_of_a_sparse_model_writes_our_format(tmp_path):
+    """As the Trainer calls it; of a dense model of the same class it is what it was."""
+    model, processor = made("t5")
+    model.save_pretrained(tmp_path / "dense")
+    model = sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    torch.save(model, tmp_path / "whole.pt")
+    ways = {"trainer": model, "copy": copy.deepcopy(model),
+            "pickle": torch.load(tmp_path / "whole.pt", weights_only=False)}
+    for name, each in ways.items():
+        each.save_pretrained(str(tmp_path / name), state_dict=each.state_dict() if name == "trainer" else None,
+                             is_main_process=True)
+        processor.save_pretrained(tmp_path / name)
+        assert {path.name for path in (tmp_path / name).glob("*.safetensors")} == {"sparse.safetensors"}
+        again = load_model(tmp_path / name)
+        assert again.generation_config.to_dict() == model.generation_config.to_dict()
+        assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            type(model).from_pretrained(tmp_path / name)
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="save it, then upload"):
+        model.save_pretrained(tmp_path / "none", push_to_hub=True)
+    with pytest.raises(UserError, match="copy the folder"):
+        load(tmp_path / "trainer").model.save_pretrained(tmp_path / "none")
+    assert type(model).from_pretrained(tmp_path / "dense").config.d_model == model.config.d_model

@@ -49,4 +49,10 @@ def load(folder: str | Path) -> Runtime:
         replace_module(model, name, PackedLinear(
             PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name)), bias))
     fill(model, tensors)
+    if tensors.shapes:
+        model.save_pretrained = _not_saved
     return Runtime(model.eval(), load_processor(folder))
+
+
+def _not_saved(*args, **options):
+    raise UserError("a model that runs on compressed weights is not saved again; copy the folder that it was read from")

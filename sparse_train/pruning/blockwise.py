@@ -32,11 +32,11 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig,
 
     `batches` are on the model's device and are not touched by magnitude pruning. `earlier`: name -> keep (R, C) of a
     model that was pruned before; what it dropped stays dropped. Raises UserError for a pattern that does not divide a
-    width, and where SparseGPT gets no token.
+    width or keeps nothing of a layer, and where SparseGPT gets no token.
     """
     family = family_of(model)
     linears, earlier = family.prunable_linears(model), earlier or {}
-    check_pattern({name: linear.in_features for name, linear in linears.items()}, spec)
+    check_pattern({name: tuple(linear.weight.shape) for name, linear in linears.items()}, spec)
     was_training = model.training
     model.eval()
     try:

@@ -8,14 +8,16 @@ from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 
 
-def check_pattern(widths: Mapping[str, int], spec: PruneConfig) -> None:
-    """`widths`: columns (in_features) by name. Raises UserError where N:M does not divide one."""
-    if spec.group is None:
-        return
-    for name, width in widths.items():
-        if width % spec.group[1]:
-            raise UserError(f"pattern {spec.pattern} does not divide {name}, which is {width} wide; choose an M that "
-                            f"divides {width}, or prune.pattern=unstructured with prune.sparsity")
+def check_pattern(shapes: Mapping[str, tuple[int, int]], spec: PruneConfig) -> None:
+    """`shapes`: (R, C) by name. Raises UserError where N:M does not divide a width, or nothing of a weight would be
+    kept: ZeRO-3 cannot partition a parameter without entries."""
+    for name, (num_rows, num_columns) in shapes.items():
+        if spec.group and num_columns % spec.group[1]:
+            raise UserError(f"pattern {spec.pattern} does not divide {name}, which is {num_columns} wide; choose an M "
+                            f"that divides {num_columns}, or prune.pattern=unstructured with prune.sparsity")
+        if not spec.group and not num_kept(num_rows * num_columns, spec.sparsity):
+            raise UserError(f"prune.sparsity={spec.sparsity} keeps none of the {num_rows} x {num_columns} weights of "
+                            f"{name}, and a sparse layer needs at least one; choose a lower sparsity")
 
 
 def num_kept(num_weights: int, sparsity: float) -> int:

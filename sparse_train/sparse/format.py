@@ -8,40 +8,50 @@
         header: "sparse_train" = {"version": 1, "shapes": {NAME: [R, C]}}
     model.safetensors (...) for a model without sparse weights: the usual Hugging Face layout
 
+A sparse weight keeps at least one value: ZeRO-3 cannot partition a parameter without entries.
+
 NAME is the linear's module name, so tensor names are those of a state dict with SparseLinears. The file is not called
 model.safetensors because other loaders would skip the names they do not know and leave those weights random.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors import torch as safetensors
 
 from sparse_train import kernels
 from sparse_train.errors import UserError
 from sparse_train.sparse.bitmask import BitmaskTensor
+from sparse_train.sparse.header import DENSE, HEADER, PARTS, SPARSE, VERSION, read_headers
 
-_HEADER = "sparse_train"
-_VERSION = 1
-_SPARSE, _DENSE = "sparse", "model"
 _FILE_BYTES = 1_000_000_000
-PARTS = ("values", "bitmask", "scale")
+_OURS = re.compile(rf"({SPARSE}|{DENSE})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+
+
+def save_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """As safetensors' own, which makes a file that nobody else may read whatever the umask says."""
+    file.touch()
+    mode = file.stat().st_mode
+    safetensors.save_file(tensors, file, metadata)
+    file.chmod(mode)
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
                   shapes: Mapping[str, tuple[int, int]]) -> None:
     """Write a model's tensors as they come, holding one file's worth (1 GB or the largest tensor) at a time.
 
-    `shapes` gives (R, C) of each sparse weight and is empty for a dense model.
+    `shapes` gives (R, C) of each sparse weight and is empty for a dense model. Another model's tensors that were in the
+    folder are removed once these are complete.
     """
     # One entry: safetensors writes several in random order, and the same weights shall be the same bytes.
     metadata = {"format": "pt"} if not shapes else {
-        _HEADER: json.dumps({"version": _VERSION, "shapes": {name: list(s) for name, s in shapes.items()}})}
-    stem = _SPARSE if shapes else _DENSE
+        HEADER: json.dumps({"version": VERSION, "shapes": {name: list(s) for name, s in shapes.items()}})}
+    stem = SPARSE if shapes else DENSE
     parts: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
 
@@ -63,92 +73,72 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
         (folder / f"{stem}.{number}.part").rename(folder / file)
     if len(parts) > 1:
         weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        (folder / f"{stem}.safetensors.index.json").write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1),
-            encoding="utf-8")
+        files.append(f"{stem}.safetensors.index.json")
+        (folder / files[-1]).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1), encoding="utf-8")
+    for path in list(folder.iterdir()):
+        if _OURS.fullmatch(path.name) and path.name not in files:
+            path.unlink()
 
 
 class TensorFolder:
     """The tensors of a checkpoint folder, dense or sparse, read one by one. Raises UserError where there is none.
 
-    `names`: tensors outside the sparse weights. `shapes`: (R, C) of each sparse weight.
+    `names`: tensors outside the sparse weights. `shapes`: (R, C) of each sparse weight. Reading a tensor raises
+    UserError where it holds a NaN or an infinity.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, int]] = {}
-        for file in self._list():
-            self._read_header(file)
+        self._tensors, self.shapes = read_headers(self.folder)
         parts = {f"{name}.{part}" for name in self.shapes for part in PARTS}
-        self.names = [name for name in self._files if name not in parts]
-        for name in self.shapes:
-            self._check(name)
-
-    def _list(self) -> list[Path]:
-        for stem in (_SPARSE, _DENSE):
-            index = self.folder / f"{stem}.safetensors.index.json"
-            if index.is_file():
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                return [self.folder / name for name in sorted(files)]
-            single = self.folder / f"{stem}.safetensors"
-            if single.is_file():
-                return [single]
-        raise UserError(f"{self.folder} is no checkpoint: it holds neither {_SPARSE}.safetensors nor "
-                        f"{_DENSE}.safetensors; give the folder that a stage or save_pretrained wrote")
-
-    def _read_header(self, file: Path) -> None:
-        try:
-            with safe_open(file, "pt") as opened:
-                header = json.loads((opened.metadata() or {}).get(_HEADER, '{"version": 1, "shapes": {}}'))
-                self._files.update(dict.fromkeys(opened.keys(), file))
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
-        if header["version"] != _VERSION:
-            raise UserError(f"{file} has format version {header['version']}, this release reads {_VERSION}; update")
-        self.shapes.update({name: tuple(shape) for name, shape in header["shapes"].items()})
-
-    def _check(self, name: str) -> None:
-        missing = [part for part in ("values", "bitmask") if f"{name}.{part}" not in self._files]
-        if missing:
-            raise UserError(f"{self.folder}: {name}.{missing[0]} is missing; the checkpoint is not complete")
+        self.names = [name for name in self._tensors if name not in parts]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._tensors
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype (F32, BF16, I8, ...) of a stored tensor, without reading it."""
-        with safe_open(self._files[name], "pt") as opened:
-            view = opened.get_slice(name)
-            return tuple(view.get_shape()), view.get_dtype()
+        return self._tensors[name][1:]
 
     def get(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], "pt") as opened:
-            return opened.get_tensor(name)
+        with safe_open(self._tensors[name].file, "pt") as opened:
+            return self._finite(name, opened.get_tensor(name))
 
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Entries start..stop-1 of the flattened tensor, read without the rest of it (whole rows of it apart)."""
-        with safe_open(self._files[name], "pt") as opened:
+        file, shape, _ = self._tensors[name]
+        if not shape:
+            return self.get(name).flatten()[start:stop]
+        with safe_open(file, "pt") as opened:
             view = opened.get_slice(name)
-            shape = view.get_shape()
             row = math.prod(shape[1:])
-            first = start // row
+            first = start // max(1, row)
             rows = view[first:-(-stop // row)] if start < stop else view[0:0]
-            return rows.flatten()[start - first * row:stop - first * row].clone()
+            return self._finite(name, rows.flatten()[start - first * row:stop - first * row].clone())
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        # The extremes of a tensor with a NaN are NaN, and they cost a hundredth of isfinite.
+        if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+            raise UserError(f"{self.folder}: {name} holds values that are NaN or infinite; such a model computes "
+                            "nothing, so give one from before it diverged or was damaged")
+        return tensor
+
+    def bits(self, name: str) -> torch.Tensor:
+        """The bitmask of the sparse weight `name`, checked against its shape and the number of its values."""
+        bitmask, num_columns = self.get(f"{name}.bitmask"), self.shapes[name][1]
+        num_kept, (num_values,) = int(kernels.unpack(bitmask, num_columns).sum()), self.spec(f"{name}.values")[0]
+        if num_kept != num_values:
+            raise UserError(f"{self.folder}: {name} keeps {num_kept} positions by its bits but has {num_values} "
+                            "values; the file is damaged")
+        if kernels.unpack(bitmask[:, -8:], 64)[:, (num_columns - 1) % 64 + 1:].any():
+            raise UserError(f"{self.folder}: {name}.bitmask has bits behind its {num_columns} columns; the file is "
+                            "damaged")
+        return bitmask
 
     def weight(self, name: str) -> BitmaskTensor:
-        """The sparse weight `name`; its bits and its values are checked against each other and the shape."""
-        shape = self.shapes[name]
-        weight = BitmaskTensor(self.get(f"{name}.values"), self.get(f"{name}.bitmask"), shape)
-        words = (shape[0], 8 * -(-shape[1] // 64))
-        if tuple(weight.bitmask.shape) != words or weight.bitmask.dtype != torch.uint8:
-            raise UserError(f"{self.folder}: {name}.bitmask has shape {tuple(weight.bitmask.shape)}, a weight of shape "
-                            f"{shape} needs uint8 {words}; the file is damaged")
-        num_kept = int(kernels.unpack(weight.bitmask, shape[1]).sum())
-        if num_kept != weight.values.numel():
-            raise UserError(f"{self.folder}: {name} keeps {num_kept} positions by its bits but has "
-                            f"{weight.values.numel()} values; the file is damaged")
-        return weight
+        """The sparse weight `name`."""
+        return BitmaskTensor(self.get(f"{name}.values"), self.bits(name), self.shapes[name])
 
     def scale(self, name: str) -> torch.Tensor | None:
         """(R,) float32 for int8 values, else None."""

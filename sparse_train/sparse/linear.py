@@ -6,8 +6,6 @@ is no parameter, no optimizer, weight decay, clipping or resume can bring it bac
 checkpoints `values` like any other parameter.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -63,32 +61,6 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that `name` (dotted) has in `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def sparsify(model: nn.Module, weights: Mapping[str, BitmaskTensor]) -> nn.Module:
-    """Replace the linears named in `weights` by SparseLinears that hold them; returns `model`."""
-    for name, weight in weights.items():
-        linear = model.get_submodule(name)
-        if tuple(linear.weight.shape) != weight.shape:
-            raise ValueError(f"{name} has shape {tuple(linear.weight.shape)}, its sparse weight {weight.shape}")
-        replace_module(model, name, SparseLinear(weight, linear.bias))
-    return model
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Replace every SparseLinear by an `nn.Linear` with the zeros in place; returns `model`."""
-    for name, sparse in sparse_linears(model).items():
-        linear = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")
-        linear.weight = nn.Parameter(sparse.weight.to_dense())
-        linear.bias = sparse.bias
-        replace_module(model, name, linear)
-    return model
 
 
 def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from sparse_train import artifacts, dist
 from sparse_train.errors import UserError
+from sparse_train.sparse import save_file
 from sparse_train.training.engine import FrozenBits
 from sparse_train.training.fragments import own_fragments, restore
 

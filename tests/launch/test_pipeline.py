@@ -86,6 +86,12 @@ def test_zeros_are_the_same_from_pruning_to_the_dense_export(run):
         assert not theirs[f"{name}.weight"][~keep].any()
 
 
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(run):
+    (mine := run[0] / "mine").touch()
+    assert {path for path in (run[0] / "tiny").rglob("*")
+            if path.is_file() and path.stat().st_mode != mine.stat().st_mode} == set()
+
+
 def test_a_rerun_does_nothing_and_a_change_redoes_what_depends_on_it(run):
     planned = _cli("run", RECIPE, f"folder='{run[0]}'", "--dry-run")[0].splitlines()[-len(STAGES):]
     assert [line.split() for line in planned] == [[stage, "current"] for stage in STAGES]

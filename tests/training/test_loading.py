@@ -11,8 +11,10 @@ from transformers import MptConfig, MptForCausalLM
 
 from sparse_train import dist
 from sparse_train.config import TeacherConfig, TrainConfig, ZeroConfig
+from sparse_train.errors import UserError
 from sparse_train.models import own_tensors, save_model
 from sparse_train.sparse import format as sparse_format
+from sparse_train.sparse import sparse_linears
 from sparse_train.training import audit, load_student, load_teacher
 from sparse_train.training.engine import FrozenBits, build_student, build_teacher, gathered_tensors
 from tests.models import tiny_tokenizer
@@ -49,6 +51,20 @@ def test_a_head_that_is_stored_beside_the_embedding_is_sliced_too(tmp_path):
     for _, tensors in run_ranks(_load, 2, tmp_path):
         assert tensors.keys() == own_tensors(model).keys() and "lm_head.weight" in tensors
         assert all(torch.equal(tensors[name], tensor) for name, tensor in own_tensors(model).items())
+
+
+def _refusal(path):
+    with pytest.raises(UserError) as error:
+        load_student(path, _CONFIG)
+    return str(error.value)
+
+
+def test_bits_that_do_not_belong_to_their_values_are_named(tmp_path):
+    model = _models()[0]
+    name, linear = next(iter(sparse_linears(model).items()))
+    linear.bitmask.data[0, 0] ^= 1
+    save_model(tmp_path, model, tiny_tokenizer())
+    assert run_ranks(_refusal, 1, tmp_path)[0].startswith(f"{tmp_path}: {name} keeps")
 
 
 def _flipped(path):

@@ -1,0 +1,161 @@
+"""The one door to a checkpoint folder: all that its headers say is checked here, once, before a tensor is read.
+
+The files are plain and readable, safetensors itself has found every tensor inside its file, the index names files of
+this folder, and every sparse weight has the parts that its shape needs. What only the tensors show (the number of bits,
+values that are not finite) is checked where they are read, in `format.py`.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from sparse_train.errors import UserError, told_of
+
+HEADER, VERSION = "sparse_train", 1
+SPARSE, DENSE = "sparse", "model"
+PARTS = ("values", "bitmask", "scale")
+NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Of an entry of each dtype that is read."""
+_VALUES = ("F32", "BF16", "F16", "I8")
+_READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
+
+
+class Stored(NamedTuple):
+    """Where a tensor is and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _is_plain(name: str) -> str:
+    if name != os.path.basename(name) or name in ("", ".", "..") or not name.isprintable():
+        raise ValueError(f"{name!r} must be the name of a file in the same folder, without a path")
+    return name
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, Annotated[str, AfterValidator(_is_plain)]]
+
+
+def _is_ours(version: int) -> int:
+    if version != VERSION:
+        raise ValueError(f"format version {version}, this release reads {VERSION}; update sparse-train")
+    return version
+
+
+class _Metadata(BaseModel):
+    model_config = ConfigDict(strict=True)
+    version: Annotated[int, AfterValidator(_is_ours)]
+    shapes: dict[str, tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]]
+
+
+def read_headers(folder: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, int]]]:
+    """Every tensor of a checkpoint folder by name, and (R, C) of each sparse weight. Raises UserError."""
+    require_plain_files(folder)
+    stored: dict[str, Stored] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    files, index = _list(folder)
+    for file in files:
+        found, own = _read_header(file)
+        if twice := found.keys() & stored.keys():
+            name = min(twice)
+            raise UserError(f"{folder}: {name} is in two files, {stored[name].file.name} and {file.name}; remove "
+                            "the one that does not belong there")
+        stored |= found
+        shapes |= own
+    for name, file in index.items():
+        if name not in stored or stored[name].file.name != file:
+            raise UserError(f"{folder}: {name} is not in {file}, where the index has it; the folder is not complete, "
+                            "fetch or write it again")
+    for name, shape in shapes.items():
+        _check_parts(folder, name, shape, stored)
+    return stored, shapes
+
+
+def require_plain_files(folder: Path) -> None:
+    """Raises UserError for what must not be opened (a pipe would hang) and for files of a model that cannot be."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {told_of(error)}") from error
+    for entry in entries:
+        is_read = Path(entry.name).suffix in _READ
+        if not (os.path.isfile(entry) or (os.path.isdir(entry) and not is_read)):
+            raise UserError(f"{entry.path} is not a regular file but a folder, a pipe or a broken link; remove it, or "
+                            "fetch the folder again")
+        if is_read and not os.access(entry, os.R_OK):
+            raise UserError(f"{entry.path}: permission denied; ask its owner to let you read it (chmod a+r)")
+
+
+def _list(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Files, and the index's map from tensors to them; a single file counts before an index, as for from_pretrained."""
+    found = [stem for stem in (SPARSE, DENSE) if any((folder / f"{stem}.safetensors{end}").is_file()
+                                                     for end in ("", ".index.json"))]
+    if len(found) > 1:
+        raise UserError(f"{folder} holds two models, {SPARSE}.safetensors and {DENSE}.safetensors; move one to a "
+                        "folder of its own")
+    if not found:
+        raise UserError(f"{folder} is no checkpoint: it holds neither {SPARSE}.safetensors nor {DENSE}.safetensors; "
+                        "give the folder that a stage or save_pretrained wrote")
+    single = folder / f"{found[0]}.safetensors"
+    if single.is_file():
+        return [single], {}
+    index = Path(f"{single}.index.json")
+    weight_map = _validated(_Index, index.read_bytes(), index).weight_map
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, which {index.name} names; the folder is not complete, fetch or write "
+                            "it again")
+    return files, weight_map
+
+
+def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, int]]]:
+    try:
+        # safetensors compares the header's length and every offset with the size of the file.
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+            stored = {name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+    for name, (_, _, dtype) in stored.items():
+        if dtype not in NUM_BYTES:
+            raise UserError(f"{file}: {name} is stored as {dtype}; read are {', '.join(NUM_BYTES)}, so give a folder "
+                            "whose weights are not quantised")
+    if HEADER not in metadata:
+        return stored, {}
+    return stored, _validated(_Metadata, metadata[HEADER], file).shapes
+
+
+def _check_parts(folder: Path, name: str, shape: tuple[int, int], stored: dict[str, Stored]) -> None:
+    parts = {part: stored.get(f"{name}.{part}") for part in PARTS}
+    for part in ("values", "bitmask"):
+        if parts[part] is None:
+            raise UserError(f"{folder}: {name}.{part} is missing; the checkpoint is not complete")
+    values = parts["values"]
+    needed = {"values": ((max((1, *values.shape[:1])),), values.dtype if values.dtype in _VALUES else "F32"),
+              "bitmask": ((shape[0], 8 * -(-shape[1] // 64)), "U8"),
+              "scale": ((shape[0],), "F32") if values.dtype == "I8" else None}
+    for part, need in needed.items():
+        found = parts[part] and parts[part][1:]
+        if found != need:
+            raise UserError(f"{folder}: {name}.{part} is {_words(found)}; a weight of shape {shape} with values in "
+                            f"{values.dtype} has {_words(need)}, so the file is damaged")
+
+
+def _words(spec: tuple[tuple[int, ...], str] | None) -> str:
+    return "not there" if spec is None else f"{spec[1]} {spec[0]}"
+
+
+def _validated(schema: type[BaseModel], text: str | bytes, file: Path) -> Any:
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"cannot read {file}: {place + ': ' if place else ''}{first['msg']}") from error
