@@ -14,12 +14,13 @@ from sparse_train import artifacts, dist, kernels
 from sparse_train.bench import MPT_7B_BLOCK, decode_rows, layer_rows
 from sparse_train.bench.gpu import device_bandwidth, device_decode_rows, device_layer_rows
 from sparse_train.bench.layers import random_weights
+from sparse_train.config import EvaluateConfig
 from sparse_train.cpus import cpu_name
 from sparse_train.errors import UserError
 from sparse_train.inference import load
-from sparse_train.models import load_model
+from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import sparse_linears
-from sparse_train.tasks import build_task
+from sparse_train.tasks import build_task, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -72,7 +73,10 @@ def _reference_weights(job: Job):
 
 
 def _example(job: Job):
-    return build_task(job.config.task).examples("test", 1)[0]
+    config = job.config
+    processor = load_processor(job.inputs["dense"], config.task.language)
+    spec = EvaluateConfig(num_examples=1, max_new_tokens=config.benchmark.new_tokens)
+    return scored_examples(build_task(config.task), processor, spec)[0][0]
 
 
 def _stage(job: Job, index: int, note: str):

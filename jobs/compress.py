@@ -13,7 +13,7 @@ from sparse_train.compress import export_dense, export_sparse, unpruned_zeros
 from sparse_train.inference import load
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import sparse_linears
-from sparse_train.tasks import build_task
+from sparse_train.tasks import build_task, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -22,16 +22,18 @@ def run(job: Job) -> dict[str, Any]:
     model, processor = load_model(source), load_processor(source, config.task.language)
     weights = {name: linear.weight for name, linear in sparse_linears(model).items()}
     task = build_task(config.task)
-    examples = task.examples("test", config.evaluate.num_examples)
+    examples, num_left_out = scored_examples(task, processor, config.evaluate)
     scores = {}
     for index, precision in enumerate(config.compress.precisions):
         folder = job.out / f"sparse-{precision}"
         export_sparse(model, processor, precision, folder)
-        # The runtime that will answer is the one that is scored.
-        scores[precision] = task.score(
+        # The runtime that will answer is the one that is scored: whatever the batch, answers are made token by token by
+        # the kernels that `generate` runs, and a prompt's products are those of the same codes.
+        score = task.score(
             load(folder).model, processor, examples, config.evaluate,
             lambda done, total, index=index, precision=precision: job.progress(
-                index * total + done, len(config.compress.precisions) * total, precision)).metrics
+                index * total + done, len(config.compress.precisions) * total, precision))
+        scores[precision] = score.metrics | {"num_left_out": num_left_out}
     export_dense(model, processor, job.out / "dense")
     wrong = unpruned_zeros(job.out / "dense", weights)
     if wrong:

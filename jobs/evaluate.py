@@ -9,12 +9,13 @@ from sparse_train import dist
 from sparse_train.artifacts import write_json
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import densify, sparse_linears
-from sparse_train.tasks import build_task
+from sparse_train.tasks import build_task, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
     spec, task = job.config.evaluate, build_task(job.config.task)
-    examples = task.examples("test", spec.num_examples)
+    processor = load_processor(next(iter(job.inputs.values())), job.config.task.language)  # the same for all
+    examples, num_left_out = scored_examples(task, processor, spec)
     found = []
     for index, (stage, folder) in enumerate(job.inputs.items()):
         model = load_model(folder)
@@ -23,11 +24,12 @@ def run(job: Job) -> dict[str, Any]:
         sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
         # Batches of many tokens are what dense matrix products are for; the score does not depend on it.
         score = task.score(
-            densify(model).to(dist.device()), load_processor(folder, job.config.task.language), examples, spec,
+            densify(model).to(dist.device()), processor, examples, spec,
             lambda done, total, index=index, stage=stage: job.progress(
                 index * total + done, len(job.inputs) * total, stage))
         name = "one-shot" if stage.startswith("prune") else stage.rpartition("/")[2]
-        found.append({"stage": stage, "loss": name, "sparsity": sparsity, "metrics": score.metrics})
+        found.append({"stage": stage, "loss": name, "sparsity": sparsity,
+                      "metrics": score.metrics | {"num_left_out": num_left_out}})
         with open(job.out / f"{stage.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
     write_json(job.out / "scores.json", found)

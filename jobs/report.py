@@ -25,6 +25,9 @@ _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em au
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
 
+_RUNTIME = ("runtime: each token as generate computes it, new ones by the sparse kernels; int8: weights and "
+            "activations have 8 bits in every product of a sparse weight")
+
 
 def run(job: Job) -> dict[str, Any]:
     data = _collect(job)
@@ -83,11 +86,15 @@ def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]],
                _number(m["cross_entropy"], 4), str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
     dense = data["num_bytes"]["dense"]
     sizes = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
+    told = _beaten(task, [row for row in data["scores"] if row["metric"] == task.metric])
+    told += [f"{name.replace('_', ' ')}: {settings[name]}" for name in task.settings]
+    if any(engine.startswith("runtime") for _, engine, _ in found):
+        told.append(_RUNTIME)
+    if left_out := settings.get("num_left_out"):
+        told.append(f"{left_out} test examples that do not fit the model are left out")
     return [
         ("Scores on unseen examples", ["model", "computed in", "sparsity", *(name.replace("_", " ") for name in shown),
-                                       "cross-entropy", "examples"], scores,
-         "; ".join([*_beaten(task, [row for row in data["scores"] if row["metric"] == task.metric]),
-                    *(f"{name.replace('_', ' ')}: {settings[name]}" for name in task.settings)])),
+                                       "cross-entropy", "examples"], scores, "\n".join(told)),
         (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes, ""),
     ]
 
@@ -154,4 +161,4 @@ def _html_table(title: str, header: list[str], rows: list[list[str]], below: str
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return (f"<h2>{escape(title)}</h2><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
-            + (f"<p>{escape(below)}</p>" if below else ""))
+            + (f"<p style='white-space:pre-line'>{escape(below)}</p>" if below else ""))

@@ -16,17 +16,17 @@ class Size:
 
 
 def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
-    """(the model's size, remarks). Raises UserError: missing data, a folder that is no checkpoint, a task that is not
-    for the model, N:M that does not divide a width.
+    """(the model's size, remarks). Raises UserError: missing data, a folder that is no checkpoint or whose tokenizer is
+    not the model's, a task that is not for the model, data of which nothing fits it, N:M that does not divide a width.
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     """
-    from sparse_train.models import describe, empty_model, family_of, open_model, read_config
+    from sparse_train.models import describe, empty_model, family_of, load_processor, open_model, read_config
     from sparse_train.pruning import check_pattern
     from sparse_train.sparse import TensorFolder
-    from sparse_train.tasks import build_task
+    from sparse_train.tasks import build_task, scored_examples, training_examples
 
-    remarks = []
+    remarks, read = [], []
     calibration = config.prune.calibration
     for task, splits in ((config.task, ("train", "test")), *([(calibration, ("train",))] if calibration else [])):
         if dry_run and task.path and not Path(task.path).is_absolute() and not Path(task.path).exists():
@@ -36,6 +36,7 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
             built = build_task(task)
             for split in splits:
                 built.examples(split, 1)
+                read.append((built, split))
     path, shape = config.dense.path or config.model.path, describe(config.model)
     local = path is not None and _is_local(path)
     if path is not None:
@@ -54,6 +55,12 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
     _check_lengths(config, shape, is_new=path is None)
     if local:
         open_model(path)  # what names and shapes tell of it
+        processor = load_processor(path, config.task.language)
+        for built, split in read:  # one that fits is enough: others are left out, counted and named
+            if split == "train":
+                training_examples(built, processor, 1)
+            else:
+                scored_examples(built, processor, config.evaluate.model_copy(update={"num_examples": 1}))
     model = empty_model(shape)
     family = family_of(model)
     shapes = {name: tuple(linear.weight.shape) for name, linear in family.prunable_linears(model).items()}
@@ -100,14 +107,14 @@ def _check_task(task: TaskConfig, shape, key: str) -> None:
 def _check_lengths(config: RunConfig, shape, is_new: bool) -> None:
     """Against the positions of the decoder, where it has a last one. A decoder that is also the encoder of its prompt
     is not asked about task.max_length, which only bounds what most examples are far below."""
+    from sparse_train.models.positions import decoder_positions
     from sparse_train.models.processor import MULTILINGUAL
 
     hears = shape.model_type == "whisper"
     if hears and not is_new and shape.vocab_size >= MULTILINGUAL and config.task.language is None:
         raise UserError("task.language is missing: the model knows many languages; give one, such as "
                         "task.language=hindi")
-    positions = next((value for name in ("max_target_positions", "max_position_embeddings", "max_seq_len")
-                      if (value := getattr(shape, name, None))), None)
+    positions = decoder_positions(shape)
     if positions is None:
         return
     # What an answer starts from: Whisper's start, language, task, and no timestamps.

@@ -11,7 +11,7 @@ from sparse_train import artifacts, kernels
 from sparse_train.compress import dequantise, export_dense, export_sparse, quantise_rows, unpruned_zeros
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
-from sparse_train.inference import load
+from sparse_train.inference import PackedLinear, load
 from sparse_train.models import load_model, load_processor, own_tensors, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify
@@ -97,6 +97,24 @@ def test_the_runtime_computes_what_the_model_does(precision, tolerance, tmp_path
             steps.append(out.logits)
     for found in (prefill, torch.cat(steps, 1)):
         assert (found - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_token_has_one_function_whatever_batch_or_prompt_it_is_in(precision, tmp_path):
+    """So that what a batch scores is what one prompt is answered with."""
+    export_sparse(_sparse_model(), tiny_tokenizer(), precision, tmp_path)
+    layers = [module for module in load(tmp_path).model.modules() if isinstance(module, PackedLinear)]
+    torch.manual_seed(0)
+    for layer in layers:
+        x = torch.randn(5, 1, layer.in_features) * torch.logspace(-2, 2, 5)[:, None, None]
+        alone = torch.cat([layer(row[None]) for row in x])
+        assert torch.equal(layer(x), alone)  # a step of a batch
+        # A dense product sums in another order: C roundings of at most the sum of magnitudes.
+        bound = layer.in_features * 2.0**-23 * (x.abs() @ layer.weight.to_dense().abs().T + x.abs().amax(-1, True))
+        assert ((layer(x.transpose(0, 1))[0] - alone[:, 0]).abs() <= bound[:, 0] + 1e-12).all()
+        if precision == "int8":
+            unquantised = x @ layer.weight.to_dense().T
+            assert ((alone - unquantised).norm(dim=-1) > 1e-4 * alone.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("backend", ["portable", kernels.backend()])

@@ -1,5 +1,7 @@
 """What a run is refused for before its first job: a task that is not for the model, lengths that do not fit."""
 
+import copy
+import json
 import time
 from pathlib import Path
 
@@ -115,3 +117,41 @@ def test_a_dry_run_refuses_an_absolute_path_that_is_not_there(tmp_path):
     config = _run("mpt", {"name": "gsm8k", "path": str(tmp_path / "nope")})
     with pytest.raises(UserError, match="nope"):
         check(config, dry_run=True)
+
+
+def _model(folder, tokenizer=None, **size):
+    size = ModelConfig(**{"family": "llama", "d_model": 32, "n_layers": 1, "max_seq_len": 96} | size)
+    processor = build_processor(size, tiny_tokenizer())
+    save_model(folder, build_model(size, processor), processor)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return {"dense": {"path": str(folder)}, "evaluate": {"max_new_tokens": 20}, "benchmark": {"new_tokens": 20}}
+
+
+def test_a_tokenizer_that_is_not_the_models_is_told_before_the_first_job(tmp_path):
+    larger, endless = copy.deepcopy(tiny_tokenizer()), copy.deepcopy(tiny_tokenizer())
+    larger.add_special_tokens({"pad_token": "[PAD]"})
+    endless.eos_token = None
+    with pytest.raises(UserError, match=r"token ids up to 300, but the model's embedding has only 300 rows"):
+        check(_run("llama", **_model(tmp_path / "larger", larger)))
+    with pytest.raises(UserError, match=r"its tokenizer names no end-of-text token"):
+        check(_run("llama", **_model(tmp_path / "endless", endless)))
+    unused = copy.deepcopy(tiny_tokenizer())
+    unused.add_tokens(["<image>"])  # as of Gemma 3's text models
+    check(_run("llama", **_model(tmp_path / "unused", unused)))
+
+
+def test_data_of_which_nothing_fits_is_told_before_the_first_job(tmp_path):
+    run = _model(tmp_path / "m")
+    for split, words in (("train", 9), ("test", 200)):
+        rows = [json.dumps({"question": "word " * words, "answer": "a"})] * 3
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    task = {"name": "gsm8k", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"no test example is left: 3 of the first 3 test examples do not fit the model "
+                                        r"\(96 positions"):
+        check(_run("llama", task, **run))
+    (tmp_path / "test.jsonl").write_text(rows[0] + "\n" + json.dumps({"question": "q", "answer": "a"}))
+    check(_run("llama", task, **run))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"no training example is left"):
+        check(_run("llama", task, **run))

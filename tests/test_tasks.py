@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.models import Processor, load_processor
-from sparse_train.tasks import build_task, build_tokenizer, generate, training_examples
+from sparse_train.tasks import build_task, build_tokenizer, generate, scored_examples, training_examples
 from sparse_train.tasks.batch import Example, collate, encode
 from sparse_train.tasks.gsm8k import final_number, last_number
 from tests.models import tiny_mpt
@@ -27,7 +28,7 @@ _GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 @functools.cache
 def _arithmetic():
     task = build_task(TaskConfig())
-    return task, Processor(build_tokenizer(task, 320))
+    return task, Processor(build_tokenizer(task, 320), num_embedded=320)
 
 
 def test_arithmetic_is_gsm8k_shaped_and_every_step_is_true():
@@ -204,6 +205,28 @@ def test_examples_over_the_length_are_left_out_counted_and_named(tmp_path, caplo
     examples, num_left_out = training_examples(task, _arithmetic()[1], 2)
     assert [example.prompt for example in examples] == ["Question: q0\nAnswer:", "Question: q1\nAnswer:"]
     assert num_left_out == 1
+
+
+def test_examples_without_a_position_for_each_token_are_left_out_counted_and_named(tmp_path, caplog):
+    long = [json.dumps({"question": "long " * words, "answer": "a " * more}) for words, more in ((6, 1), (1, 50))]
+    task = build_task(_folder(tmp_path, [*long, *_LINES]))
+    processor = replace(_arithmetic()[1], positions=40)
+    needed = [sum(map(len, encode(example, processor))) for example in task.examples("train")]
+    assert needed[1] > 40 and max(needed[2:]) <= needed[0] <= 40
+    # Trained on is what has a position itself; scored, what leaves some to answer as well.
+    assert training_examples(task, processor, None)[1] == 1
+    with caplog.at_level(logging.WARNING):
+        examples, num_left_out = scored_examples(task, processor, EvaluateConfig(num_examples=2, max_new_tokens=15))
+    assert num_left_out == 2 and [example.answer[:3] for example in examples] == [" a0", " a1"]
+    assert ("2 of the first 4 test examples do not fit the model (40 positions, 320 embedded token ids; "
+            "evaluate.max_new_tokens=15): 'Question: long") in caplog.text
+    with pytest.raises(UserError, match=r"no test example is left: 6 of the first 6 .*smaller evaluate.max_new_tokens"):
+        scored_examples(task, processor, EvaluateConfig(max_new_tokens=39))
+    # A token that the embedding lacks, such as one for images that the tokenizer knows of.
+    task = build_task(_folder(tmp_path, [json.dumps({"question": "see <image>", "answer": "a"}), *_LINES]))
+    tokenizer = build_tokenizer(_arithmetic()[0], 320)
+    tokenizer.add_tokens(["<image>"])
+    assert training_examples(task, replace(_arithmetic()[1], tokenizer=tokenizer, num_embedded=320), None)[1] == 1
 
 
 @pytest.mark.parametrize("num_examples", [None, 3])

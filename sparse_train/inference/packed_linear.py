@@ -1,8 +1,8 @@
-"""PackedLinear: the layer of sparse inference. One token multiplies with the compressed weight; many expand it once."""
+"""PackedLinear: the layer of sparse inference. A new token multiplies with the compressed weight, a prompt expands it.
+"""
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from sparse_train.kernels import PackedMatrix
 
@@ -17,11 +17,14 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() == self.in_features:
-            y = self.weight.matvec(x).view(*x.shape[:-1], self.out_features)
-            return y if self.bias is None else y + self.bias
-        # Prefill is bound by arithmetic, not by bytes: a dense product is what the CPU does best.
-        return functional.linear(x, self.weight.to_dense(), self.bias)
+        """The same function of a token whether it comes alone, in a batch, or in a prompt; int8 quantises it always."""
+        is_step = x.numel() == self.in_features or (x.ndim > 2 and x.shape[-2] == 1)
+        if is_step:  # one new token per row of the batch
+            rows = [self.weight.matvec(row) for row in x.reshape(-1, self.in_features)]
+            y = torch.stack(rows).view(*x.shape[:-1], self.out_features)
+        else:  # a prompt is bound by arithmetic, not by bytes: a dense product is what the CPU does best
+            y = self.weight.matmul(x)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.weight.num_bytes}"

@@ -2,6 +2,7 @@
 
     expand, compact          training and prefill: (values, bits) -> dense and back
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32 or INT8
+    PackedMatrix.matmul      prompts: the same for many x at once, by a dense product
     read_bandwidth           what the memory gives, for the byte bound
     backend, use_backend     which instructions run: avx512 (VBMI2, VNNI) or portable
     PORTABLE_NOTE            what to tell where the portable ones run
@@ -14,6 +15,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch.nn import functional
 
 from sparse_train.errors import UserError
 from sparse_train.kernels import reference
@@ -121,7 +123,7 @@ class PackedMatrix:
     """A sparse weight laid out for batch-1 products on the CPU; inference only.
 
     `values` (nnz,) float32, bfloat16 or float16 (kept as float32), or int8 with `scale` (R,) floating; `bitmask`
-    (R, 8 * ceil(C / 64)) uint8. INT8 products quantise x to 8 bits per call. Raises ValueError for what does not fit.
+    (R, 8 * ceil(C / 64)) uint8. INT8 products quantise each x to 8 bits. Raises ValueError for what does not fit.
     """
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
@@ -159,11 +161,23 @@ class PackedMatrix:
             return y
         return self.to_dense() @ x.flatten()
 
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (..., C) float32 -> (..., R): matvec of each row, by one dense product, which is what many rows need."""
+        if self._scale is None:
+            return functional.linear(x, self.to_dense())
+        codes, step = reference.quantise(x)
+        return functional.linear(codes, self._expanded().float()) * (step * self._scale)
+
     def to_dense(self) -> torch.Tensor:
         """(R, C) float32, int8 values times their scale: for products with many rows at once."""
+        dense = self._expanded()
+        return dense if self._scale is None else dense * self._scale[:, None]
+
+    def _expanded(self) -> torch.Tensor:
+        """(R, C) as the values are stored."""
         dense = torch.empty(self.shape, dtype=torch.float32 if self._scale is None else torch.int8)
         self._packed.expand(dense.data_ptr(), torch.get_num_threads())
-        return dense if self._scale is None else dense * self._scale[:, None]
+        return dense
 
 
 def read_bandwidth(num_bytes: int = 1 << 29, num_threads: int | None = None, repeats: int = 7) -> float:

@@ -34,3 +34,17 @@ def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int) -> tor
 def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None) -> torch.Tensor:
     """Dense (R, C) -> its entries at the kept positions, row-major (nnz,). `num_values` is nnz where it is known."""
     return dense[unpack(bitmask, dense.shape[1])]
+
+
+def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., C) float32 -> (codes (..., C), step (..., 1)), both float32: x is about codes * step.
+
+    A row's codes are whole numbers, 255 apart from least to greatest, 0 among them. They are what an INT8 product makes
+    of activations. A row that is not finite gives no numbers at all.
+    """
+    x = x.double()
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    step = torch.where(high == low, 1.0, (high - low) / 255)
+    zero = (-low * (1 / step)).round()
+    codes = ((x * (1 / step)).round() + zero).clamp(0, 255) - zero
+    return codes.float(), step.float()

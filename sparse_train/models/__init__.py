@@ -11,9 +11,10 @@ from sparse_train.models.checkpoint import (
     save_model,
 )
 from sparse_train.models.family import Family, family_of
+from sparse_train.models.generation import model_tokens
 from sparse_train.models.processor import Processor, load_processor
 
 __all__ = [
     "Family", "Processor", "build_model", "build_processor", "describe", "empty_model", "family_of", "fill",
-    "load_model", "load_processor", "open_model", "own_tensors", "read_config", "save_model",
+    "load_model", "load_processor", "model_tokens", "open_model", "own_tensors", "read_config", "save_model",
 ]

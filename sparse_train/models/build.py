@@ -17,7 +17,7 @@ from transformers import (
 
 from sparse_train.config import ModelConfig
 from sparse_train.models.checkpoint import from_config
-from sparse_train.models.processor import Processor, whole_samples
+from sparse_train.models.processor import Processor, make_processor, whole_samples
 
 _POSITIONS_PER_SECOND = 50  # Whisper: frames of 10 ms, halved by the second convolution
 _MEL_BINS = 80
@@ -88,7 +88,7 @@ def build_processor(config: ModelConfig, tokenizer) -> Processor:
     features = None
     if made.model_type == "whisper":
         features = whole_samples(WhisperFeatureExtractor(feature_size=_MEL_BINS, chunk_length=config.window_seconds))
-    return Processor(tokenizer, (made.decoder_start_token_id,) if made.is_encoder_decoder else (), features)
+    return make_processor(tokenizer, made, (made.decoder_start_token_id,) if made.is_encoder_decoder else (), features)
 
 
 def build_model(config: ModelConfig, processor: Processor) -> PreTrainedModel:

@@ -24,9 +24,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers
+from sparse_train.models.generation import model_tokens
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
 # What transformers' MPT takes for granted whatever the config says: another value would be another model, silently.
@@ -68,6 +70,19 @@ def read_config(path: str | Path) -> PretrainedConfig:
         raise UserError(f"the config of {path} is not valid: {' '.join(str(error).split())}") from error
 
 
+def read_generation(path: str | Path) -> GenerationConfig:
+    """How a folder or hub name generates; where it has no file of that, what its config.json says, as from_pretrained
+    does. Raises UserError."""
+    source = {}
+    if cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False,
+                   _raise_exceptions_for_connection_errors=False) is None:
+        source = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+    with reading(path, GENERATION_CONFIG_NAME):
+        found = GenerationConfig.from_pretrained(path, **source)
+    model_tokens(found, path)
+    return found
+
+
 def _check_mpt(path, given: dict) -> None:
     for facts, section in ((_MPT_ATTENTION, given.get("attn_config") or {}), (_MPT, given)):
         for key, value in facts.items():
@@ -98,9 +113,7 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
     """
     folder = ModelFolder(_local(path))
     model = empty_model(read_config(folder.folder), dtype)
-    if (folder.folder / "generation_config.json").is_file():
-        with reading(folder.folder, "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(folder.folder)
+    model.generation_config = read_generation(folder.folder)
     folder.match(model)
     for name, shape in folder.shapes.items():
         (num_values,), stored = folder.spec(f"{name}.values")

@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+)
 
 from sparse_train.errors import UserError
-from sparse_train.models.checkpoint import first_line, read_config, reading
+from sparse_train.models.checkpoint import first_line, read_config, read_generation, reading
+from sparse_train.models.generation import model_tokens
+from sparse_train.models.positions import decoder_positions, encoder_positions
 
 MULTILINGUAL = 51_865
 """Whisper's own rule: a tokenizer with at least so many entries knows languages and tasks."""
@@ -19,6 +27,12 @@ class Processor:
     """What an encoder-decoder's decoder starts from; empty for models without an encoder."""
     features: WhisperFeatureExtractor | None = None
     """Speech models: sound -> log-mel spectrogram of the model's window."""
+    positions: int | None = None
+    """Of the decoder, which a model without an encoder is; None where there is no last one."""
+    encoder_positions: int | None = None
+    """Of an encoder of text."""
+    num_embedded: int | None = None
+    """Token ids that the model has an embedding for."""
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -26,10 +40,18 @@ class Processor:
             self.features.save_pretrained(folder)
 
 
+def make_processor(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, decoder_prefix: tuple[int, ...] = (),
+                   features: WhisperFeatureExtractor | None = None) -> Processor:
+    """For the model of `config`."""
+    return Processor(tokenizer, decoder_prefix, features, decoder_positions(config), encoder_positions(config),
+                     config.get_text_config(decoder=True).vocab_size)
+
+
 def load_processor(path: str | Path, language: str | None = None) -> Processor:
     """Of a folder or hub name. A tokenizer without a padding token pads with its end-of-text token.
 
-    `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is none to read.
+    `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is none to read, or one
+    that does not fit the model.
     """
     config = read_config(path)
     features = None
@@ -38,9 +60,12 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
     if config.model_type == "whisper":
         with reading(path, "a feature extractor"):
             features = whole_samples(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer names no end-of-text token, with which every answer ends; name one as "
+                        "eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    prefix = (config.decoder_start_token_id,) if config.is_encoder_decoder else ()
+    prefix = _decoder_prefix(path, config) if config.is_encoder_decoder else ()
     if hasattr(tokenizer, "set_prefix_tokens") and tokenizer.convert_tokens_to_ids("<|transcribe|>") is not None:
         try:
             tokenizer.set_prefix_tokens(language=language, predict_timestamps=False,
@@ -48,7 +73,33 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
         except ValueError as error:
             raise UserError(f"task.language={language}: {first_line(error)}") from error
         prefix = tuple(tokenizer.prefix_tokens)
-    return Processor(tokenizer, prefix, features)
+    made = make_processor(tokenizer, config, prefix, features)
+    _check_embedded(path, made)
+    return made
+
+
+def _decoder_prefix(path: str | Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """The start token, and the first one that some models are made to say, such as BART's beginning-of-text."""
+    named = model_tokens(read_generation(path), path)
+    start = config.decoder_start_token_id
+    first = [start] if start is not None else named.get("decoder_start_token_id", [])
+    if not first:
+        raise UserError(f"{path}: its config.json names no decoder_start_token_id, from which every answer starts; "
+                        "name one")
+    return (*first, *named.get("forced_bos_token_id", []))
+
+
+def _check_embedded(path: str | Path, processor: Processor) -> None:
+    """A token that is added and never used, such as one for images, may be beyond the embedding; a row that holds it
+    is left out."""
+    tokenizer = processor.tokenizer
+    added = tokenizer.added_tokens_decoder.keys()
+    used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *processor.decoder_prefix, *tokenizer.encode("a"),
+            *(token for token in tokenizer.get_vocab().values() if token not in added)]
+    if max(used) >= processor.num_embedded:
+        raise UserError(f"{path}: its tokenizer uses token ids up to {max(used)}, but the model's embedding has only "
+                        f"{processor.num_embedded:,} rows (vocab_size); resize the embedding (transformers' "
+                        "resize_token_embeddings), or give the tokenizer that belongs to the model")
 
 
 def whole_samples(features: WhisperFeatureExtractor) -> WhisperFeatureExtractor:

@@ -4,11 +4,13 @@ import importlib
 
 from sparse_train.config import TaskConfig
 from sparse_train.tasks.batch import Batch, Example
-from sparse_train.tasks.task import Score, Task, generate, training_examples
+from sparse_train.tasks.decoding import generate
+from sparse_train.tasks.selection import scored_examples, training_examples
+from sparse_train.tasks.task import Score, Task
 from sparse_train.tasks.tokenizer import build_tokenizer
 
-__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "generate", "task_class",
-           "training_examples"]
+__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "generate",
+           "scored_examples", "task_class", "training_examples"]
 
 # By module and class: a task's own libraries are loaded when it is asked for.
 _TASKS = {

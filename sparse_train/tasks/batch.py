@@ -71,18 +71,35 @@ class Batch:
 
 
 def encode(example: Example, processor: Processor) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids with end-of-text), each tokenised alone, so that generation sees the same prompt.
+    """(prompt ids, answer ids with end-of-text). The prompt's do not depend on the answer: generation sees the same.
 
-    A decoder's prompt starts with what its tokenizer puts before any text, such as Llama's beginning-of-text. An
-    encoder's has an end-of-text of its own; sound has no prompt ids.
+    A decoder reads both as one text: the ids are those of the joined text wherever no token spans the boundary, and
+    spaces at a prompt's end count with the answer, since most tokenizers join them to the word that follows. In front
+    is what the tokenizer puts before any text, such as Llama's beginning-of-text. An encoder's prompt and its answer
+    are texts of their own, each with an end-of-text; sound has no prompt ids.
     """
     tokenizer = processor.tokenizer
-    prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (example.prompt, example.answer))
     if processor.decoder_prefix:
-        prompt = [] if example.sound else [*prompt, tokenizer.eos_token_id]
-    else:
-        prompt = [*_before_text(tokenizer), *prompt]
-    return prompt, [*answer, tokenizer.eos_token_id]
+        prompt = [] if example.sound else [*_tokens(tokenizer, example.prompt), tokenizer.eos_token_id]
+        return prompt, [*_tokens(tokenizer, example.answer), tokenizer.eos_token_id]
+    head = example.prompt.rstrip(" ") or example.prompt
+    tail = example.prompt[len(head):] + example.answer
+    prompt, whole = _tokens(tokenizer, head), _tokens(tokenizer, head + tail)
+    answer = whole[len(prompt):] if whole[:len(prompt)] == prompt else _continued(tokenizer, tail)
+    return [*_before_text(tokenizer), *prompt], [*answer, tokenizer.eos_token_id]
+
+
+def _tokens(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _continued(tokenizer, text: str) -> list[int]:
+    """As in the middle of a text, where no tokenizer adds a space of its own."""
+    for before in ("\n", "a", ".", "0"):  # the first that does not grow together with the text
+        start, whole = _tokens(tokenizer, before), _tokens(tokenizer, before + text)
+        if whole[:len(start)] == start:
+            return whole[len(start):]
+    return _tokens(tokenizer, text)
 
 
 @functools.lru_cache(maxsize=4)
@@ -105,6 +122,19 @@ def windows(example: Example, processor: Processor) -> list[Example]:
     if len(sound) <= size:
         return [example]
     return [replace(example, sound=lambda rate, part=part: part) for part in np.split(sound, _cuts(sound, size, rate))]
+
+
+def fits_model(example: Example, processor: Processor, new_tokens: int = 0) -> bool:
+    """Whether the model has a position and an embedding for every token of an example, and positions for `new_tokens`
+    after its prompt. The answer to a sound of several windows is never laid against the model."""
+    prompt, answer = encode(example, processor)
+    if processor.num_embedded is not None and max(prompt + answer) >= processor.num_embedded:
+        return False
+    in_encoder, in_decoder = (len(prompt), 0) if processor.decoder_prefix else (0, len(prompt))
+    taken = max(0, len(processor.decoder_prefix) - 1) + len(answer) if len(windows(example, processor)) == 1 else 0
+    in_decoder += max(taken, len(processor.decoder_prefix) + new_tokens)
+    return (in_encoder <= (processor.encoder_positions or in_encoder)
+            and in_decoder <= (processor.positions or in_decoder))
 
 
 def _cuts(sound: np.ndarray, size: int, rate: int) -> list[int]:

@@ -1,6 +1,5 @@
 """What every task shares: batches, generation, the score."""
 
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,16 +8,14 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.models import Processor
 from sparse_train.tasks import read
-from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode, encoder_input, pad_rows, windows
-
-log = logging.getLogger(__name__)
-_TRIED = 1000  # examples of an endless task, before none is taken to fit
+from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode, fits_model, windows
+from sparse_train.tasks.decoding import generate
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,14 @@ class Task(ABC):
         return collate(examples, processor)
 
     def fits(self, example: Example, processor: Processor) -> bool:
-        """Whether a training example is at most config.max_length tokens long and its sound fits the model's window.
+        """Whether a training example is at most config.max_length tokens long and fits the model's positions and, as
+        sound, its window.
 
         What a decoder starts from takes positions too: all but its last token come before the answer's.
         """
         num_tokens = max(0, len(processor.decoder_prefix) - 1) + sum(map(len, encode(example, processor)))
-        return num_tokens <= self.config.max_length and len(windows(example, processor)) == 1
+        return (num_tokens <= self.config.max_length and len(windows(example, processor)) == 1
+                and fits_model(example, processor))
 
     def score(self, model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
               progress: Callable[[int, int], None] | None = None) -> Score:
@@ -118,61 +117,9 @@ class Task(ABC):
                       "perplexity": perplexity, "num_examples": len(samples)}, samples)
 
 
-def training_examples(task: Task, processor: Processor,
-                      num_examples: int | None) -> tuple[Sequence[Example], int]:
-    """(the first `num_examples` training examples that fit, how many before them are too long and left out).
-
-    Raises UserError where none fits.
-    """
-    examples = task.examples("train")
-    if task.endless and num_examples is None:
-        return examples, 0
-    kept: list[int] = []
-    left_out: list[str] = []
-    for index, example in enumerate(examples):
-        if len(kept) == num_examples or (task.endless and not kept and index == _TRIED):
-            break
-        if task.fits(example, processor):
-            kept.append(index)
-        else:
-            left_out.append(f"{example.prompt}{example.answer}"[:40])
-    told = (f"{len(left_out)} of the first {len(kept) + len(left_out)} training examples are longer than "
-            f"task.max_length={task.config.max_length} tokens or than the model's window: "
-            f"{read.some([*map(repr, left_out)])}")
-    if not kept:
-        raise UserError(f"no training example is left: {told}; raise task.max_length, or split them")
-    if left_out:
-        log.warning("%s", told)
-    return read.Rows(examples, kept), len(left_out)
-
-
 def _cross_entropy(model, batch: Batch) -> torch.Tensor:
     """(2,) float64: the sum over target tokens and their number."""
     logits, targets = model(**batch.inputs(), use_cache=False).logits, batch.targets
     loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum",
                                     ignore_index=IGNORED)
     return torch.stack([loss, (targets != IGNORED).sum()]).double()
-
-
-def generate(model, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
-             min_new_tokens: int | None = None) -> list[str]:
-    """The text that `model` answers each example with, greedily or by spec.num_beams."""
-    parts = [windows(example, processor) for example in examples]
-    told = iter(_generate(model, processor, [part for several in parts for part in several], spec, min_new_tokens))
-    return [" ".join(next(told) for _ in several) for several in parts]
-
-
-def _generate(model, processor, examples, spec, min_new_tokens) -> list[str]:
-    tokenizer = processor.tokenizer
-    settings = {"do_sample": False, "use_cache": True, "num_beams": spec.num_beams, "eos_token_id":
-                tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_length": None,
-                "max_new_tokens": spec.max_new_tokens, "min_new_tokens": min_new_tokens}
-    if processor.decoder_prefix:
-        start = torch.tensor([processor.decoder_prefix] * len(examples))
-        given = Batch(start, torch.ones_like(start, dtype=torch.bool), start, encoder_input(examples, processor))
-    else:
-        rows, attend = pad_rows([encode(example, processor)[0] for example in examples], processor, on_left=True)
-        given = Batch(rows, attend, rows)
-    # Whisper's own generate() adds timestamps and windows; here a clip is one window.
-    made = GenerationMixin.generate(model, **given.to(model.device).inputs(), **settings)
-    return tokenizer.batch_decode(made[:, given.input_ids.shape[1]:], skip_special_tokens=True)
