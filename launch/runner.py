@@ -190,9 +190,11 @@ def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
     try:
         from sparse_train.launch.worker import work  # brings DeepSpeed, which only the ranks need
     except Exception as error:
-        place = find_place()
+        place, logs = find_place(), Path(run_folder) / "logs" / stage_id
+        if place.rank == 0:
+            attempts.begin(logs, place, 0)
         told = f"could not be started: {type(error).__name__}: {' '.join(str(error).split())}"
-        attempts.write_ending(Path(run_folder) / "logs" / stage_id, place.attempt, Ending("broken", told, place.rank))
+        attempts.write_ending(logs, place.attempt, Ending("broken", told, place.rank))
         raise
     work(run_folder, stage_id, port)
 
