@@ -39,7 +39,8 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> st
     if tried and tried[-1]["id"] == attempt:
         ending = attempts.read_ending(logs, attempt, tried[-1]["ranks"])
     else:
-        status = "broken" if code == EXIT_CODES["broken"] else "lost"  # such as a package that cannot be imported
+        # broken: such as a package that cannot be imported; mistake: such as a full disk
+        status = next((status for status in ("broken", "mistake") if EXIT_CODES[status] == code), "lost")
         ending = Ending(status, "ended before it began")
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
     if ending.status == "stopped" and stage.distributed:

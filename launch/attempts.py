@@ -3,25 +3,28 @@
     RUN/logs/STAGE/attempts.jsonl     one line per attempt: id, job, nodes, ranks, the step it went on from, when
     RUN/logs/STAGE/attempt            the id of the newest: an older one that still runs somewhere must not write
     RUN/logs/STAGE/endings/ATTEMPT/RANK.json   how that rank ended
+    RUN/logs/STAGE/endings/ATTEMPT/RANK.reserved   until then: room for it, since the disk may be full at the end
     RUN/logs/STAGE/requeues           the ids of those that afterwards.py, not SLURM itself, has requeued
 """
 
 import contextlib
 import json
+import os
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from sparse_train.launch.place import Place
 
-from sparse_train import artifacts
+from sparse_train import artifacts, storage
 from sparse_train.errors import UserError
 
 Status = Literal["finished", "mistake", "broken", "lost", "stopped"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "broken": 1, "mistake": 2, "stopped": 75, "lost": 76}
+_LONGEST, _ROOM = 2000, 16384  # characters of a message; bytes, where each of them takes six and more
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Ending:
     """How a process of a stage came to its end."""
 
     status: Status
-    """mistake: the user's; broken: an error of its own; lost: another rank fell silent or away; stopped: by a signal or
-    the time limit, state saved. After the last two the same command goes on."""
+    """mistake: the user's to mend, a full disk too; broken: an error of its own; lost: another rank fell silent or
+    away; stopped: by a signal or the time limit, state saved. After the last two the same command goes on."""
     message: str = ""
     rank: int = 0
 
@@ -97,10 +100,26 @@ def rank_log(logs: Path, job: str, rank: int) -> Path:
     return logs / f"{job}_{rank}_log.out"
 
 
-def write_ending(logs: Path, attempt: str, ending: Ending) -> None:
+def reserve_ending(logs: Path, attempt: str, rank: int) -> None:
+    """Take the room that write_ending needs."""
     folder = logs / "endings" / attempt
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(folder / f"{ending.rank}.json", asdict(ending))
+    artifacts.write_text(folder / f"{rank}.reserved", " " * _ROOM)
+
+
+def write_ending(logs: Path, attempt: str, ending: Ending) -> None:
+    """In the room that was reserved, else in a file of its own; raises OSError where there is no room for that."""
+    folder = logs / "endings" / attempt
+    text = json.dumps(asdict(replace(ending, message=ending.message[:_LONGEST])))
+    try:
+        with open(folder / f"{ending.rank}.reserved", "r+", encoding="utf-8") as file:
+            file.write(text.ljust(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, folder / f"{ending.rank}.json")
+    except FileNotFoundError:  # it ended before it had reserved any
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(folder / f"{ending.rank}.json", text)
 
 
 def newest_ending(logs: Path, tried: list[dict[str, Any]]) -> Ending | None:
@@ -136,4 +155,5 @@ def _untold(log: Path, rank: int) -> Ending:
         lines = file.read().decode(errors="replace").strip().splitlines() or lines
     if re.match(r"[\w.]*(Error|Exception)\b", lines[-1]):
         return Ending("broken", f"ended before it began: {lines[-1]}", rank)
-    return Ending("lost", "ended without a result; it was killed, or ran out of memory", rank)
+    why = storage.fills(log.parent) or "it was killed, or ran out of memory"
+    return Ending("lost", f"ended without a result; {why}", rank)

@@ -3,6 +3,7 @@
     python -m sparse_train.launch.worker RUN STAGE     under srun; without it submitit calls work()
 """
 
+import contextlib
 import errno
 import importlib
 import os
@@ -35,7 +36,7 @@ from sparse_train.launch.stages import (
     why_stale,
 )
 
-from sparse_train import artifacts, dist
+from sparse_train import artifacts, dist, storage
 from sparse_train.config import RunConfig
 from sparse_train.config_file import load_config
 from sparse_train.cpus import set_threads
@@ -61,14 +62,22 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
         # submitit's handlers would save on one rank only. Training takes over with its own; joining the ranks waits in
         # native code, where no handler of Python's would run.
         signal.signal(number, signal.SIG_DFL if stage.distributed else _raise_stopped)
-    ending = _ending_of(place, lambda: _work(place, config, cluster, stage, port or place.port))
-    if ending is not None:
-        attempts.write_ending(log_folder(stage, config), place.attempt, ending)
+    logs = log_folder(stage, config)
+
+    def do() -> None:
+        attempts.reserve_ending(logs, place.attempt, place.rank)
+        _work(place, config, cluster, stage, port or place.port)
+
+    ending = _ending_of(place, do, config.path)
+    with contextlib.suppress(OSError):  # a disk that is full; what is left is the exit code
+        if ending is not None:
+            attempts.write_ending(logs, place.attempt, ending)
     status = ending.status if ending else "broken"
     if status == "finished":
         return
-    sys.stderr.flush()
-    sys.stdout.flush()
+    for stream in (sys.stderr, sys.stdout):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # Not sys.exit: where a rank is gone, closing the process group may wait for it.
     os._exit(EXIT_CODES[status])
 
@@ -77,7 +86,7 @@ def _raise_stopped(number, frame):
     raise Stopped(number)
 
 
-def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
+def _ending_of(place: Place, do: Callable[[], None], run: Path = Path()) -> Ending | None:
     """None when another attempt has taken over."""
     try:
         do()
@@ -85,16 +94,24 @@ def _ending_of(place: Place, do: Callable[[], None]) -> Ending | None:
     except Stopped:
         return Ending("stopped", "it was asked to stop, or its time ran out", place.rank)
     except UserError as error:
-        print(error, file=sys.stderr)
+        _print(str(error))
         return Ending("mistake", str(error), place.rank)
     except Superseded as error:
-        print(error, file=sys.stderr)
+        _print(str(error))
         return None
     except Exception as error:
-        traceback.print_exc()
+        _print(traceback.format_exc())
+        if line := storage.told(error, run):
+            _print(line)
+            return Ending("mistake", line, place.rank)
         lines = str(error).strip().splitlines() or [""]
         told = "; ".join([f"{type(error).__name__}: {lines[-1]}", *getattr(error, "__notes__", ())])
         return Ending("lost" if _may_pass(error) else "broken", told, place.rank)
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
+        print(text, file=sys.stderr, flush=True)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -156,9 +173,10 @@ def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | Non
         timer = threading.Timer(10, os._exit, (EXIT_CODES["lost"],))
         timer.daemon = True
         timer.start()
-        print(f"giving up: {silence}", file=sys.stderr, flush=True)
+        _print(f"giving up: {silence}")
         if logs is not None:
-            attempts.write_ending(logs, place.attempt, Ending("lost", silence, place.rank))
+            with contextlib.suppress(OSError):
+                attempts.write_ending(logs, place.attempt, Ending("lost", silence, place.rank))
         os._exit(EXIT_CODES["lost"])
 
     return Pulse(place.host, place.nodes[0], cluster.silence_s, give_up)

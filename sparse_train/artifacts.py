@@ -30,11 +30,15 @@ _PACKAGES = ("sparse-train", "torch", "deepspeed", "transformers", "safetensors"
 def write_text(path: Path, text: str) -> None:
     """Replace `path` whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:  # such as a full disk
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:
