@@ -21,7 +21,16 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     """
-    from sparse_train.models import describe, empty_model, family_of, load_processor, open_model, read_config
+    from sparse_train.models import (
+        describe,
+        empty_model,
+        family_of,
+        fetch,
+        is_folder,
+        load_processor,
+        open_model,
+        read_config,
+    )
     from sparse_train.pruning import check_pattern
     from sparse_train.sparse import TensorFolder
     from sparse_train.tasks import build_task, scored_examples, training_examples
@@ -38,10 +47,10 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
                 built.examples(split, 1)
                 read.append((built, split))
     path, shape = config.dense.path or config.model.path, describe(config.model)
-    local = path is not None and _is_local(path)
+    local = path is not None and is_folder(path)
     if path is not None:
         if local:
-            TensorFolder(Path(path))
+            TensorFolder(fetch(path))
         try:
             shape = read_config(path)
         except UserError as error:
@@ -146,11 +155,3 @@ def _work(train: TrainConfig, config: RunConfig) -> str:
     num_examples = train.steps * train.batch_size
     return (f"{train.steps:,} steps of {train.batch_size} examples, at most "
             f"{num_examples * config.task.max_length:,} tokens")
-
-
-def _is_local(path: str) -> bool:
-    if Path(path).exists():
-        return True
-    if not may_be_hub_name(path):
-        raise UserError(f"there is no folder {path}; give a checkpoint folder or a hub name such as mosaicml/mpt-7b")
-    return False

@@ -48,3 +48,8 @@ def printable(text: str, keep: str = "") -> str:
     """`text` with control characters, and halves of characters, escaped: what comes from a file must not steer a
     terminal. `keep`: those that are meant."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import load
-from sparse_train.models import load_model, open_model, own_tensors, save_model
+from sparse_train.models import load_model, load_processor, open_model, own_tensors, read_config, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
 from sparse_train.tasks.batch import collate
+from tests.model_types import built
 from tests.test_families import examples, made
 
 
@@ -133,7 +134,7 @@ def test_how_a_model_generates_is_kept_whichever_way_it_is_read(tmp_path):
     save_model(tmp_path / "sparse", sparsify(model, weights), processor)
     for kind in ("dense", "sparse"):
         skeleton, _ = open_model(tmp_path / kind)
-        save_model(tmp_path / "again", skeleton, processor, own_tensors(model).items())
+        save_model(tmp_path / "again", load_model(tmp_path / kind), processor)
         assert json.loads((tmp_path / "again" / "generation_config.json").read_text()).items() >= published.items()
         for again in (skeleton, *(read(tmp_path / kind) for read in _READERS.values())):
             assert {name: getattr(again.generation_config, name) for name in published} == published
@@ -161,7 +162,7 @@ def test_pickled_weights_are_refused_with_what_to_do(where, tmp_path, monkeypatc
     ({"attn_config": {"qk_ln": True}}, "qk_ln=True is not supported"),
     ({"attn_config": {"alibi": False}}, "alibi=False is not supported"),
     ({"logit_scale": "inv_sqrt_d_model"}, "logit_scale=inv_sqrt_d_model is not supported"),
-    ({"n_heads": "four"}, "the config of .* is not valid: .*n_heads"),
+    ({"n_heads": "four"}, "model config of .* is not valid: .*n_heads"),
 ], ids=str)
 def test_an_mpt_that_transformers_would_compute_otherwise_is_refused(facts, told, tmp_path):
     _saved("mpt", tmp_path)
@@ -170,6 +171,113 @@ def test_an_mpt_that_transformers_would_compute_otherwise_is_refused(facts, told
     for read in (load_model, open_model):
         with pytest.raises(UserError, match=told) as error:
             read(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def _theirs(model, folder):
+    """As save_pretrained writes it, which is not always under the model's own names."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_is_neither_on_meta_nor_stored_is_read_or_computed(tmp_path):
+    """DiffLlama makes parameters outside the meta device; Falcon-H1's mup_vector is in no checkpoint."""
+    for model_type in ("diffllama", "falcon_h1"):
+        model = built(model_type)
+        folder = _theirs(model, tmp_path / model_type)
+        theirs, ours = type(model).from_pretrained(folder), load_model(folder)
+        for kind in ("named_parameters", "named_buffers"):
+            wanted = dict(getattr(theirs, kind)())
+            for name, tensor in getattr(ours, kind)():
+                assert torch.equal(tensor, wanted[name]), name
+
+
+def test_a_buffer_that_nothing_computes_is_refused_by_name(tmp_path, monkeypatch):
+    model = built("falcon_h1")
+    folder = _theirs(model, tmp_path)
+    computes = next(kind for kind in type(model).__mro__ if "_init_weights" in vars(kind))
+    monkeypatch.setattr(computes, "_init_weights", lambda self, module: None)
+    with pytest.raises(UserError, match=r"^model\.\S+ of a falcon_h1 model is not stored in checkpoints"):
+        load_model(folder)
+
+
+def test_ranges_are_those_of_the_model_whatever_the_file_calls_them(tmp_path):
+    for model_type in ("gpt_neox", "qwen3_moe"):  # renamed; experts put together
+        model = built(model_type)
+        _, folder = open_model(_theirs(model, tmp_path / model_type))
+        for name, tensor in own_tensors(model).items():
+            assert torch.equal(folder.get(name), tensor), name
+            assert torch.equal(folder.get_range(name, 3, 11), tensor.flatten()[3:11]), name
+
+
+def test_an_expert_that_is_missing_is_told_from_names_alone(tmp_path):
+    model = built("qwen3_moe")
+    tensors = load_file(_theirs(model, tmp_path) / "model.safetensors")
+    name = next(name for name in tensors if ".experts.2.up_proj" in name)
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"do not make up model\.layers\.\d\.mlp\.experts\.gate_up_proj of a qwen3_moe"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("facts, told", [
+    ({"quantization_config": {"quant_method": "fp8"}}, r"is quantised \(fp8\)"),
+    ({"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_x.XConfig"}},
+     "code of its own, and the code of a model folder is never run$"),
+    ({"hidden_size": -4}, "cannot|no model"),
+], ids=str)
+def test_a_config_that_is_not_supported_is_refused_in_one_line(facts, told, tmp_path, monkeypatch):
+    _saved("llama", tmp_path)
+    (tmp_path / "configuration_x.py").write_text("raise SystemExit('executed')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    _set(tmp_path, "config.json", **facts)
+    with pytest.raises(UserError, match=told) as error:
+        open_model(tmp_path)
+    assert "\n" not in str(error.value) and "trust_remote_code" not in str(error.value)
+
+
+def test_codes_without_a_config_that_says_so_are_told_as_quantised(tmp_path):
+    _saved("llama", tmp_path, lambda tensors: {
+        name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in tensors.items()})
+    with pytest.raises(UserError, match=r"q_proj\.weight is stored as I8, so the checkpoint is quantised"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("choice", ["flash_attention_2", "owner/repo", "paged|sdpa"])
+def test_a_folder_does_not_choose_what_computes_attention(choice, tmp_path):
+    model, batch = _saved("llama", tmp_path)
+    _set(tmp_path, "config.json", attn_implementation=choice, experts_implementation=choice)
+    assert torch.equal(load_model(tmp_path)(**batch.inputs()).logits, model(**batch.inputs()).logits)
+
+
+def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path, monkeypatch):
+    _saved("llama", tmp_path)
+    (tmp_path / "tokenization_x.py").write_text("raise SystemExit('executed')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    _set(tmp_path, "tokenizer_config.json", tokenizer_class="X", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+    with pytest.raises(UserError, match="code of its own, and the code of a model folder is never run"):
+        load_processor(tmp_path)
+
+
+def test_a_stale_index_is_not_believed(tmp_path):
+    """As from_pretrained chooses: the single file, where there is one."""
+    model, processor = made("llama")
+    save_model(tmp_path, model, processor)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(own_tensors(model), "model-00001-of-00002.safetensors")}))
+    again = load_model(tmp_path)
+    assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize("path, told", [
+    ("./nope", r"there is no folder \./nope"), ("/no/such/folder", "there is no folder /no/such/folder"),
+    ("a/b/c", "there is no folder a/b/c"), ("~/models", "there is no folder ~/models"),
+    ("owner/model.Q4.gguf", "GGUF.*from_pretrained.*save_pretrained"),
+])
+def test_a_path_that_is_not_there_is_told_as_a_path(path, told):
+    for read in (read_config, load_model, load_processor):
+        with pytest.raises(UserError, match=told) as error:
+            read(path)
         assert "\n" not in str(error.value)
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from sparse_train import artifacts
 from sparse_train.compress.quantise import quantise_rows
-from sparse_train.models import Processor, own_tensors, save_model
-from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears
+from sparse_train.models import Processor, open_model, own_tensors, save_model
+from sparse_train.sparse import BitmaskTensor, densify, sparse_linears
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +40,7 @@ def export_dense(model: PreTrainedModel, processor: Processor, folder: Path) -> 
 
 def unpruned_zeros(folder: Path, weights: dict[str, BitmaskTensor]) -> list[str]:
     """Audit of a dense export: names of weights with a non-zero at a pruned position, or a kept value that changed."""
-    tensors, wrong = TensorFolder(folder), []
+    (_, tensors), wrong = open_model(folder), []
     for name, weight in weights.items():
         dense = tensors.get(f"{name}.weight")
         if dense[~weight.keep].any() or not torch.equal(dense[weight.keep], weight.values):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sparse_train.config import ModelConfig
-from sparse_train.models.checkpoint import from_config
+from sparse_train.models.empty import from_config
 from sparse_train.models.processor import Processor, make_processor, whole_samples
 
 _POSITIONS_PER_SECOND = 50  # Whisper: frames of 10 ms, halved by the second convolution

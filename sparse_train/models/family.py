@@ -94,13 +94,16 @@ _FAMILIES = {family.model_type: family for family in (
 )}
 
 
+_derived: dict[str, Family] = {}
+
+
 def family_of(model: nn.Module) -> Family:
     """The table's entry, or one derived from the modules of `model`, which is said."""
-    found = _FAMILIES.get(model.config.model_type)
-    if found is None:
+    model_type = model.config.model_type
+    if model_type not in _FAMILIES and model_type not in _derived:
         # Sparse layers do not change what is derived: the names count.
-        found = _FAMILIES[model.config.model_type] = _derive(model)
-    return found
+        _derived[model_type] = _derive(model)
+    return _FAMILIES.get(model_type) or _derived[model_type]
 
 
 _REFUSED = {

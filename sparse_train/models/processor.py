@@ -11,8 +11,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from sparse_train.errors import UserError
-from sparse_train.models.checkpoint import first_line, read_config, read_generation, reading
+from sparse_train.errors import UserError, first_line
+from sparse_train.models.config import read_config, read_generation, reading
 from sparse_train.models.generation import model_tokens
 from sparse_train.models.positions import decoder_positions, encoder_positions
 

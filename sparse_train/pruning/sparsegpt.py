@@ -44,6 +44,9 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, spec: PruneConfig,
     Raises UserError, naming the layer, when the Hessian stays singular.
     """
     weight, hessian = weight.detach().float().clone(), hessian.clone()
+    for what, tensor in (("its weight", weight), ("what reaches it in calibration", hessian)):
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: {what} is not finite; the dense model is damaged or overflows")
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0

@@ -127,7 +127,8 @@ def _read_slice(partitioner, folder, name: str, empty: nn.Parameter) -> nn.Param
     parameter = nn.Parameter(whole, requires_grad=empty.requires_grad)
     partitioner._convert_to_deepspeed_param(parameter)
     start, stop = part(parameter.ds_numel, dist.rank(), dist.world_size())
-    whole.view(-1)[start:stop] = folder.get_range(name, start, stop).to(whole)
+    read = folder.get_range(name, start, stop) if empty.is_meta else empty.detach().flatten()[start:stop]
+    whole.view(-1)[start:stop] = read.to(whole)
     parameter.partition()
     return parameter
 

@@ -1,0 +1,90 @@
+"""config.json of a model folder or hub name, read without running anything of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+
+from sparse_train.errors import UserError, first_line
+from sparse_train.hub import hub_answers, may_be_hub_name
+from sparse_train.models.generation import model_tokens
+
+# What transformers' MPT takes for granted whatever the config says: another value would be another model, silently.
+_MPT_ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "alibi": True, "alibi_bias_max": 8,
+                  "prefix_lm": False, "rope": False}
+_MPT = {"logit_scale": None}
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """Of a folder or hub name. Raises UserError where there is none, or one whose model transformers does not have."""
+    if not is_folder(path):
+        hub_answers()
+    with reading(path, "a model config", "give a folder with config.json or a hub name"):
+        given, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
+        _check_quantised(path, given)
+        if given.get("model_type") == "mpt":
+            _check_mpt(path, given)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def read_generation(path: str | Path) -> GenerationConfig:
+    """How a folder or hub name generates; where it has no file of that, what its config.json says, as from_pretrained
+    does. Raises UserError."""
+    source = {}
+    if cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False,
+                   _raise_exceptions_for_connection_errors=False) is None:
+        source = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+    with reading(path, GENERATION_CONFIG_NAME):
+        found = GenerationConfig.from_pretrained(path, **source)
+    model_tokens(found, path)
+    return found
+
+
+def is_folder(path: str | Path) -> bool:
+    """Or a hub name. Raises UserError where `path` can be neither."""
+    if Path(path).is_dir():
+        return True
+    if str(path).endswith(".gguf"):
+        raise UserError(f"{path}: GGUF files are not read yet; convert it by transformers' from_pretrained(FOLDER, "
+                        "gguf_file=NAME) and save_pretrained, or give the checkpoint that it was made from")
+    if Path(path).exists():
+        raise UserError(f"{path} is a file; give the checkpoint folder that it lies in")
+    if not may_be_hub_name(str(path)):
+        raise UserError(f"there is no folder {path}; give a checkpoint folder or a hub name such as mosaicml/mpt-7b")
+    return False
+
+
+def _check_quantised(path, given: dict[str, Any]) -> None:
+    for section in (given, given.get("text_config")):
+        if isinstance(section, dict) and (found := section.get("quantization_config")):
+            method = found.get("quant_method", "some method") if isinstance(found, dict) else found
+            raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; give "
+                            "the checkpoint that it was made from, in fp32, bf16 or fp16")
+
+
+def _check_mpt(path, given: dict[str, Any]) -> None:
+    for facts, section in ((_MPT_ATTENTION, given.get("attn_config") or {}), (_MPT, given)):
+        for key, value in facts.items():
+            if section.get(key, value) != value:
+                raise UserError(f"{path}: {key}={section[key]} is not supported, transformers computes every mpt model "
+                                f"as if it were {value}; give one that is")
+
+
+@contextmanager
+def reading(folder: str | Path, what: str, remedy: str = "") -> Iterator[None]:
+    """A net around transformers' loaders: whatever they raise becomes a UserError of one line that names the folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except StrictDataclassError as error:
+        raise UserError(f"{what} of {folder} is not valid: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a hostile file may make them raise anything
+        cause = first_line(error)
+        if "trust_remote_code" in str(error):
+            cause, remedy = "it needs code of its own, and the code of a model folder is never run", ""
+        raise UserError(f"cannot read {what} from {folder}: {cause}{'; ' if remedy else ''}{remedy}") from error

@@ -1,0 +1,102 @@
+"""Models without data: parameters on the meta device, and what transformers computes instead of reading it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PretrainedConfig,
+    PreTrainedModel,
+    __version__,
+)
+
+from sparse_train.errors import UserError, first_line
+
+
+def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of `config` with the head that predicts text. Raises UserError where there is no such model."""
+    # How attention and experts are computed is this run's choice; a config may name a kernel, code from elsewhere.
+    config._attn_implementation = config._experts_implementation = None
+    auto = _auto_class(config)
+    if type(config) not in auto._model_mapping:
+        raise UserError(f"model type {config.model_type!r} has no head that predicts text from text, or from speech as "
+                        f"whisper's, in transformers {__version__} ({auto.__name__}); give a model that has one")
+    try:
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # what a config of impossible sizes makes transformers and torch raise
+        raise UserError(f"no model that predicts text can be made of this {config.model_type} config: "
+                        f"{first_line(error)}") from error
+
+
+def _auto_class(config: PretrainedConfig):
+    if config.model_type == "whisper":
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Parameters and buffers of checkpoints without data; buffers that are computed, such as rotary frequencies, with.
+
+    Raises UserError where there is no such model, and where a buffer is neither stored nor computed.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = from_config(config, dtype)
+    # Some are made outside the device's context (DiffLlama's), and what is not on meta would not be read.
+    for name, tensor in own_tensors(model).items():
+        if not tensor.is_meta:
+            _set(model, name, torch.empty_like(tensor, device="meta"))
+    model.tie_weights(recompute_mapping=False)
+    compute(model, [name for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta])
+    return model
+
+
+def compute(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give tensors of `model` the values that its own initialisation computes, as from_pretrained does.
+
+    Raises UserError where that leaves one as it was or draws it at random.
+    """
+    names = list(names)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True
+    runs = []
+    for seed in (0, 1):  # the two begin with other values and other random numbers; what is computed is the same
+        for name in names:
+            empty = model.get_parameter_or_buffer(name)
+            _set(model, name, torch.full_like(empty, seed, device="cpu"))
+        for module in model.modules():
+            module._is_hf_initialized = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.initialize_weights()
+        runs.append([model.get_parameter_or_buffer(name) for name in names])
+    odd = [name for name, one, other in zip(names, *runs, strict=True) if not torch.equal(one, other)]
+    if odd:
+        raise UserError(f"{odd[0]} of a {model.config.model_type} model is not stored in checkpoints, and transformers "
+                        "does not compute it either, so what it would hold is chance; the model is not supported")
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that make up a checkpoint: parameters and persistent buffers, tied ones once, by the name that
+    transformers stores them under."""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    found: dict[int, str] = {}
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    stored = model.state_dict().keys()
+    for name, tensor in tensors.items():
+        if name in stored and (id(tensor) not in found or (found[id(tensor)] in ties and name not in ties)):
+            found[id(tensor)] = name
+    return {name: tensors[name] for name in found.values()}
+
+
+def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """In the place of a parameter or a buffer, whatever it was."""
+    parent, _, short = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if short in module._parameters:
+        old = module._parameters[short]
+        module._parameters[short] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        module._buffers[short] = tensor
