@@ -147,18 +147,20 @@ def _run(options, console: Console) -> int:
         for line in [*remarks, *numbers(config, size)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         require_data(config)
+        if told := runner.replaced([config], names):
+            console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if options.prepare:
-        slurm.prepare(config, cluster, names)
+        slurm.prepare(config, cluster, names, options.replace)
         return 0
     if cluster.executor == "slurm":
-        slurm.submit(config, cluster, names, console, options.dry_run)
+        slurm.submit(config, cluster, names, console, options.dry_run, options.replace)
         return 0
     if options.dry_run:
         for stage, reason in planned:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
     require_idle(config.path)
-    runner.run(config, cluster, names, console)
+    runner.run(config, cluster, names, console, options.replace)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":
         from sparse_train.jobs.report import print_tables

@@ -25,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
     if re.search("%[jtAa]", str(folder.absolute())):  # submitit replaces these in the path of the logs
         raise UserError(f"{folder.absolute()}: %j, %t, %A and %a stand for a job's numbers in paths of logs; give a "
                         "folder without them (folder=...)")
-    _require_own_run(folder)
+    require_own_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _FILE, "a+", encoding="utf-8") as file:
         try:
@@ -44,8 +44,14 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate(0)  # a sweep's launcher goes on with another run
 
 
-def _require_own_run(folder: Path) -> None:
-    """It is new, empty, locked by a launcher before, or the copy of a run."""
+def require_own_run(folder: Path) -> None:
+    """It can be written, and is new, empty, locked by a launcher before, or the copy of a run. Raises UserError."""
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"{above} is no folder, so no run can be in it; give folder=ELSEWHERE")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{above} cannot be written (its permissions, or a read-only file system); give "
+                        "folder=ELSEWHERE")
     if not folder.is_dir() or (folder / _FILE).is_file() or not any(folder.iterdir()):
         return
     try:

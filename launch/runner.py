@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparse_train.launch import attempts
 from sparse_train.launch.attempts import Ending, rank_log
 from sparse_train.launch.cluster import CLUSTER, ClusterConfig
-from sparse_train.launch.lock import locked
+from sparse_train.launch.lock import locked, require_own_run
 from sparse_train.launch.place import find_place
 from sparse_train.launch.stages import (
     CONFIG,
@@ -62,21 +62,44 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
 
 
 def check_replaced(configs: Sequence[RunConfig], names: list[str], replace: bool) -> None:
-    """Raises UserError where a selected stage would take the place of a folder that is not its own, and, without
-    `replace`, where it would take that of its finished one."""
+    """Raises UserError where a run or a selected stage would take a folder that is not its own, and, without `replace`,
+    where it would take the place of earlier work."""
+    if (told := replaced(configs, names)) and not replace:
+        raise UserError(told)
+
+
+def replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
+    """A line on the selected stages that would take the place of a finished one, or begin anew although they have saved
+    their state; "" where there is none. Raises UserError as check_replaced does."""
     finished = []
     for config in configs:
+        require_own_run(config.path)
         for stage, reason in plan(config, names):
             if reason == "current":
                 continue
             for folder in (config.path / stage.id, partial_folder(stage, config)):
                 artifacts.require_own(folder, stage.id)
-            if (config.path / stage.id).exists():
-                finished.append((f"{config.name}/{stage.id}" if len(configs) > 1 else stage.id, reason))
-    if finished and not replace:
-        listed = ", ".join(f"{name} ({reason})" for name, reason in finished)
-        raise UserError(f"these finished stages would be done again: {listed}; give --replace to replace them, or "
-                        "name=OTHER for a run of its own")
+            if artifacts.read_manifest(config.path / stage.id) or (config.path / stage.id).exists():
+                lost = f"{stage.id} ({reason})"
+            else:
+                lost = _saved_state(stage, config, reason)
+            if lost:
+                finished.append(f"{config.name}/{lost}" if len(configs) > 1 else lost)
+    if not finished:
+        return ""
+    return (f"these stages would be done again: {', '.join(finished)}; give --replace to replace what they have, or "
+            "name=OTHER for a run of its own")
+
+
+def _saved_state(stage: Stage, config: RunConfig, reason: str) -> str:
+    """Of a training that is not finished and would begin anew: how far it is, and why it cannot go on."""
+    partial = partial_folder(stage, config)
+    saved = sorted(path.parent.name for path in partial.glob(f"checkpoints/step-*/{artifacts.DONE}"))
+    if not saved or not (partial / artifacts.SOURCES).is_file():
+        return ""
+    if reason == "not done yet":
+        reason = why_stale(artifacts.read_json(partial / artifacts.SOURCES), stage, config)
+    return f"{stage.id}, unfinished at {saved[-1]} ({reason})" if reason else ""
 
 
 def require_inputs(config: RunConfig, names: list[str]) -> None:
@@ -89,16 +112,28 @@ def require_inputs(config: RunConfig, names: list[str]) -> None:
                 raise UserError(f"stage {stage.id} needs {name}, which is not current ({reason}); add it to --stages")
 
 
-def run(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console) -> None:
-    """Raises StageFailed or UserError; KeyboardInterrupt after the stage at work has saved its state."""
+def run(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console, replace: bool = False) -> None:
+    """Raises StageFailed or UserError; KeyboardInterrupt after the stage at work has saved its state.
+
+    `replace`: see check_replaced.
+    """
     with locked(config.path):
-        freeze(config, cluster)
+        claim(config, cluster, names, replace)
         for stage in select(build_stages(config), names):
             if is_current(stage, config):
                 console.print(f"[dim]{stage.id:<22} current")
                 continue
             seconds = _run_stage(stage, config, cluster, console)
             console.print(f"[bold]{stage.id:<22}[/] done in {seconds:.0f} s")
+
+
+def claim(config: RunConfig, cluster: ClusterConfig, names: list[str], replace: bool) -> None:
+    """Under the lock, since another command may have ended meanwhile: what it left is put right and is not replaced
+    unasked, and the run's config stands."""
+    for stage in build_stages(config):
+        artifacts.heal(config.path / stage.id)
+    check_replaced([config], names, replace)
+    freeze(config, cluster)
 
 
 def freeze(config: RunConfig, cluster: ClusterConfig) -> None:

@@ -17,7 +17,7 @@ import submitit
 from rich.console import Console
 from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.lock import locked
-from sparse_train.launch.runner import freeze, plan, process
+from sparse_train.launch.runner import check_replaced, claim, plan, process
 from sparse_train.launch.snapshot import freeze_code
 from sparse_train.launch.stages import JOB_FILE, Stage, build_stages, log_folder, select
 from sparse_train.launch.submitted import array_of, require_idle
@@ -29,19 +29,19 @@ from sparse_train.errors import StageFailed, UserError
 RUNS_FILE = "runs.txt"
 
 
-def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console,
-           dry_run: bool = False) -> None:
+def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool = False,
+           replace: bool = False) -> None:
     """Submit the stages that are not current. With `dry_run` the batch files are printed and nothing is written."""
-    with _prepared(config.path, [config], cluster, dry_run) as code:
+    with _prepared(config.path, [(config, names)], cluster, dry_run, replace) as code:
         _submit_graph([config], cluster, names, console, dry_run, code)
     if not dry_run:
         _tell_how_to_look(config.path, console)
 
 
-def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None:
+def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str], replace: bool = False) -> None:
     """Write the run folder and print what slurm/pipeline.sh submits: the folder, then a line for each stage that is not
     current, tab-separated: its id, the stages it reads (with commas; - for none), options of sbatch."""
-    with _prepared(config.path, [config], cluster, dry_run=False):
+    with _prepared(config.path, [(config, names)], cluster, dry_run=False, replace=replace):
         print(config.path.absolute())
         for stage, reason in plan(config, names):
             if reason != "current":
@@ -52,12 +52,13 @@ def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str]) -> None
 
 
 def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunConfig], cluster: ClusterConfig,
-                 names: list[str], console: Console, dry_run: bool = False) -> None:
+                 names: list[str], console: Console, dry_run: bool = False, replace: bool = False) -> None:
     """The dense models of `dense` as one array, then each stage of `runs`, where there are any, as one.
 
     `names`: of their stages, or all. All are runs of the sweep in `folder`.
     """
-    with _prepared(folder, [*dense, *runs], cluster, dry_run) as code:
+    given = [*((config, ["dense"]) for config in dense), *((config, names) for config in runs)]
+    with _prepared(folder, given, cluster, dry_run, replace) as code:
         made = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
         # Of several dense models one that fails shall not hold those who need another.
         kind = "afterok" if len(dense) == 1 else "afterany"
@@ -74,8 +75,12 @@ def _tell_how_to_look(folder: Path, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _prepared(folder: Path, runs: Sequence[RunConfig], cluster: ClusterConfig, dry_run: bool) -> Iterator[Path]:
-    """The code, whose place is given, and each run's config stand in `folder`; none of its jobs is active."""
+def _prepared(folder: Path, runs: Sequence[tuple[RunConfig, list[str]]], cluster: ClusterConfig, dry_run: bool,
+              replace: bool) -> Iterator[Path]:
+    """The code, whose place is given, and each run's config stand in `folder`; none of its jobs is active.
+
+    `runs`: with the stages of each that are asked for; `replace`: see check_replaced.
+    """
     if shutil.which("sbatch") is None:
         raise UserError("--on slurm: there is no sbatch here; run this on a login node of the cluster")
     if "%" in str(folder.absolute()) or not str(folder.absolute()).isprintable():
@@ -87,10 +92,12 @@ def _prepared(folder: Path, runs: Sequence[RunConfig], cluster: ClusterConfig, d
         return
     with locked(folder):
         require_idle(folder)
+        for config, names in runs:  # all of them before any is written
+            check_replaced([config], names, replace)
         freeze_code(folder)
-        for config in runs:
+        for config, names in runs:
             config.path.mkdir(parents=True, exist_ok=True)
-            freeze(config, cluster)
+            claim(config, cluster, names, replace)
         yield code
 
 

@@ -66,7 +66,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
     external = {"dense": config.dense.path} if config.dense.path else {}
     dense = () if external else ("dense",)
     stages = [] if external else [
-        Stage("dense", ("seed", *_training_data(config.task), "model", *_training("dense")), distributed=True)]
+        Stage("dense", ("seed", *_training_data(config.task), "model.path" if config.model.path else "model",
+                        *_training("dense")), distributed=True)]
     chain, one_shots, tuned = _chain(config, dense, external)
     stages += chain
     # In a chain, that of the last level.
@@ -97,8 +98,8 @@ def _of(section: type[Section], name: str, *without: str) -> tuple[str, ...]:
 def _training_data(task: TaskConfig) -> tuple[str, ...]:
     """What training examples come from. How many bad rows are an error changes no example."""
     scored = ["shots", "test_prompt", "max_bad_share"]
-    # The others look at the test split to find out whether the data is split at all.
-    return _of(TaskConfig, "task", *scored, *(["test_split"] if task.name == "gsm8k" else []))
+    # These look at the test split to find out whether the data is split at all.
+    return _of(TaskConfig, "task", *scored, *([] if task.name in ("text", "translation") else ["test_split"]))
 
 
 def _training(name: str) -> tuple[str, ...]:

@@ -43,10 +43,12 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     for config in runs:
         runner.require_inputs(config, later)
     dense = list({one.name: one for one in shared.values()}.values())
-    runner.check_replaced(dense, ["dense"], replace or dry_run)
-    runner.check_replaced(runs, later, replace or dry_run)
+    for some, stages in ((dense, ["dense"]), (runs, later)):
+        runner.check_replaced(some, stages, replace or dry_run)
+        if dry_run and (told := runner.replaced(some, stages)):
+            console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if cluster.executor == "slurm":
-        slurm.submit_sweep(points[0][1].path.parent, dense, runs, cluster, later, console, dry_run)
+        slurm.submit_sweep(points[0][1].path.parent, dense, runs, cluster, later, console, dry_run, replace)
         return 0
     if dry_run:
         stages = [stage.id for stage, _ in runner.plan(runs[0], later)] if runs else []
@@ -57,19 +59,19 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     folder = points[0][1].path.parent
     require_idle(folder)
     with locked(folder):
-        return _run_all(points, shared, bool(runs), later, cluster, console)
+        return _run_all(points, shared, bool(runs), later, cluster, console, replace)
 
 
 def _run_all(points: Points, shared: dict[str, RunConfig], goes_on: bool, later: list[str], cluster: ClusterConfig,
-             console: Console) -> int:
+             console: Console, replace: bool) -> int:
     failures = []
     for number, (_, config) in enumerate(points, 1):
         console.print(f"[bold]{config.name}[/] ({number} of {len(points)})", highlight=False)
         try:
             if dense := shared.get(config.name):
-                runner.run(dense, cluster, ["dense"], console)
+                runner.run(dense, cluster, ["dense"], console, replace)
             if goes_on:
-                runner.run(config, cluster, later, console)
+                runner.run(config, cluster, later, console, replace)
         except (StageFailed, UserError) as error:
             failures.append(f"{config.name}: {error}")
     print_collected(points, console)

@@ -184,6 +184,8 @@ def join_ranks(place: Place, cluster: ClusterConfig, port: int, logs: Path | Non
 
 def _require_inputs(stage: Stage, config: RunConfig) -> None:
     """The ranks share the reading."""
+    for folder in (config.path / stage.id, partial_folder(stage, config)):
+        artifacts.require_own(folder, stage.id)
     for path in map(Path, stage.external.values()):
         if path.is_absolute() and not path.is_dir():
             raise UserError(f"stage {stage.id} needs {path}, which is not there; run what makes it")
@@ -211,7 +213,6 @@ def _prepare(out: Path, stage: Stage, config: RunConfig) -> None:
     """Keep what an earlier attempt with the same sources left, such as its checkpoints; clear what had others."""
     note = out / artifacts.SOURCES
     if not note.is_file() or why_stale(artifacts.read_json(note), stage, config):
-        artifacts.require_own(out, stage.id)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         artifacts.write_json(note, sources(stage, config))
@@ -220,8 +221,9 @@ def _prepare(out: Path, stage: Stage, config: RunConfig) -> None:
 def _publish(stage: Stage, config: RunConfig, metrics: dict, seconds: float, place: Place) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):  # it is as good as done
         signal.signal(number, signal.SIG_IGN)
+    sourced = artifacts.read_json(partial_folder(stage, config) / artifacts.SOURCES)  # as they were when it began
     artifacts.publish(partial_folder(stage, config), config.path / stage.id, {
-        "stage": stage.id, "sources": sources(stage, config), "config": config.model_dump(mode="json"),
+        "stage": stage.id, "sources": sourced, "config": config.model_dump(mode="json"),
         "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
         "num_ranks": place.num_ranks, "nodes": place.nodes, "seconds": round(seconds, 3), "metrics": metrics,
     }, _SCRATCH)

@@ -6,6 +6,7 @@
              ... its files
              manifest.json              sources, config, versions, host, seconds, metrics, and every file's sha256
              DONE                       empty; written last: without it the folder does not count
+    runs/demo/.dense.replaced/          the result before, while a new one takes its place
 
 `sources` is what a stage is made from (the values of the config that it reads, its inputs' digests): a finished stage
 with the same sources is not run again. A folder is replaced only by the stage that its own manifest names.
@@ -87,7 +88,7 @@ def sign(folder: Path, manifest: dict[str, Any], files: dict[str, dict] | None =
 
 def publish(partial: Path, final: Path, manifest: dict[str, Any], scratch: tuple[str, ...] = (),
             files: dict[str, dict] | None = None) -> None:
-    """Sign a finished `partial` folder and rename it to `final`, replacing what was there.
+    """Sign a finished `partial` folder and rename it to `final`. What stood there goes once the new one stands.
 
     The files and folders named in `scratch` are not signed, and go once the rest is safe: who is killed before finds
     them as they were.
@@ -96,13 +97,31 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any], scratch: tuple
         files = {name: digest_file(partial / name) for name in _files(partial) if Path(name).parts[0] not in scratch}
     require_own(final, manifest.get("stage"))
     sign(partial, manifest, files)
-    old = final.with_name(f"{final.name}.replaced")
+    aside = _aside(final)
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
+        _remove(aside)
+        os.rename(final, aside)
     os.rename(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(aside)
     clear(final, scratch)
+
+
+def heal(final: Path) -> None:
+    """Put right what a publish() left that was cut off: the earlier result comes back where the new one was not in its
+    place yet, and goes where it was."""
+    aside = _aside(final)
+    if aside.is_dir() and not final.exists():
+        os.rename(aside, final)
+    _remove(aside)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
+def _remove(aside: Path) -> None:
+    (aside / DONE).unlink(missing_ok=True)  # first: half of a result must not count as one
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def require_own(folder: Path, stage: str | None) -> None:
@@ -110,11 +129,14 @@ def require_own(folder: Path, stage: str | None) -> None:
     remedy = "it is left as it is; move it away, or give another name"
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to {os.readlink(folder)}, which this run did not make; {remedy}")
-    if not folder.exists() or folder.suffix == ".partial" or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    manifest = folder / MANIFEST
-    made_by = read_json(manifest).get("stage") if manifest.is_file() else "nobody"
-    if made_by != stage:
+    if folder.suffix == ".partial":
+        is_own = (folder / SOURCES).is_file() or all(path.name.startswith(".") for path in folder.iterdir())
+    else:
+        found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+        is_own = isinstance(found, dict) and found.get("stage") == stage
+    if not is_own:
         raise UserError(f"{folder} was not made by stage {stage} of a run; {remedy}")
 
 
@@ -127,7 +149,12 @@ def clear(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a signed folder, None when it is not signed. Raises UserError where it is broken."""
+    """The manifest of a signed folder, None when it is not signed. Raises UserError where it is broken.
+
+    A result that was moved aside for a new one that is not in its place yet still counts (see heal).
+    """
+    if not folder.exists():
+        folder = _aside(folder)
     if not (folder / DONE).is_file():
         return None
     manifest = read_json(folder / MANIFEST)

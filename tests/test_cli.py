@@ -11,7 +11,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 @pytest.mark.parametrize("arguments, told", [
     (["run", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
     (["run", "demoo"], "there is no recipe demoo; give a .yaml file or one of: claim/arithmetic, demo, "),
-    (["run", "demo", "folder=FILE/runs", "--stages", "dense"], "FILE/runs/demo: Not a directory; a part of this path"),
+    (["run", "demo", "folder=FILE/runs", "--stages", "dense"], "FILE is no folder, so no run can be in it"),
     (["run", "demo", "folder=100%j", "--stages", "dense"], "%j, %t, %A and %a stand for"),
     (["status", "x" * 300], "File name too long; give a shorter name"),
     (["runs", "FILE"], "holds no runs"),

@@ -1,21 +1,20 @@
 """When a finished stage is current, why it is not, and what may take its place."""
 
-import importlib
-import logging
+import itertools
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from sparse_train.jobs.job import Job
-from sparse_train.launch import runner
+from sparse_train.launch import runner, worker
 from sparse_train.launch.cli import main
-from sparse_train.launch.stages import build_stages, find_stage, input_paths, sources, why_stale
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.stages import build_stages, find_stage, partial_folder, sources, why_stale
 
 from sparse_train import artifacts
-from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig
+from sparse_train.config import RunConfig, Section, TaskConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
-from tests.ranks import run_ranks
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 # Which stages read a key themselves; what follows them is stale by its inputs. First match counts.
@@ -27,6 +26,7 @@ READERS = {
     "task.language": "dense prune finetune evaluate compress benchmark",
     "task.shots": "evaluate compress benchmark",
     "task.test_prompt": "evaluate compress benchmark",
+    "task.test_split": "evaluate compress benchmark",
     "task.max_bad_share": "",
     "task.*": "dense prune finetune evaluate compress benchmark",
     "model.*": "dense",
@@ -52,8 +52,14 @@ def _config(folder, *overrides):
     return load_config(RunConfig, RECIPE, [f"folder='{folder}'", *overrides])
 
 
+def _begin(config):
+    with runner.locked(config.path):
+        runner.freeze(config, ClusterConfig())
+
+
 def _finish(config):
     """Each stage as a signed folder with a file in it."""
+    _begin(config)
     for stage in build_stages(config):
         folder = config.path / stage.id
         folder.mkdir(parents=True)
@@ -137,7 +143,7 @@ def test_finished_work_is_replaced_only_where_that_is_asked_for(tmp_path, capsys
 
 def test_what_the_run_did_not_make_is_never_replaced(tmp_path):
     config = _config(tmp_path)
-    config.path.mkdir()
+    _begin(config)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").touch()
     (config.path / "dense").symlink_to(tmp_path / "elsewhere")
@@ -175,54 +181,82 @@ def test_a_run_does_not_move_into_a_folder_of_others(tmp_path):
     assert [path.name for path in (tmp_path / "code").iterdir()] == ["theirs.py"]
 
 
-def _reads_of_jobs(folder):
-    """Job -> (section's class, key) of every key that it read while it ran, for the whole pipeline on one rank."""
-    logging.disable(logging.WARNING)
-    config, read, plain = _config(folder), {}, Section.__getattribute__
-    known = {id(_owner(config, key)) for key, _ in _leaves(config)}
-    at_work = None
-
-    def recording(section, name):
-        # Others are made by the jobs themselves; a level of a chain is a copy.
-        ours = id(section) in known or type(section) is PruneConfig
-        if at_work is not None and ours and name in type(section).model_fields:
-            read.setdefault(at_work, set()).add((type(section).__name__, name))
-        return plain(section, name)
-
-    for stage in build_stages(config):
-        out = config.path / f"{stage.id}.partial"
-        out.mkdir(parents=True)
-        job = Job(config, out, input_paths(stage, config), lambda *_: None, stage.id, stage.level)
-        module = importlib.import_module(f"sparse_train.jobs.{stage.job}")
-        Section.__getattribute__, at_work = recording, stage.job
-        try:
-            metrics = module.run(job)
-        finally:
-            Section.__getattribute__, at_work = plain, None
-        artifacts.publish(out, config.path / stage.id, {
-            "stage": stage.id, "sources": sources(stage, config), "seconds": 1.0, "metrics": metrics})
-    return read
+def _refused(config, match):
+    with pytest.raises(UserError, match=match):
+        runner.check_replaced([config], [], replace=True)
 
 
-@pytest.mark.slow
-def test_a_job_reads_no_key_that_is_not_among_its_sources(tmp_path):
-    (read,) = run_ranks(_reads_of_jobs, 1, tmp_path)
+def test_what_stands_where_a_stage_works_is_not_cleared_unless_it_is_its_own(tmp_path):
     config = _config(tmp_path)
-    classes = {key: type(_owner(config, key)).__name__ for key, _ in _leaves(config)}
-    # Paths of files, how work is divided and watched: no result depends on them.
-    free = {key for key in classes if fnmatch(key, "folder") or any(
-        jobs == "" and fnmatch(key, pattern) for pattern, jobs in READERS.items())} | {"dense.path", "model.path"}
-    for stage in build_stages(config):
-        own = {(classes[key], key.rpartition(".")[2]) for key in classes
-               if any(key == part or key.startswith(f"{part}.") for part in stage.reads) or key in free}
-        sections = {("RunConfig", name) for name in RunConfig.model_fields}  # what is read of them counts
-        leaves = {(classes[key], key.rpartition(".")[2]) for key in classes}
-        missing = (read[stage.job] - own - sections) & leaves
-        assert not missing, (stage.id, missing)
+    _begin(config)
+    theirs = config.path / "dense.partial" / "thesis.txt"
+    theirs.parent.mkdir()
+    theirs.touch()
+    _refused(config, r"dense\.partial was not made by stage dense")
+    with pytest.raises(UserError, match=r"dense\.partial was not made by stage dense"):
+        worker._require_inputs(find_stage(config, "dense"), config)
+    assert theirs.is_file()
 
 
-def _owner(config, key):
-    found = config
-    for part in key.split(".")[:-1]:
-        found = found[part] if isinstance(found, dict) else getattr(found, part)
-    return found
+def test_a_saved_state_is_earlier_work_too(tmp_path):
+    config = _config(tmp_path)
+    dense = find_stage(config, "dense")
+    _begin(config)
+    worker._prepare(partial_folder(dense, config), dense, config)
+    step = partial_folder(dense, config) / "checkpoints" / "step-00000020"
+    step.mkdir(parents=True)
+    (step / artifacts.DONE).touch()
+    placed = _config(tmp_path, "dense.zero.offload_optimizer=true", "dense.checkpoint_every=5")
+    runner.check_replaced([placed], [], False)
+    with pytest.raises(UserError, match=r"dense, unfinished at step-00000020 \(dense.steps: 6 -> 9\)"):
+        runner.check_replaced([_config(tmp_path, "dense.steps=9")], [], False)
+    runner.check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
+    worker._prepare(partial_folder(dense, config), dense, config)
+    assert (step / artifacts.DONE).is_file()
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2])
+def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_path, monkeypatch):
+    """Killed before the old one is moved, before the new one is, before the old one goes."""
+    config, other = _config(tmp_path), _config(tmp_path, "prune.sparsity=0.5")
+    _finish(config)
+    prune, final, rename = find_stage(other, "prune"), config.path / "prune", os.rename
+    renames = itertools.count()
+
+    def publish():
+        worker._prepare(partial_folder(prune, other), prune, other)
+        (partial_folder(prune, other) / "result").write_text("new")
+        artifacts.publish(partial_folder(prune, other), final, {"stage": "prune", "sources": sources(prune, other)})
+
+    def stop(source, target):
+        if next(renames) == killed_at:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    def remove(folder):
+        if killed_at == 2 and folder.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", stop)
+        patch.setattr(artifacts, "_remove", remove)
+        publish()
+    before = {stage.id: reason for stage, reason in runner.plan(config, ["prune"])}
+    assert before == {"prune": "current" if killed_at < 2 else "prune.sparsity: 0.5 -> 0.75"}
+    with pytest.raises(UserError, match="--replace"):
+        runner.check_replaced([other], [], False)
+    runner.claim(other, ClusterConfig(), [], True)
+    assert artifacts.damage(final) is None
+    assert (final / "result").read_text() == ("prune" if killed_at < 2 else "new")
+    publish()
+    assert (final / "result").read_text() == "new" and not list(config.path.glob(".*.replaced"))
+
+
+def test_what_cannot_be_written_is_one_line_before_anything_starts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny").touch()
+    assert main(["run", str(RECIPE), f"folder='{tmp_path}'"]) == 2
+    assert "tiny is no folder, so no run can be in it" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as on a file system that is read-only
+    assert main(["run", str(RECIPE), f"folder='{tmp_path}/new'", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert "cannot be written (its permissions, or a read-only file system)" in err and err.count("\n") == 1
