@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
 from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.errors import UserError
@@ -89,6 +91,43 @@ def test_a_prompt_starts_with_what_the_tokenizer_puts_before_any_text():
     assert batch.input_ids[0].tolist() == [start, *bare[0], *bare[1]] and batch.labels[0, len(bare[0])] == -100
     # An encoder's text has none, as T5's.
     assert start not in encode(example, Processor(started, (0,)))[0]
+
+
+def _kinds():
+    """Byte-level as GPT-2's, and with a space in front; sentencepiece's two, by a pre-tokenizer and, as Llama 2's, by a
+    normalizer."""
+    texts = [f"{example.prompt}{example.answer}" for example in _arithmetic()[0].examples("train", 100)]
+    for pre, prefix in ((pre_tokenizers.ByteLevel(add_prefix_space=False), ""),
+                        (pre_tokenizers.ByteLevel(add_prefix_space=True), ""),
+                        (pre_tokenizers.Metaspace(prepend_scheme="always"), ""), (None, "\u2581")):
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        if pre:
+            tokenizer.pre_tokenizer = pre
+        else:
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(prefix),
+                                                         normalizers.Replace(" ", prefix)])
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>", "<unk>"], show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.train_from_iterator(texts if pre else [word for text in texts for word in text.split()], trainer)
+        yield PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_prompt_and_answer_are_the_tokens_of_the_joined_text_whatever_the_tokenizer():
+    pairs = [("Question: Tom has 3 eggs?\nAnswer:", " 12+3=15\n#### 15"), ("Q: eggs A: ", "boxes and 3"),
+             ("Tom buys 3\n", "eggs left"), ("", " 12 boxes"), ("Tom has  ", "  3")]
+    num_otherwise = 0
+    for tokenizer in _kinds():
+        processor = Processor(tokenizer)
+        for prompt, answer in pairs:
+            start, rest = encode(Example(prompt, answer), processor)
+            assert start + rest == [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id], (prompt, answer)
+            assert start == encode(Example(prompt, ""), processor)[0]  # generation knows no answer
+            num_otherwise += start + rest != [*tokenizer.encode(prompt), *tokenizer.encode(answer), 0]
+        # Where a token spans the boundary, the answer goes on without a space that is in neither text.
+        start, rest = encode(Example("bo", "xes"), processor)
+        told = "".join(tokenizer.convert_ids_to_tokens(start + rest[:-1]))
+        assert told.lstrip("\u2581\u0120") == "boxes" and start == encode(Example("bo", ""), processor)[0]
+    assert num_otherwise >= 8  # so tokenising them apart is no substitute
 
 
 def test_a_tokenizer_that_is_a_sentencepiece_file_only_is_read(tmp_path):

@@ -44,7 +44,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig,
                    features: WhisperFeatureExtractor | None = None) -> Processor:
     """For the model of `config`."""
     return Processor(tokenizer, decoder_prefix, features, decoder_positions(config), encoder_positions(config),
-                     config.get_text_config(decoder=True).vocab_size)
+                     getattr(config.get_text_config(decoder=True), "vocab_size", None))
 
 
 def load_processor(path: str | Path, language: str | None = None) -> Processor:
@@ -96,7 +96,7 @@ def _check_embedded(path: str | Path, processor: Processor) -> None:
     added = tokenizer.added_tokens_decoder.keys()
     used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *processor.decoder_prefix, *tokenizer.encode("a"),
             *(token for token in tokenizer.get_vocab().values() if token not in added)]
-    if max(used) >= processor.num_embedded:
+    if processor.num_embedded is not None and max(used) >= processor.num_embedded:
         raise UserError(f"{path}: its tokenizer uses token ids up to {max(used)}, but the model's embedding has only "
                         f"{processor.num_embedded:,} rows (vocab_size); resize the embedding (transformers' "
                         "resize_token_embeddings), or give the tokenizer that belongs to the model")

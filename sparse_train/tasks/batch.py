@@ -124,15 +124,22 @@ def windows(example: Example, processor: Processor) -> list[Example]:
     return [replace(example, sound=lambda rate, part=part: part) for part in np.split(sound, _cuts(sound, size, rate))]
 
 
-def fits_model(example: Example, processor: Processor, new_tokens: int = 0) -> bool:
+def fits_model(example: Example, processor: Processor, new_tokens: int = 0, longest: int | None = None) -> bool:
     """Whether the model has a position and an embedding for every token of an example, and positions for `new_tokens`
-    after its prompt. The answer to a sound of several windows is never laid against the model."""
+    after its prompt; and whether it has at most `longest` tokens.
+
+    What a decoder starts from takes positions too: all but its last token come before the answer's. The answer to a
+    sound of several windows is never laid against the model.
+    """
     prompt, answer = encode(example, processor)
+    before = max(0, len(processor.decoder_prefix) - 1)
+    if longest is not None and before + len(prompt) + len(answer) > longest:
+        return False
     if processor.num_embedded is not None and max(prompt + answer) >= processor.num_embedded:
         return False
     in_encoder, in_decoder = (len(prompt), 0) if processor.decoder_prefix else (0, len(prompt))
-    taken = max(0, len(processor.decoder_prefix) - 1) + len(answer) if len(windows(example, processor)) == 1 else 0
-    in_decoder += max(taken, len(processor.decoder_prefix) + new_tokens)
+    answered = before + len(answer) if len(windows(example, processor)) == 1 else 0
+    in_decoder += max(answered, len(processor.decoder_prefix) + new_tokens)
     return (in_encoder <= (processor.encoder_positions or in_encoder)
             and in_decoder <= (processor.positions or in_decoder))
 

@@ -76,13 +76,9 @@ class Task(ABC):
 
     def fits(self, example: Example, processor: Processor) -> bool:
         """Whether a training example is at most config.max_length tokens long and fits the model's positions and, as
-        sound, its window.
-
-        What a decoder starts from takes positions too: all but its last token come before the answer's.
-        """
-        num_tokens = max(0, len(processor.decoder_prefix) - 1) + sum(map(len, encode(example, processor)))
-        return (num_tokens <= self.config.max_length and len(windows(example, processor)) == 1
-                and fits_model(example, processor))
+        sound, its window."""
+        return (fits_model(example, processor, longest=self.config.max_length)
+                and len(windows(example, processor)) == 1)
 
     def score(self, model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
               progress: Callable[[int, int], None] | None = None) -> Score:

@@ -61,7 +61,7 @@ class Text(Task):
         is_given = all(given.values())
         files = given[split] if is_given else [path] if path.is_file() else [
             file for file in sorted(path.rglob("*"))
-            if {".txt", ".md"} & set(file.suffixes) and not read.is_litter(file.relative_to(path))]
+            if {".txt", ".md"} & set(file.suffixes) and file.is_file() and not read.is_litter(file.relative_to(path))]
         for file in files:
             if file != path and not file.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"{file} is a link out of task.path={path}; put a copy there, or take it away")
