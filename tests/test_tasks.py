@@ -276,6 +276,14 @@ def test_no_example_left_is_one_line(num_examples, tmp_path):
             training_examples(task, _arithmetic()[1], num_examples)
 
 
+def test_an_endless_task_that_does_not_fit_the_model_is_one_line():
+    task, processor = _arithmetic()
+    longest = max(sum(map(len, encode(example, processor))) for example in task.examples("train", 100))
+    assert training_examples(task, replace(processor, positions=longest), None)[1] == 0
+    with pytest.raises(UserError, match=rf"task.name=arithmetic do not fit the model \({longest - 1} positions"):
+        training_examples(task, replace(processor, positions=longest - 1), None)
+
+
 def test_solved_examples_have_the_template_of_the_test(tmp_path):
     config = _folder(tmp_path, _LINES).model_copy(update={
         "prompt": "{question}", "answer": "{answer}", "test_prompt": "Q: {question} A: ", "shots": 2})

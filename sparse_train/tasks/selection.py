@@ -11,6 +11,7 @@ from sparse_train.tasks.batch import Example, fits_model
 from sparse_train.tasks.task import Task
 
 log = logging.getLogger(__name__)
+_LIKE_THE_REST = 100
 _TRIED = 1000  # examples of an endless task, before none is taken to fit
 
 
@@ -21,7 +22,13 @@ def training_examples(task: Task, processor: Processor,
     Raises UserError where none fits.
     """
     if task.endless and num_examples is None:
-        return task.examples("train"), 0
+        examples = task.examples("train")
+        # They are made when a step asks for them, so none can be left out; the first ones tell how long they get.
+        if not all(fits_model(example, processor) for example in examples[:_LIKE_THE_REST]):
+            raise UserError(f"training examples of task.name={task.config.name} do not fit the model "
+                            f"({_bounds(processor)}); give it more positions (model.max_seq_len), or give "
+                            "finetune.num_examples and dense.num_examples, so that those are left out")
+        return examples, 0
     return _fitting(
         task, "train", num_examples, lambda example: task.fits(example, processor),
         f"are longer than task.max_length={task.config.max_length} tokens or do not fit the model "
