@@ -1,6 +1,10 @@
 """The command line from nothing to a report on two ranks, then what users do next: rerun, look, break, stop."""
 
+import fnmatch
+import functools
+import itertools
 import json
+import operator
 import os
 import shutil
 import signal
@@ -12,9 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from sparse_train.launch.stages import build_stages
 from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
 from sparse_train.sparse import TensorFolder
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -37,8 +44,10 @@ def _cli(*arguments, code=0, **options):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(runs folder, what the command printed) of one complete run; the path has a space, as users' paths do."""
-    folder = tmp_path_factory.mktemp("all runs")
-    return folder, _cli("run", RECIPE, f"folder='{folder}'")[0]
+    folder, recorder = tmp_path_factory.mktemp("all runs"), Path(__file__).with_name("recorder")
+    (folder / "reads").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(recorder), "READS": str(folder / "reads")}
+    return folder, _cli("run", RECIPE, f"folder='{folder}'", env=env)[0]
 
 
 def test_every_stage_is_signed_and_undamaged(run):
@@ -48,6 +57,38 @@ def test_every_stage_is_signed_and_undamaged(run):
         assert artifacts.read_manifest(folder)["stage"] == stage
     assert not list((run[0] / "tiny").rglob("*.partial"))
     assert artifacts.read_manifest(run[0] / "tiny" / "dense")["num_ranks"] == 2
+
+
+# What jobs read and no result depends on: places, how work is divided, what is saved, logged and refused.
+_NO_SOURCE = {"folder", "name", "tracking.wandb", "*.activation_checkpointing", "*.sequence_parallel", "*.zero.*",
+              "*.checkpoint_every", "*.checkpoints_kept", "*.log_every", "finetune.teacher.offload",
+              "finetune.teacher.persistence_threshold"}
+# What this run has no use for and others have: other tasks' data, and sizes, settings and terms that are not given.
+_ELSEWHERE = {"task.path", "task.subset", "task.*_split", "task.test_share", "task.language*", "task.max_length",
+              "task.shots", "model.d_ff", "model.n_kv_heads", "model.window_seconds", "finetune.losses.*",
+              "prune.sparsity"}
+
+
+def test_the_sources_of_each_stage_are_what_its_job_read(run):
+    config = load_config(RunConfig, RECIPE)
+    missing, idle = {}, {}
+    for stage in build_stages(config):
+        read = set((run[0] / "reads" / stage.id.replace("/", "-")).read_text().split())
+        tree = config.model_dump(mode="json")
+        sourced = {key for part in stage.reads
+                   for key in _leaves(functools.reduce(operator.getitem, part.split("."), tree), part)}
+        missing |= dict.fromkeys(read - sourced, stage.id)
+        idle |= dict.fromkeys(sourced - read, stage.id)
+    for found, known in ((missing, _NO_SOURCE), (idle, _ELSEWHERE)):
+        told = {pattern: fnmatch.filter(found, pattern) for pattern in known}
+        assert set(found) == set(itertools.chain(*told.values())), found
+        assert all(told.values()), told  # nothing is excused that need not be
+
+
+def _leaves(value, key):
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name in value for leaf in _leaves(value[name], f"{key}.{name}")]
 
 
 def test_the_metrics_have_every_term_of_every_step(run):
