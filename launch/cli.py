@@ -133,6 +133,8 @@ def _run(options, console: Console) -> int:
         cluster.visible_gpus(cluster.ranks)  # too many are refused now
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
     runner.take_signals()
+    if options.prepare and options.dry_run:  # slurm/pipeline.sh would submit what the dry run prints
+        raise UserError("--prepare writes the run folder, and --dry-run nothing; give one of them")
     if any(point for point, _ in points):
         if options.prepare:
             raise UserError("--prepare: a sweep is many runs; leave sweep out (sweep={}), or use --on slurm without "

@@ -74,12 +74,21 @@ class Launcher:
 
 def find_launcher(run: Path) -> Launcher | None:
     """None where none is alive here."""
+    host, launcher = _noted(run)
+    return launcher if launcher and host == platform.node() and launcher.is_alive else None
+
+
+def other_host(run: Path) -> str:
+    """The machine whose launcher took the lock and has not given it back, or was killed; "" where it is this one."""
+    host, launcher = _noted(run)
+    return host if launcher and host != platform.node() else ""
+
+
+def _noted(run: Path) -> tuple[str, Launcher | None]:
     with contextlib.suppress(OSError, ValueError):
         host, pid, started = (run / _FILE).read_text(encoding="utf-8").split()
-        launcher = Launcher(int(pid), started)
-        if host == platform.node() and launcher.is_alive:
-            return launcher
-    return None
+        return host, Launcher(int(pid), started)
+    return "", None
 
 
 def _start_time(pid: int) -> str | None:

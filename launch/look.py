@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from sparse_train.launch import attempts, submitted
-from sparse_train.launch.lock import Launcher, find_launcher
+from sparse_train.launch.lock import Launcher, find_launcher, other_host
 from sparse_train.launch.runner import STOP_PATIENCE_S, plan, told_of_stop
 from sparse_train.launch.stages import (
     CONFIG,
@@ -277,6 +277,9 @@ def _cancel(options, console: Console) -> int:
     if withdrawn:
         console.print(f"withdrawn: {', '.join(withdrawn)}", highlight=False)
     elif not launchers:
+        if host := next(filter(None, map(other_host, (options.run, *folders))), ""):
+            raise UserError(f"{options.run} was started on {host} and has not ended, unless it was killed; run this "
+                            "command there")
         console.print("nothing is running", highlight=False)
     return 0 if all(ended) else 1
 

@@ -77,6 +77,10 @@ def replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
         for stage, reason in plan(config, names):
             if reason == "current":
                 continue
+            for above in Path(stage.id).parents:
+                if (config.path / above / artifacts.MANIFEST).is_file():  # replacing that one would remove this one
+                    raise UserError(f"{config.path / above} is a finished stage, and {stage.id} would be written into "
+                                    "it; give name=OTHER for a run of its own")
             for folder in (config.path / stage.id, partial_folder(stage, config)):
                 artifacts.require_own(folder, stage.id)
             if artifacts.read_manifest(config.path / stage.id) or (config.path / stage.id).exists():

@@ -213,8 +213,12 @@ def _prepare(out: Path, stage: Stage, config: RunConfig) -> None:
     """Keep what an earlier attempt with the same sources left, such as its checkpoints; clear what had others."""
     note = out / artifacts.SOURCES
     if not note.is_file() or why_stale(artifacts.read_json(note), stage, config):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != note:  # which stays: cut off here, the folder must still be known as this stage's
+                path.unlink()
         artifacts.write_json(note, sources(stage, config))
 
 

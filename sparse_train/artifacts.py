@@ -137,15 +137,16 @@ def require_own(folder: Path, stage: str | None) -> None:
         found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
         is_own = isinstance(found, dict) and found.get("stage") == stage
     if not is_own:
-        raise UserError(f"{folder} was not made by stage {stage} of a run; {remedy}")
+        raise UserError(f"{folder} was not made by stage {stage} of a run, or by an older release; {remedy}")
 
 
 def clear(folder: Path, names: tuple[str, ...]) -> None:
     """Remove files and folders, as far as they are there."""
-    for name in names:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        if (folder / name).is_file():
-            (folder / name).unlink()
+    for path in map(folder.joinpath, names):
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

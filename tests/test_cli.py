@@ -36,6 +36,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["run", _DEMO, "--stages", "report"], "stage report needs dense"),
     (["run", _DEMO, "--stages", "dense,finetune", "--dry-run"], "needs prune, which is not current"),
     (["run", _DEMO, "--stages", "finetune", "--dry-run", "sweep={prune.sparsity: [0.5]}"], "needs prune"),
+    (["run", _DEMO, "--prepare", "--dry-run"], "--prepare writes the run folder"),
     (["run", _DEMO, "--prepare", "sweep={seed: [1, 2]}"], "--prepare: a sweep is many runs"),
     (["status", "EMPTY"], "is no run folder"),
     (["inspect", "EMPTY"], "is no checkpoint"),

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from sparse_train.launch import attempts, lock, runner
+from sparse_train.launch.cli import main
 from sparse_train.launch.lock import find_launcher, locked
 
 from sparse_train.errors import UserError
@@ -27,6 +28,13 @@ def test_another_process_is_not_taken_for_the_launcher(noted, tmp_path):
         noted = noted.replace(word, value)
     (tmp_path / ".lock").write_text(noted)
     assert find_launcher(tmp_path) is None
+
+
+def test_a_launcher_on_another_machine_is_not_told_as_nothing(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("name: mine")
+    (tmp_path / ".lock").write_text("login2 1 1")
+    assert main(["cancel", str(tmp_path)]) == 2
+    assert "was started on login2 and has not ended" in capsys.readouterr().err
 
 
 def test_a_process_that_nobody_has_waited_for_is_no_launcher():

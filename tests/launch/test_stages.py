@@ -215,6 +215,34 @@ def test_a_saved_state_is_earlier_work_too(tmp_path):
     assert (step / artifacts.DONE).is_file()
 
 
+def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch):
+    config, other = _config(tmp_path), _config(tmp_path, "dense.steps=9")
+    dense, partial = find_stage(config, "dense"), config.path / "dense.partial"
+    worker._prepare(partial, dense, config)
+    (partial / "checkpoints").mkdir()
+    (partial / "checkpoints" / "kept").touch()
+
+    def cut(folder, **_):
+        for file in filter(Path.is_file, Path(folder).iterdir()):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(worker.shutil, "rmtree", cut)
+        worker._prepare(partial, dense, other)
+    artifacts.require_own(partial, "dense")
+    (partial / "linked").symlink_to(tmp_path)
+    worker._prepare(partial, dense, other)
+    assert [path.name for path in partial.iterdir()] == [artifacts.SOURCES] and tmp_path.is_dir()
+
+
+def test_a_stage_is_not_written_into_another_ones_result(tmp_path):
+    """A list of sparsities gives stages below prune/, where a single one had its result."""
+    _finish(_config(tmp_path))
+    with pytest.raises(UserError, match="tiny/prune is a finished stage, and prune/50/one-shot would be written into"):
+        runner.check_replaced([_config(tmp_path, "prune.sparsity=[0.5,0.75]")], [], replace=True)
+
+
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_path, monkeypatch):
     """Killed before the old one is moved, before the new one is, before the old one goes."""
