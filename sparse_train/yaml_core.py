@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if re.fullmatch(r"[-+]?[0-9]+", text):
             return int(text)
-        value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         # 1e3 is a number of steps as well.
         return int(value) if "." not in text and value.is_integer() and abs(value) < 2**53 else value
 

@@ -130,7 +130,7 @@ def _floats(section, above=""):
             yield f"{above}{name}", inner
 
 
-@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+@pytest.mark.parametrize("value", [".inf", "-.Inf", ".NaN", "1e999"])
 def test_no_number_of_a_config_is_infinite(value):
     keys = list(_floats(RunConfig))
     assert len(keys) > 10

@@ -21,7 +21,7 @@ import numpy as np
 
 from sparse_train import artifacts
 from sparse_train.config import TaskConfig
-from sparse_train.errors import UserError
+from sparse_train.errors import UserError, first_line
 from sparse_train.hub import hub_answers, may_be_hub_name
 
 log = logging.getLogger(__name__)
@@ -130,9 +130,8 @@ def _hub_errors(config: TaskConfig) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # "an error occurred" around what did
             cause = cause.__cause__
-        line = str(cause).strip().split("\n")[0] or type(cause).__name__
-        if not answers and isinstance(cause, ConnectionError):
-            line = "the hub does not answer, and its cache does not hold it"
+        is_cut_off = not answers and isinstance(cause, ConnectionError)
+        line = "the hub does not answer, and its cache does not hold it" if is_cut_off else first_line(cause)
         raise UserError(f"task.path={config.path} is no file or folder, and no data set that can be loaded: "
                         f"{line}") from error
 
