@@ -54,7 +54,7 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
         elif manifest is None:
             reason = "not done yet"
         else:
-            reason = why_stale(manifest.get("sources"), stage, config) or "current"
+            reason = why_stale(manifest.get("sources"), stage, config, manifest.get("config")) or "current"
         if reason != "current":
             stale.add(stage.id)
         found.append((stage, reason))

@@ -169,8 +169,11 @@ def sources(stage: Stage, config: RunConfig) -> dict[str, dict[str, Any]] | None
     return {"config": {key: _plain(_value(seen, key)) for key in stage.reads}, "inputs": inputs}
 
 
-def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig) -> str | None:
-    """The first difference between a folder's recorded sources and today's, in words; None where there is none."""
+def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig, whole: Any = None) -> str | None:
+    """The first difference between a folder's recorded sources and today's, in words; None where there is none.
+
+    `whole`: the config that the folder was made with, for keys that an older release knew and did not count.
+    """
     today = sources(stage, config)
     if today is None:
         return "an input is not finished"
@@ -178,8 +181,10 @@ def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig) -> str 
         return "an older release made it and noted nothing to compare"
     seen = _seen_by(stage, config)
     for key in stage.reads:
-        # Of keys that an older release did not know, the default held.
-        before = recorded["config"].get(key, _default(seen, key))
+        if key in recorded["config"]:
+            before = recorded["config"][key]
+        elif (before := _at(whole, key)) is None:  # of a key that an older release did not know the default held
+            before = _default(seen, key)
         if found := _change(before, _value(seen, key), key):
             return found
     for name in today["inputs"].keys() | recorded["inputs"].keys():
@@ -235,7 +240,7 @@ def _plain(value: Any) -> Any:
 
 def is_current(stage: Stage, config: RunConfig) -> bool:
     manifest = artifacts.read_manifest(config.path / stage.id)
-    return manifest is not None and why_stale(manifest.get("sources"), stage, config) is None
+    return manifest is not None and why_stale(manifest.get("sources"), stage, config, manifest.get("config")) is None
 
 
 def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:

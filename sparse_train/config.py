@@ -316,7 +316,7 @@ class FinetuneConfig(TrainConfig):
         if not losses:
             raise ValueError("losses is empty; name at least one, such as squarehead: {feature_weight: 1}")
         for name in losses:
-            if not re.fullmatch("[a-z0-9_-]+", name):
+            if not re.fullmatch("[a-z0-9_][a-z0-9_-]{0,99}", name):
                 raise ValueError(f"a loss is called {name!r}; take small letters, digits, _ and -, such as squarehead")
         taken = {"dense", "prune", "one-shot"} & set(losses)
         if taken:

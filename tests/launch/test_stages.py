@@ -121,6 +121,11 @@ def test_keys_of_a_newer_release_make_nothing_stale_unless_they_are_set(tmp_path
     del recorded["config"]["finetune.clip"], recorded["config"]["finetune.losses.squarehead"]["temperature"]
     assert why_stale(recorded, stage, config) is None
     assert why_stale(recorded, stage, _with(config, "finetune.clip", 2.0)) == "finetune.clip: 1.0 -> 2.0"
+    # A key that the older release knew, and did not count, had the value that the whole config tells.
+    del recorded["config"]["finetune.teacher.precision"]
+    assert why_stale(recorded, stage, config, {"finetune": {"teacher": {"precision": "bf16"}}}) == \
+        'finetune.teacher.precision: "bf16" -> null'
+    assert why_stale(recorded, stage, config, {"finetune": {}}) is None
     warm = _with(config, "finetune.losses.squarehead.temperature", 2.0)
     assert why_stale(recorded, stage, warm) == "finetune.losses.squarehead.temperature: 1.0 -> 2.0"
 
