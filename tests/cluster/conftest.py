@@ -96,6 +96,7 @@ def pruned(undisturbed, tmp_path):
     run = tmp_path / "tiny"
     for stage in ("dense", "prune"):
         shutil.copytree(undisturbed / stage, run / stage)
+    shutil.copy(undisturbed / "config.yaml", run)  # by which it is known for a run
     yield run
     repair()
 
