@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="generate text with a dense or sparse model folder")
     generate.add_argument("folder", type=Path, metavar="FOLDER")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--max-new-tokens", type=int, metavar="N",
+                          help="128 unless given, or as many as the model has positions for")
     generate.set_defaults(command=_generate)
     return parser
 
@@ -183,7 +184,7 @@ def _generate(options, console: Console) -> None:
     from sparse_train.cpus import set_threads
     from sparse_train.inference import load
 
-    if options.max_new_tokens < 1:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: it must be at least 1")
     set_threads()
     model = load(options.folder)

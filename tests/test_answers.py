@@ -95,6 +95,7 @@ def test_more_tokens_than_positions_are_refused_with_the_number_that_fits(tmp_pa
     with pytest.raises(UserError, match=rf"{most + 1} new ones; give at most {most}$"):
         runtime.complete("Tom has 3 eggs", most + 1)
     runtime.complete("Tom has 3 eggs", most)
+    assert runtime.complete("Tom has 3 eggs") == runtime.complete("Tom has 3 eggs", most)  # unless less was asked for
     with pytest.raises(UserError, match=r"too few for the .* tokens of the prompt and 1 new ones; shorten it"):
         runtime.complete("Tom has 3 eggs " * 200, 1)
 

@@ -1,5 +1,6 @@
 """A model folder, sparse or dense, as something that generates."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from sparse_train.kernels import PackedMatrix
 from sparse_train.models import Processor, fill, load_processor, open_model
 from sparse_train.sparse import replace_module
 from sparse_train.tasks import Example, generate, read
+from sparse_train.tasks.batch import encode
+
+_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,23 @@ class Runtime:
         """Whether it runs on the native kernels."""
         return any(isinstance(module, PackedLinear) for module in self.model.modules())
 
-    def complete(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy continuation of `prompt`, or an encoder-decoder's answer to it."""
+    def complete(self, prompt: str, max_new_tokens: int | None = None) -> str:
+        """The greedy continuation of `prompt`, or an encoder-decoder's answer to it.
+
+        Without a number of new tokens 128, or as many as the model has positions for. Raises UserError where more are
+        asked for than it has.
+        """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
         if not read.is_unicode(prompt):
             raise UserError(f"the prompt {prompt!r} is not UTF-8; give it in that encoding")
         if self.processor.features is not None:
             raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
-        return generate(self.model, self.processor, [Example(prompt, "")],
-                        EvaluateConfig(max_new_tokens=max_new_tokens))[0]
+        example = Example(prompt, "")
+        if max_new_tokens is None:
+            taken = len(self.processor.decoder_prefix) or len(encode(example, self.processor)[0])
+            max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - taken))
+        return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
 
 
 def load(folder: str | Path) -> Runtime:
