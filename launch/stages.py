@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_train import artifacts
 from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
-from sparse_train.config_file import load_config
+from sparse_train.config_file import load_frozen
 from sparse_train.errors import UserError
 
 CONFIG, JOB_FILE = "config.yaml", "job"
@@ -48,8 +48,7 @@ def read_run(folder: Path) -> RunConfig:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no run folder: it has no {CONFIG}; give the folder that a run made")
     folder = folder.absolute()
-    return load_config(RunConfig, folder / CONFIG).model_copy(update={"folder": str(folder.parent),
-                                                                      "name": folder.name})
+    return load_frozen(folder / CONFIG).model_copy(update={"folder": str(folder.parent), "name": folder.name})
 
 
 def find_stage(config: RunConfig, name: str) -> "Stage":

@@ -6,6 +6,7 @@
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from sparse_train.yaml_core import NotYaml, read_yaml, write_yaml
 
 S = TypeVar("S", bound=Section)
 _SAME_RUN = {"name", "folder", "about"}
+_LONGEST_NAME = 80  # of a combination; beyond it a checksum tells them apart
 
 
 def load_config(schema: type[S], path: Path, overrides: Sequence[str] = (), under: str = "",
@@ -58,7 +60,10 @@ def load_points(path: Path, overrides: Sequence[str] = (),
         given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
         if point:
             name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in point.items())
-            given += [f"name={json.dumps(re.sub('[^A-Za-z0-9._-]+', '-', name))}", "sweep={}",
+            name = re.sub("[^A-Za-z0-9._-]+", "-", name)
+            if len(name) > _LONGEST_NAME:
+                name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
+            given += [f"name={json.dumps(name)}", "sweep={}",
                       f"folder={json.dumps(str(whole.path), ensure_ascii=False)}",
                       f"about={json.dumps(whole.about, ensure_ascii=False)}"]
         config = load_config(RunConfig, path, [*overrides, *given], others=others)
@@ -66,6 +71,16 @@ def load_points(path: Path, overrides: Sequence[str] = (),
             raise UserError(f"sweep: two combinations are called {config.name}; give each value once")
         found[config.name] = point, config
     return list(found.values())
+
+
+def load_frozen(path: Path) -> RunConfig:
+    """The config that a run folder holds, also of a release without compress.loss, which took the last loss."""
+    tree = _read_tree(path)
+    try:
+        older = [] if "loss" in tree["compress"] else [f"compress.loss={list(tree['finetune']['losses'])[-1]}"]
+    except (KeyError, TypeError, IndexError):  # not as a run leaves it
+        older = []
+    return load_config(RunConfig, path, older)
 
 
 def dump_config(config: Section) -> str:

@@ -6,10 +6,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 from sparse_train.launch import runner, worker
 from sparse_train.launch.cli import main
 from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.stages import build_stages, find_stage, partial_folder, sources, why_stale
+from sparse_train.launch.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, Section, TaskConfig
@@ -239,6 +240,15 @@ def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch
     (partial / "linked").symlink_to(tmp_path)
     worker._prepare(partial, dense, other)
     assert [path.name for path in partial.iterdir()] == [artifacts.SOURCES] and tmp_path.is_dir()
+
+
+def test_a_run_of_a_release_without_compress_loss_can_still_be_read(tmp_path):
+    config = _config(tmp_path)
+    _begin(config)
+    older = yaml.safe_load((config.path / "config.yaml").read_text())
+    del older["compress"]["loss"]
+    (config.path / "config.yaml").write_text(yaml.safe_dump(older, sort_keys=False))
+    assert read_run(config.path).compressed_loss == list(config.finetune.losses)[-1]
 
 
 def test_a_stage_is_not_written_into_another_ones_result(tmp_path):

@@ -29,6 +29,13 @@ def test_every_combination_is_a_run_of_its_own():
     assert [point for point, _ in _points()] == [{}]
 
 
+def test_long_combinations_have_names_that_a_folder_can_have():
+    losses = [{name: {"feature_weight": weight} for name in ("ce", "squarehead")} for weight in (1.5, 2.5)]
+    points = _points(f"sweep={json.dumps({'seed': [1], 'finetune.losses': losses})}")
+    names = [config.name for _, config in points]
+    assert len(set(names)) == 2 and all(name.startswith("seed-1_losses-") and len(name) < 100 for name in names)
+
+
 @pytest.mark.parametrize("given, said", [
     ("sweep={seed: [1, 1]}", "two combinations are called seed-1"),
     ("sweep={seed: []}", "seed has no value"),
