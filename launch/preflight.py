@@ -25,14 +25,12 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
         describe,
         empty_model,
         family_of,
-        fetch,
         is_folder,
         load_processor,
         open_model,
         read_config,
     )
     from sparse_train.pruning import check_pattern
-    from sparse_train.sparse import TensorFolder
     from sparse_train.tasks import build_task, scored_examples, training_examples
 
     remarks, read = [], []
@@ -48,13 +46,13 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
                 read.append((built, split))
     path, shape = config.dense.path or config.model.path, describe(config.model)
     local = path is not None and is_folder(path)
-    if path is not None:
-        if local:
-            TensorFolder(fetch(path))
+    if local:
+        shape = open_model(path)[0].config  # what names and shapes tell of it
+    elif path is not None:
         try:
             shape = read_config(path)
         except UserError as error:
-            if local or not dry_run:
+            if not dry_run:
                 raise
             why = error if hub_answers() else "the hub cannot be reached"
             remarks.append(f"model {path}: {why}; sizes are those of the config")
@@ -63,7 +61,6 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
         _check_task(calibration, shape, "prune.calibration")
     _check_lengths(config, shape, is_new=path is None)
     if local:
-        open_model(path)  # what names and shapes tell of it
         processor = load_processor(path, config.task.language)
         for built, split in read:  # one that fits is enough: others are left out, counted and named
             if split == "train":

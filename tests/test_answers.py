@@ -20,7 +20,8 @@ from tests.test_families import made
 _TASTE = {"do_sample": True, "temperature": 0.3, "num_return_sequences": 3, "repetition_penalty": 1.9, "num_beams": 4,
           "no_repeat_ngram_size": 2, "min_new_tokens": 9, "max_length": 3, "max_time": 0.0, "forced_eos_token_id": 5,
           "bad_words_ids": [[7]], "length_penalty": 3.0, "cache_implementation": "static", "output_scores": True,
-          "return_dict_in_generate": True, "diversity_penalty": 0.5, "stop_strings": ["a"]}
+          "return_dict_in_generate": True, "diversity_penalty": 0.5, "stop_strings": ["a"],
+          "pad_token_id": -1}  # "none", as the first Llamas say it
 
 
 def _describe(folder, **settings):

@@ -109,6 +109,7 @@ def test_a_token_has_one_function_whatever_batch_or_prompt_it_is_in(precision, t
         x = torch.randn(5, 1, layer.in_features) * torch.logspace(-2, 2, 5)[:, None, None]
         alone = torch.cat([layer(row[None]) for row in x])
         assert torch.equal(layer(x), alone)  # a step of a batch
+        assert layer(x[:0]).shape == alone[:0].shape
         # A dense product sums in another order: C roundings of at most the sum of magnitudes.
         bound = layer.in_features * 2.0**-23 * (x.abs() @ layer.weight.to_dense().abs().T + x.abs().amax(-1, True))
         assert ((layer(x.transpose(0, 1))[0] - alone[:, 0]).abs() <= bound[:, 0] + 1e-12).all()

@@ -20,7 +20,7 @@ class PackedLinear(nn.Module):
         """The same function of a token whether it comes alone, in a batch, or in a prompt; int8 quantises it always."""
         if x.numel() == self.in_features:
             y = self.weight.matvec(x).view(*x.shape[:-1], self.out_features)
-        elif x.ndim > 2 and x.shape[-2] == 1:  # one new token per row of the batch
+        elif x.numel() and x.ndim > 2 and x.shape[-2] == 1:  # one new token per row of the batch
             rows = [self.weight.matvec(row) for row in x.reshape(-1, self.in_features)]
             y = torch.stack(rows).view(*x.shape[:-1], self.out_features)
         else:  # a prompt is bound by arithmetic, not by bytes: a dense product is what the CPU does best

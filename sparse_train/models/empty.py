@@ -58,7 +58,8 @@ def compute(model: PreTrainedModel, names: Iterable[str]) -> None:
 
     Raises UserError where that leaves one as it was or draws it at random.
     """
-    names = list(names)
+    if not (names := list(names)):
+        return
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
     runs = []

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from sparse_train.errors import UserError
 
-_OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
-                 "suppress_tokens", "begin_suppress_tokens")
+_OF_THE_MODEL = ("eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "suppress_tokens",
+                 "begin_suppress_tokens")
 
 
 def model_tokens(given: GenerationConfig, source: Any) -> dict[str, list[int]]:
