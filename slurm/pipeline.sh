@@ -1,7 +1,7 @@
 #!/bin/bash
 # All stages of a recipe as plain SLURM jobs, each after the stages that it reads:
 #
-#   slurm/pipeline.sh CONFIG [key=value ...] [-- SBATCH_OPTION ...]
+#   slurm/pipeline.sh CONFIG [key=value ...] [--replace] [-- SBATCH_OPTION ...]
 #   slurm/pipeline.sh configs/demo.yaml prune.sparsity=0.5 -- --account=me --partition=gpu --time=1-0
 #
 # What each stage asks for is what configs/cluster/slurm.yaml says (CLUSTER=FILE.yaml takes another file), except `setup`
