@@ -15,7 +15,7 @@ from rich.console import Console
 from sparse_train.launch.bench import add_commands as add_bench_commands
 from sparse_train.launch.look import add_commands as add_look_commands
 
-from sparse_train.errors import StageFailed, UserError, is_of_a_path, told_of
+from sparse_train.errors import StageFailed, UserError, is_of_a_path, printable, told_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -190,8 +190,8 @@ def _generate(options, console: Console) -> None:
     model = load(options.folder)
     if model.is_sparse and kernels.backend() == "portable":
         Console(stderr=True, soft_wrap=True).print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
-    console.print(model.complete(options.prompt, options.max_new_tokens), markup=False, highlight=False,
-                  soft_wrap=True)
+    answer = model.complete(options.prompt, options.max_new_tokens)
+    console.print(printable(answer, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

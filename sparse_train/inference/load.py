@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
-from sparse_train.errors import UserError
+from sparse_train.errors import UserError, first_line
 from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.kernels import PackedMatrix
 from sparse_train.models import Processor, fill, load_processor, open_model
@@ -42,10 +42,16 @@ class Runtime:
         if self.processor.features is not None:
             raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
         example = Example(prompt, "")
-        if max_new_tokens is None:
-            taken = len(self.processor.decoder_prefix) or len(encode(example, self.processor)[0])
-            max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - taken))
-        return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
+        try:
+            if max_new_tokens is None:
+                taken = len(self.processor.decoder_prefix) or len(encode(example, self.processor)[0])
+                max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - taken))
+            return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
+        except UserError:
+            raise
+        except Exception as error:  # config.json has facts that only running meets, such as the width of a window
+            raise UserError(f"{self.model.name_or_path}: the model cannot run ({type(error).__name__}: "
+                            f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error
 
 
 def load(folder: str | Path) -> Runtime:

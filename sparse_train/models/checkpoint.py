@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sparse_train.errors import UserError, first_line
 from sparse_train.hub import hub_answers
-from sparse_train.models.config import is_folder, read_config, read_generation
+from sparse_train.models.config import is_folder, read_config, read_generation, reading
 from sparse_train.models.empty import compute, empty_model, own_tensors
 from sparse_train.models.names import Source, as_stored, match
 from sparse_train.models.older import add_older_keys
@@ -48,9 +48,9 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
     UserError where the folder lacks a tensor of the model, holds one too many or one of another shape.
     """
     folder = ModelFolder(fetch(path))
-    model = empty_model(read_config(folder.folder), dtype)
+    with reading(folder.folder, "a model"):
+        model = empty_model(read_config(folder.folder), dtype, folder.match)
     model.generation_config = read_generation(folder.folder)
-    folder.match(model)
     for name, shape in folder.shapes.items():
         (num_values,), stored = folder.spec(f"{name}.values")
         if stored == "I8" and not quantised:

@@ -1,5 +1,6 @@
 """config.json of a model folder or hub name, read without running anything of it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from sparse_train.models.generation import model_tokens
 _MPT_ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "alibi": True, "alibi_bias_max": 8,
                   "prefix_lm": False, "rope": False}
 _MPT = {"logit_scale": None}
+_ALIBI = 1 << 28
+
+_COUNTED, _MOST = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -25,6 +29,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
         hub_answers()
     with reading(path, "a model config", "give a folder with config.json or a hub name"):
         given, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
+        _check_counts(path, given)
         _check_quantised(path, given)
         if given.get("model_type") == "mpt":
             _check_mpt(path, given)
@@ -58,6 +63,16 @@ def is_folder(path: str | Path) -> bool:
     return False
 
 
+def _check_counts(path, given: dict[str, Any]) -> None:
+    """transformers makes lists and modules of so many before any tensor is compared with them."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            _check_counts(path, value)
+        elif key.endswith(_COUNTED) and isinstance(value, int) and value > _MOST:
+            raise UserError(f"{path}: its config.json has {key}={value:.0e}, more than the {_MOST:,} that "
+                            "any model has; give a folder that is not damaged")
+
+
 def _check_quantised(path, given: dict[str, Any]) -> None:
     for section in (given, given.get("text_config")):
         if isinstance(section, dict) and (found := section.get("quantization_config")):
@@ -67,6 +82,10 @@ def _check_quantised(path, given: dict[str, Any]) -> None:
 
 
 def _check_mpt(path, given: dict[str, Any]) -> None:
+    entries = math.prod(n for n in (given.get("n_heads"), given.get("max_seq_len")) if isinstance(n, int))
+    if entries > _ALIBI:
+        raise UserError(f"{path}: n_heads * max_seq_len of its config.json is {entries:,}, and a table of so many "
+                        f"numbers is made for each token; give a model of at most {_ALIBI:,}")
     for facts, section in ((_MPT_ATTENTION, given.get("attn_config") or {}), (_MPT, given)):
         for key, value in facts.items():
             if section.get(key, value) != value:

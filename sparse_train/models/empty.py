@@ -1,6 +1,6 @@
 """Models without data: parameters on the meta device, and what transformers computes instead of reading it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from transformers import (
 
 from sparse_train.errors import UserError, first_line
 
+_LARGEST = 1 << 28
+"""Entries of what is computed: a table of positions of the longest models has a tenth."""
+
 
 def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of `config` with the head that predicts text. Raises UserError where there is no such model."""
@@ -22,13 +25,19 @@ def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
     config._attn_implementation = config._experts_implementation = None
     auto = _auto_class(config)
     if type(config) not in auto._model_mapping:
-        raise UserError(f"model type {config.model_type!r} has no head that predicts text from text, or from speech as "
-                        f"whisper's, in transformers {__version__} ({auto.__name__}); give a model that has one")
+        raise UserError(f"{_of(config)}model type {config.model_type!r} has no head that predicts text from text, or "
+                        f"from speech as whisper's, in transformers {__version__} ({auto.__name__}); give a model that "
+                        "has one")
     try:
         return auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # what a config of impossible sizes makes transformers and torch raise
-        raise UserError(f"no model that predicts text can be made of this {config.model_type} config: "
+        raise UserError(f"{_of(config)}no model that predicts text can be made of this {config.model_type} config: "
                         f"{first_line(error)}") from error
+
+
+def _of(config: PretrainedConfig) -> str:
+    """The folder that it was read from, in front of a message."""
+    return f"{config.name_or_path}: " if config.name_or_path else ""
 
 
 def _auto_class(config: PretrainedConfig):
@@ -37,10 +46,12 @@ def _auto_class(config: PretrainedConfig):
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32,
+                check: Callable[[PreTrainedModel], None] = lambda model: None) -> PreTrainedModel:
     """Parameters and buffers of checkpoints without data; buffers that are computed, such as rotary frequencies, with.
 
-    Raises UserError where there is no such model, and where a buffer is neither stored nor computed.
+    `check` sees the model before anything is computed, in sizes that only its config tells so far. Raises UserError
+    where there is no such model, and where a buffer is neither stored nor computed.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = from_config(config, dtype)
@@ -49,6 +60,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
         if not tensor.is_meta:
             _set(model, name, torch.empty_like(tensor, device="meta"))
     model.tie_weights(recompute_mapping=False)
+    check(model)
     compute(model, [name for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta])
     return model
 
@@ -60,6 +72,10 @@ def compute(model: PreTrainedModel, names: Iterable[str]) -> None:
     """
     if not (names := list(names)):
         return
+    for name in names:
+        if (count := model.get_parameter_or_buffer(name).numel()) > _LARGEST:
+            raise UserError(f"{_of(model.config)}its config.json makes {name} of {count:,} numbers, more than any "
+                            "model needs; give a folder that is not damaged")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
     runs = []

@@ -19,6 +19,9 @@ from sparse_train.models.positions import decoder_positions, encoder_positions
 MULTILINGUAL = 51_865
 """Whisper's own rule: a tokenizer with at least so many entries knows languages and tasks."""
 
+_SOUND = {"feature_size": 1_024, "sampling_rate": 1_000_000, "n_fft": 65_536, "hop_length": 65_536,
+          "chunk_length": 3_600}
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -59,6 +62,7 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if config.model_type == "whisper":
         with reading(path, "a feature extractor"):
+            _check_sound(path)
             features = whole_samples(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer names no end-of-text token, with which every answer ends; name one as "
@@ -74,8 +78,19 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
             raise UserError(f"task.language={language}: {first_line(error)}") from error
         prefix = tuple(tokenizer.prefix_tokens)
     made = make_processor(tokenizer, config, prefix, features)
-    _check_embedded(path, made)
+    with reading(path, "a tokenizer"):
+        _check_embedded(path, made)
     return made
+
+
+def _check_sound(path: str | Path) -> None:
+    """Tables of these sizes are made as the extractor is."""
+    given, _ = WhisperFeatureExtractor.get_feature_extractor_dict(path)
+    for key, most in _SOUND.items():
+        value = given.get(key, 1)
+        if not (isinstance(value, int | float) and 0 < value <= most):
+            raise UserError(f"{path}: its preprocessor_config.json has {key}={value!r}, which must be above 0 and at "
+                            f"most {most:,}; give a folder that is not damaged")
 
 
 def _decoder_prefix(path: str | Path, config: PretrainedConfig) -> tuple[int, ...]:
