@@ -235,11 +235,12 @@ def _logs(options, console: Console) -> None:
     stage = find_stage(config, options.stage)
     file = _log_file(config, stage, options.rank)
     stream, asked = sys.stdout, -_ASK_S
-    at_work = options.follow
+    # A result that --replace is to replace stands until the new one does.
+    earlier, at_work = _signed_at(config, stage), options.follow and _reason(stage, config) != "current"
     with open(file, errors="replace", encoding="utf-8") as opened:
         while True:
             # Asked before reading: what is written until the end is still read.
-            if at_work and (config.path / stage.id / artifacts.DONE).is_file():
+            if at_work and _signed_at(config, stage) not in (None, earlier):
                 at_work = False
             elif at_work and time.monotonic() - asked > _ASK_S:
                 at_work, asked = _is_at_work(config, stage), time.monotonic()
@@ -249,6 +250,13 @@ def _logs(options, console: Console) -> None:
             if not at_work:
                 return
             time.sleep(0.5)
+
+
+def _signed_at(config: RunConfig, stage: Stage) -> int | None:
+    """In nanoseconds since the epoch; None where there is no result."""
+    with contextlib.suppress(OSError):
+        return (config.path / stage.id / artifacts.DONE).stat().st_mtime_ns
+    return None
 
 
 def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:

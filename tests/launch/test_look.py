@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from sparse_train.launch import attempts, look
 from sparse_train.launch.attempts import Ending
+from sparse_train.launch.cli import main
 from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.look import look_at, read_files
 from sparse_train.launch.place import Place
@@ -17,6 +18,7 @@ from sparse_train.launch.runner import freeze
 from sparse_train.launch.stages import build_stages, log_folder
 from sparse_train.launch.submitted import read_jobs
 
+from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
@@ -70,6 +72,25 @@ def test_what_slurm_has_forgotten_is_told_by_the_files(slurm, tmp_path):
     attempts.begin(logs, Place(0, 1, 0, 1, "node1", ("node1",), "10.0"), 0)
     attempts.write_ending(logs, "10.0", Ending("mistake", "too large", 0))
     assert _states(config)["dense"] == "failed: too large"
+
+
+def test_following_a_log_goes_on_while_the_result_to_be_replaced_stands(tmp_path, monkeypatch, capsys):
+    config = _run(tmp_path, "a")
+    result, log = config.path / "dense", config.path / "logs" / "dense" / "1_0_log.out"
+    result.mkdir()
+    artifacts.sign(result, {"stage": "dense", "sources": {}})
+    log.parent.mkdir(parents=True)
+    log.write_text("step 1\n")
+
+    def work(_):
+        with open(log, "a", encoding="utf-8") as file:
+            file.write("step 2\n")
+        os.utime(result / artifacts.DONE, (1, 1))  # the new one
+
+    monkeypatch.setattr(look, "_is_at_work", lambda *_: True)
+    monkeypatch.setattr(look.time, "sleep", work)
+    assert main(["logs", str(config.path), "dense", "-f"]) == 0
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
 
 
 def test_what_waited_for_the_dense_model_of_a_sweep_is_held(slurm, tmp_path):
