@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_train.config import RunConfig, TaskConfig, TrainConfig
+from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
 
@@ -66,7 +66,8 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
             if split == "train":
                 training_examples(built, processor, 1)
             else:
-                scored_examples(built, processor, config.evaluate.model_copy(update={"num_examples": 1}))
+                most = max(config.evaluate.max_new_tokens, config.benchmark.new_tokens)
+                scored_examples(built, processor, EvaluateConfig(num_examples=1, max_new_tokens=most))
     model = empty_model(shape)
     family = family_of(model)
     shapes = {name: tuple(linear.weight.shape) for name, linear in family.prunable_linears(model).items()}

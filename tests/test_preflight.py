@@ -152,6 +152,9 @@ def test_data_of_which_nothing_fits_is_told_before_the_first_job(tmp_path):
         check(_run("llama", task, **run))
     (tmp_path / "test.jsonl").write_text(rows[0] + "\n" + json.dumps({"question": "q", "answer": "a"}))
     check(_run("llama", task, **run))
+    for stage in ({"evaluate": {"max_new_tokens": 95}}, {"benchmark": {"new_tokens": 95}}):
+        with pytest.raises(UserError, match=r"no test example is left: .*96 positions.*; 95 new tokens"):
+            check(_run("llama", task, **run | stage))
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"no training example is left"):
         check(_run("llama", task, **run))

@@ -37,16 +37,17 @@ def training_examples(task: Task, processor: Processor,
 
 def scored_examples(task: Task, processor: Processor, spec: EvaluateConfig) -> tuple[Sequence[Example], int]:
     """(the first spec.num_examples test examples that the model can answer, how many before them are left out): there
-    is a position for each token of the prompt and evaluate.max_new_tokens more, and of the true answer.
+    is a position for each token of the prompt and spec.max_new_tokens more, and of the true answer.
 
     Raises UserError where there is none.
     """
     new_tokens = spec.max_new_tokens if task.generates else 0
-    kept_free = f"; evaluate.max_new_tokens={new_tokens}" if new_tokens else ""
+    kept_free = f"; {new_tokens} new tokens" if new_tokens else ""
     return _fitting(
         task, "test", spec.num_examples, lambda example: fits_model(example, processor, new_tokens),
         f"do not fit the model ({_bounds(processor)}{kept_free})",
-        "give shorter examples, a smaller evaluate.max_new_tokens or task.shots, or a model with more positions")
+        "give shorter examples, fewer task.shots or new tokens (evaluate.max_new_tokens, benchmark.new_tokens), or a "
+        "model with more positions")
 
 
 def _bounds(processor: Processor) -> str:
