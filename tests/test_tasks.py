@@ -259,7 +259,7 @@ def test_examples_without_a_position_for_each_token_are_left_out_counted_and_nam
     assert num_left_out == 2 and [example.answer[:3] for example in examples] == [" a0", " a1"]
     assert ("2 of the first 4 test examples do not fit the model (40 positions, 320 embedded token ids; "
             "15 new tokens): 'Question: long") in caplog.text
-    with pytest.raises(UserError, match=r"no test example is left: 6 of the first 6 .*new tokens \(evaluate.max_new_tokens"):
+    with pytest.raises(UserError, match=r"no test example is left: 6 of the first 6 .*\(evaluate.max_new_tokens"):
         scored_examples(task, processor, EvaluateConfig(max_new_tokens=39))
     # A token that the embedding lacks, such as one for images that the tokenizer knows of.
     task = build_task(_folder(tmp_path, [json.dumps({"question": "see <image>", "answer": "a"}), *_LINES]))

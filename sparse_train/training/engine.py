@@ -102,7 +102,8 @@ def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
 def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
     """A model under ZeRO-3 of which this rank has read its own slices and nothing else.
 
-    The memory of a whole tensor is reserved while its slice is copied, but its other pages are never touched.
+    The memory of a whole tensor is reserved while its slice is copied, but its other pages are never touched. Only what
+    is put together of several stored tensors, such as fused experts, is made whole first.
     """
     model, folder = open_model(path, dtype)
     for name in dist.share(list(folder.shapes)):
