@@ -93,7 +93,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it in that encoding") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except NotYaml as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -101,9 +101,11 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     base = tree.pop("extends", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends must be the path of one file, not a {type(base).__name__}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself")
-    below = _read_tree(path.parent / str(base), (*seen, path.resolve()))
+    below = _read_tree(path.parent / base, (*seen, path.resolve()))
     below.pop("about", None)
     return _merged(below, tree)
 

@@ -38,7 +38,7 @@ class Runtime:
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
         if not read.is_unicode(prompt):
-            raise UserError(f"the prompt {prompt!r} is not UTF-8; give it in that encoding")
+            raise UserError(f"the prompt {prompt!r} is not UTF-8; give it as UTF-8")
         if self.processor.features is not None:
             raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
         example = Example(prompt, "")
