@@ -83,6 +83,8 @@ def replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
                                     "it; give name=OTHER for a run of its own")
             for folder in (config.path / stage.id, partial_folder(stage, config)):
                 artifacts.require_own(folder, stage.id)
+            if stage.job == "report":  # seconds of work on what the others measured; nothing of it is lost
+                continue
             if artifacts.read_manifest(config.path / stage.id) or (config.path / stage.id).exists():
                 lost = f"{stage.id} ({reason})"
             else:

@@ -144,6 +144,7 @@ def test_finished_work_is_replaced_only_where_that_is_asked_for(tmp_path, capsys
     assert "prune.sparsity: 0.75 -> 0.5" in capsys.readouterr().out
     runner.check_replaced([_config(tmp_path, "prune.sparsity=0.5")], [], replace=True)
     runner.check_replaced([_config(tmp_path)], [], replace=False)
+    runner.check_replaced([_config(tmp_path, "about=words")], [], replace=False)  # the report alone
     assert main(["run", str(RECIPE), f"folder='{tmp_path}'", "sweep={seed: [1, 2]}", "name=sweep", "--dry-run"]) == 0
 
 
