@@ -22,6 +22,7 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     """
     from sparse_train.models import (
+        check_on_hub,
         describe,
         empty_model,
         family_of,
@@ -68,6 +69,8 @@ def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
             else:
                 most = max(config.evaluate.max_new_tokens, config.benchmark.new_tokens)
                 scored_examples(built, processor, EvaluateConfig(num_examples=1, max_new_tokens=most))
+    elif path is not None and not dry_run:
+        check_on_hub(path, shape)
     model = empty_model(shape)
     family = family_of(model)
     shapes = {name: tuple(linear.weight.shape) for name, linear in family.prunable_linears(model).items()}

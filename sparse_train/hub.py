@@ -2,7 +2,7 @@
 
 import functools
 
-from huggingface_hub import constants, get_session, repo_exists
+from huggingface_hub import constants, get_safetensors_metadata, get_session, repo_exists
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -27,6 +27,18 @@ def has_data_set(name: str) -> bool | None:
         return repo_exists(name, repo_type="dataset")
     except Exception:  # as below; it does answer, but not this
         return None
+
+
+def tensors_on_hub(name: str) -> dict[str, tuple[tuple[int, ...], str]] | None:
+    """Shape and dtype of each tensor of a model, from the headers of its model.safetensors; None where the hub cannot
+    tell, as of what is only in the cache here."""
+    if not hub_answers():
+        return None
+    try:
+        files = get_safetensors_metadata(name).files_metadata.values()
+    except Exception:  # as below; what is wrong is told when it is downloaded
+        return None
+    return {tensor: (tuple(info.shape), info.dtype) for file in files for tensor, info in file.tensors.items()}
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers, may_be_hub_name
-from sparse_train.models import build_model, build_processor, open_model, read_config, save_model
+from sparse_train.models import build_model, build_processor, check_on_hub, open_model, read_config, save_model
 from sparse_train.models import processor as models_processor
+from sparse_train.sparse import TensorFolder
 from sparse_train.tasks import build_task
 from tests.models import tiny_tokenizer
 
@@ -158,3 +159,17 @@ def test_data_of_which_nothing_fits_is_told_before_the_first_job(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"no training example is left"):
         check(_run("llama", task, **run))
+
+
+def test_a_model_on_the_hub_is_refused_from_names_before_a_download(tmp_path, monkeypatch):
+    size = ModelConfig(family="llama", d_model=32, n_layers=1, n_heads=2)
+    processor = build_processor(size, tiny_tokenizer())
+    save_model(tmp_path, build_model(size, processor), processor)
+    tensors = TensorFolder(tmp_path)
+    specs = {name: tensors.spec(name) for name in tensors.names}
+    monkeypatch.setattr("sparse_train.models.checkpoint.tensors_on_hub", lambda name: specs)
+    config = read_config(tmp_path)
+    check_on_hub("owner/name", config)
+    del specs["model.norm.weight"]
+    with pytest.raises(UserError, match=r"^owner/name lacks 1 tensors of a llama model, such as model\.norm\.weight"):
+        check_on_hub("owner/name", config)

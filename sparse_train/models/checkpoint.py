@@ -6,21 +6,21 @@
 There is one way in, so that what one stage reads no other refuses. Nothing of a folder is unpickled or executed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparse_train.errors import UserError, first_line
-from sparse_train.hub import hub_answers
+from sparse_train.hub import hub_answers, tensors_on_hub
 from sparse_train.models.config import is_folder, read_config, read_generation, reading
 from sparse_train.models.empty import compute, empty_model, own_tensors
 from sparse_train.models.names import Source, as_stored, match
-from sparse_train.models.older import add_older_keys
+from sparse_train.models.older import add_older_keys, with_head
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
 _DTYPES = ("F64", "F32", "BF16", "F16")
@@ -88,10 +88,7 @@ class ModelFolder(TensorFolder):
         self._sources: dict[str, Source] = {}
 
     def get(self, name: str) -> torch.Tensor:
-        source = self._sources.get(name, Source(name))
-        if source.conversion is None:
-            return super().get(source.name)
-        return source.conversion.apply(super().get)[source.name]
+        return self._read(self._sources.get(name, Source(name)))
 
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """As in TensorFolder; what a conversion makes is made whole, and cut."""
@@ -102,52 +99,78 @@ class ModelFolder(TensorFolder):
 
     def match(self, model: PreTrainedModel) -> None:
         """Find each tensor of the dense `model`; raises UserError where one is missing, left over or of another shape.
-
-        transformers' rules for published checkpoints hold: names are converted as from_pretrained does, a tied tensor
-        may go by either name, some tensors are computed where they are missing, and some names of old may be left over.
-        What a model ties but a checkpoint holds apart is untied. A sparse checkpoint has the model's own names.
         """
-        kind = f"a {model.config.model_type} model"
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        specs = {name: self.spec(name) for name in self.names}
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._sources, found = match(model, {name: shape for name, (shape, _) in specs.items()}, not self.shapes)
-        for name, source in self._sources.items():
-            stored = specs[source.name if source.conversion is None else source.conversion.names()[0]][1]
-            if name in parameters and stored not in _DTYPES:
-                raise UserError(f"{self.folder}: {name} is stored as {stored}, so the checkpoint is quantised; give "
-                                "the one that it was made from, in fp32, bf16 or fp16")
-        self._match_ties(model, found)
-        found |= {f"{name}.weight": shape for name, shape in self.shapes.items()}
-        absent = own_tensors(model).keys() - found.keys()
-        odd = SimpleNamespace(missing_keys=set(absent), unexpected_keys=found.keys() - expected.keys())
-        model._adjust_missing_and_unexpected_keys(odd)  # transformers' own lists of exceptions
-        missing, left = sorted(odd.missing_keys), sorted(odd.unexpected_keys)
-        if missing:
-            raise UserError(f"{self.folder} lacks {len(missing)} tensors of {kind}, such as {missing[0]}; the "
-                            "checkpoint is not complete")
-        if left:
-            raise UserError(f"{self.folder} holds {len(left)} tensors that {kind} does not have, such as {left[0]}; "
-                            "its config.json belongs to another model")
-        for name in own_tensors(model):
-            if name not in absent and found[name] != expected[name]:
-                raise UserError(f"{self.folder}: {name} has shape {found[name]}, but {expected[name]} in {kind} of its "
-                                "config.json, which belongs to another model")
-        compute(model, absent)
+        def same(one: Source, other: Source) -> bool:
+            return torch.equal(self._read(one), self._read(other))
+        self._sources = match_tensors(model, {name: self.spec(name) for name in self.names}, self.folder, self.shapes,
+                                      same)
 
-    def _match_ties(self, model: PreTrainedModel, found: dict[str, tuple[int, ...]]) -> None:
-        ties = model.all_tied_weights_keys
-        for target, source in list(ties.items()):
-            if {target, source} <= self._sources.keys() and not torch.equal(self.get(target), self.get(source)):
-                # T5 v1.1: its config cannot say that the head is not the embedding.
-                del ties[target]
-                parent, _, short = target.rpartition(".")
-                setattr(model.get_submodule(parent), short, nn.Parameter(torch.empty_like(model.get_parameter(target))))
-        for names in (ties.items(), ((source, target) for target, source in ties.items())):
-            for here, other in names:
-                if here in self._sources:
-                    self._sources.setdefault(other, self._sources[here])
-                    found.setdefault(other, found[here])
+    def _read(self, source: Source) -> torch.Tensor:
+        if source.conversion is None:
+            return super().get(source.name)
+        return source.conversion.apply(super().get)[source.name]
+
+
+def match_tensors(model: PreTrainedModel, specs: Mapping[str, tuple[tuple[int, ...], str]], where: str | Path,
+                  sparse: Mapping[str, tuple[int, ...]], same: Callable[[Source, Source], bool]) -> dict[str, Source]:
+    """Where each tensor of the dense `model` comes from, of a checkpoint that holds `specs` (shape and dtype by name)
+    and the `sparse` weights (module name -> shape). Raises UserError where one is missing, left over or of another
+    shape.
+
+    transformers' rules for published checkpoints hold: names are converted as from_pretrained does, a tied tensor may
+    go by either name, some tensors are computed where they are missing, and some names of old may be left over. What a
+    model ties but a checkpoint holds apart is untied. A sparse checkpoint has the model's own names.
+    """
+    kind = f"a {model.config.model_type} model"
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    sources, found = match(model, {name: shape for name, (shape, _) in specs.items()}, not sparse)
+    for name, source in sources.items():
+        stored = specs[source.name if source.conversion is None else source.conversion.names()[0]][1]
+        if name in parameters and stored not in _DTYPES:
+            raise UserError(f"{where}: {name} is stored as {stored}, so the checkpoint is quantised; give the one that "
+                            "it was made from, in fp32, bf16 or fp16")
+    _match_ties(model, sources, found, same)
+    found |= {f"{name}.weight": shape for name, shape in sparse.items()}
+    absent = own_tensors(model).keys() - found.keys()
+    odd = SimpleNamespace(missing_keys=set(absent), unexpected_keys=found.keys() - expected.keys())
+    model._adjust_missing_and_unexpected_keys(odd)  # transformers' own lists of exceptions
+    missing, left = sorted(odd.missing_keys), sorted(odd.unexpected_keys)
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} tensors of {kind}, such as {missing[0]}; the checkpoint is not "
+                        "complete")
+    if left:
+        raise UserError(f"{where} holds {len(left)} tensors that {kind} does not have, such as {left[0]}; its "
+                        "config.json belongs to another model")
+    for name in own_tensors(model):
+        if name not in absent and found[name] != expected[name]:
+            raise UserError(f"{where}: {name} has shape {found[name]}, but {expected[name]} in {kind} of its "
+                            "config.json, which belongs to another model")
+    compute(model, absent)
+    return sources
+
+
+def _match_ties(model: PreTrainedModel, sources: dict[str, Source], found: dict[str, tuple[int, ...]],
+                same: Callable[[Source, Source], bool]) -> None:
+    ties = model.all_tied_weights_keys
+    for target, source in list(ties.items()):
+        if {target, source} <= sources.keys() and not same(sources[target], sources[source]):
+            # T5 v1.1: its config cannot say that the head is not the embedding.
+            del ties[target]
+            parent, _, short = target.rpartition(".")
+            setattr(model.get_submodule(parent), short, nn.Parameter(torch.empty_like(model.get_parameter(target))))
+    for names in (ties.items(), ((source, target) for target, source in ties.items())):
+        for here, other in names:
+            if here in sources:
+                sources.setdefault(other, sources[here])
+                found.setdefault(other, found[here])
+
+
+def check_on_hub(name: str, config: PretrainedConfig) -> None:
+    """Raises UserError for what names and shapes tell of a model on the hub, before its weights are downloaded."""
+    specs = tensors_on_hub(name)
+    if specs is not None:
+        match_tensors(empty_model(config), specs, name, {}, lambda one, other: True)
 
 
 def fill(model: PreTrainedModel, folder: ModelFolder) -> None:
@@ -173,4 +196,4 @@ def save_model(folder: Path, model: PreTrainedModel, processor,
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()}
     own = own_tensors(model)
     named = own.items() if tensors is None else tensors
-    write_tensors(folder, named if shapes else as_stored(model, named, own), shapes)
+    write_tensors(folder, named if shapes else with_head(model, as_stored(model, named, own)), shapes)

@@ -1,20 +1,25 @@
 """What transformers 4 needs in a folder that transformers 5 wrote. Version 5 reads both ways of saying it the same."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from sparse_train.artifacts import write_json
 
 _FAST = "TokenizersBackend"
-_LOCAL = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq",
+_LOCAL = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq", "olmo3": "rope_theta",
           "modernbert-decoder": "local_rope_theta"}
+Named = tuple[str, torch.Tensor]
 
 
 def add_older_keys(folder: Path) -> None:
     """Rewrite config.json and tokenizer_config.json of `folder` so that transformers 4.57 reads them too."""
     config = folder / "config.json"
-    write_json(config, _with_rope(json.loads(config.read_text(encoding="utf-8"))))
+    write_json(config, _with_older_names(json.loads(config.read_text(encoding="utf-8"))))
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
         given = json.loads(tokenizer.read_text(encoding="utf-8"))
@@ -25,10 +30,37 @@ def add_older_keys(folder: Path) -> None:
         write_json(tokenizer, given)
 
 
+def with_head(model: PreTrainedModel, tensors: Iterable[Named]) -> Iterator[Named]:
+    """`tensors`, with the head twice where version 4 would not tie it: see `_is_unscaled`."""
+    heads = model.all_tied_weights_keys if _is_unscaled(model.config) else {}
+    source = heads.get("lm_head.weight")
+    for name, tensor in tensors:
+        yield name, tensor
+        if name == source:
+            yield "lm_head.weight", tensor.detach().clone()
+
+
+def _is_unscaled(config: PretrainedConfig) -> bool:
+    """T5 1.1 and its like: version 4 scales the decoder's output where the head is tied, version 5 says both apart."""
+    return config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
+
+
+def _with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    made = _with_rope({key: _with_older_names(value) if isinstance(value, dict) and "model_type" in value else value
+                       for key, value in config.items()})
+    model_type = config.get("model_type", "")
+    if model_type in CONFIG_MAPPING:
+        for older, newer in CONFIG_MAPPING[model_type].attribute_map.items():
+            if older == "num_experts" and newer in made:
+                made.setdefault(older, made[newer])
+    if model_type == "mt5" or config.get("scale_decoder_outputs", True) is False:
+        made["tie_word_embeddings"] = False
+    return made
+
+
 def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Version 4 does not know `rope_parameters`, and computes with its default theta."""
-    made = {key: _with_rope(value) if isinstance(value, dict) and "model_type" in value else value
-            for key, value in config.items()}
+    made = dict(config)
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return made

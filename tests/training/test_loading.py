@@ -17,6 +17,7 @@ from sparse_train.sparse import format as sparse_format
 from sparse_train.sparse import sparse_linears
 from sparse_train.training import audit, load_student, load_teacher
 from sparse_train.training.engine import FrozenBits, build_student, build_teacher, gathered_tensors
+from tests.model_types import built
 from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.test_families import made
@@ -44,13 +45,26 @@ def test_slices_make_up_the_checkpoint(kind, tmp_path, monkeypatch):
             assert torch.equal(tensors[name], tensor), name
 
 
-def test_a_head_that_is_stored_beside_the_embedding_is_sliced_too(tmp_path):
+def _load_each(path):
+    return {folder.name: _load(folder)[1] for folder in sorted(path.iterdir())}
+
+
+def test_what_lies_otherwise_in_the_file_is_sliced_too(tmp_path):
+    """A head of its own beside the embedding; other names (GPT-NeoX); experts one by one; positions that are computed
+    (Marian's)."""
     model, processor = made("t5-gated")
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
-    save_model(tmp_path, model, processor)
-    for _, tensors in run_ranks(_load, 2, tmp_path):
-        assert tensors.keys() == own_tensors(model).keys() and "lm_head.weight" in tensors
-        assert all(torch.equal(tensors[name], tensor) for name, tensor in own_tensors(model).items())
+    save_model(tmp_path / "t5", model, processor)
+    models = {"t5": model}
+    for model_type in ("gpt_neox", "qwen3_moe", "marian"):
+        models[model_type] = built(model_type)
+        models[model_type].save_pretrained(tmp_path / model_type)
+    for found in run_ranks(_load_each, 2, tmp_path):
+        assert "lm_head.weight" in found["t5"]
+        for name, model in models.items():
+            own = own_tensors(model)
+            assert found[name].keys() == own.keys()
+            assert all(torch.equal(found[name][key], tensor) for key, tensor in own.items()), name
 
 
 def _refusal(path):
