@@ -285,6 +285,8 @@ def _cancel(options, console: Console) -> int:
     if withdrawn:
         console.print(f"withdrawn: {', '.join(withdrawn)}", highlight=False)
     elif not launchers:
+        if folders == [options.run]:
+            read_run(options.run)  # raises where it is no run
         if host := next(filter(None, map(other_host, (options.run, *folders))), ""):
             raise UserError(f"{options.run} was started on {host} and has not ended, unless it was killed; run this "
                             "command there")

@@ -125,8 +125,8 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, in
         raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
     for name, (_, _, dtype) in stored.items():
         if dtype not in NUM_BYTES:
-            raise UserError(f"{file}: {name} is stored as {dtype}; read are {', '.join(NUM_BYTES)}, so give a folder "
-                            "whose weights are not quantised")
+            raise UserError(f"{file}: {name} is stored as {dtype}, which is not supported (supported: "
+                            f"{', '.join(NUM_BYTES)}); give a folder whose weights are not quantised")
     if HEADER not in metadata:
         return stored, {}
     return stored, _validated(_Metadata, metadata[HEADER], file).shapes

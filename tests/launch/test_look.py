@@ -197,10 +197,12 @@ def test_looking_loads_nothing_heavy_and_prints_to_any_terminal(tmp_path):
     (run / "logs" / "dense").mkdir(parents=True)
     (run / "logs" / "dense" / "7_0_log.out").write_text("step 1\n")
     lines, heavy = _in_a_process([["--help"], ["run", "--help"], ["status", str(run)], ["runs", str(tmp_path)],
-                                  ["cancel", str(run)], ["logs", str(run), "dense"], ["status", str(run.parent / "b")]],
+                                  ["cancel", str(run)], ["logs", str(run), "dense"], ["status", str(run.parent / "b")],
+                                  ["cancel", str(run.parent / "b")]],
                                  env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert [line for line in lines if line.startswith("code")] == [*["code 0"] * 6, "code 2"]
-    assert "nothing is running" in lines and "step 1" in lines and "gr\\xf6\\xdfe" in lines[-2]
+    assert [line for line in lines if line.startswith("code")] == [*["code 0"] * 6, *["code 2"] * 2]
+    assert "nothing is running" in lines and "step 1" in lines
+    assert all("gr\\xf6\\xdfe" in line and "is no run folder" in line for line in (lines[-4], lines[-2]))
     assert heavy == "[]"
 
 
