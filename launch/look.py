@@ -147,7 +147,9 @@ def _look_at_stage(run: Files, stage: Stage, reason: str, state: JobState | None
         return Look(stage, f"done{took}", job, _short(manifest.get("nodes") or ()), len(tried))
     text = _told(run.config, stage, reason, state, tried, failed)
     nodes = state.nodes if state and state.state == "RUNNING" else ""
-    return Look(stage, text, job, nodes, len(tried), read_progress(stage, run.config))
+    # What a finished stage wrote last tells nothing of why it will run again.
+    old = text == reason and (run.config.path / stage.id / artifacts.DONE).is_file()
+    return Look(stage, text, job, nodes, len(tried), None if old else read_progress(stage, run.config))
 
 
 def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, tried: list, failed: list[str]) -> str:

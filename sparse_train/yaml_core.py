@@ -43,7 +43,8 @@ class _Loader(yaml.SafeLoader):
                 raise ConstructorError(None, None, "a key must be one word", key.start_mark)
         for name, times in Counter(key.value for key, _ in node.value).items():
             if times > 1:
-                raise ConstructorError(None, None, f"the key {name} is given {times} times", node.start_mark)
+                again = [key.start_mark for key, _ in node.value if key.value == name][-1]
+                raise ConstructorError(None, None, f"the key {name} is given {times} times", again)
         return super().construct_mapping(node, deep)
 
     def construct_text(self, node):

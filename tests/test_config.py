@@ -199,7 +199,7 @@ def test_the_task_of_a_run_without_one_is_what_its_family_can_do(family, task):
 
 @pytest.mark.parametrize("text, told", [
     (b"- a\n- b\n", "must hold a mapping"), (b"a: [1", "is not valid YAML: line 1"),
-    (b"name: x\nname: y\n", "line 1: the key name is given 2 times"),
+    (b"name: x\nname: y\n", "line 2: the key name is given 2 times"),
     ("name: Größe".encode("latin-1"), r"is not UTF-8 text \(byte 8\); save it as UTF-8"),
     (b"extends: [a, b]", "extends must be the path of one file"),
     (b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9) or b"x") for i in range(1, 9)),

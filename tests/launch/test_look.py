@@ -15,7 +15,7 @@ from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.look import look_at, read_files
 from sparse_train.launch.place import Place
 from sparse_train.launch.runner import freeze
-from sparse_train.launch.stages import build_stages, log_folder
+from sparse_train.launch.stages import build_stages, log_folder, progress_file, sources
 from sparse_train.launch.submitted import read_jobs
 
 from sparse_train import artifacts
@@ -99,6 +99,19 @@ def test_what_waited_for_the_dense_model_of_a_sweep_is_held(slurm, tmp_path):
     states = _states(config)
     assert states["prune"] == "held: dense-1/dense did not finish"
     assert states["finetune/ce"] == "held: prune did not finish"
+
+
+def test_a_finished_stage_that_will_run_again_shows_why_and_no_old_progress(slurm, tmp_path):
+    config = _run(tmp_path, "a")
+    dense = build_stages(config)[0]
+    progress_file(dense, config).parent.mkdir(parents=True)
+    progress_file(dense, config).write_text('{"done": 3, "total": 6, "note": "loss 1", "seconds_left": 9}')
+    assert look_at([read_files(config)], Console())[0][0].cells()[1] == "not done yet, 3/6 loss 1"
+    (config.path / "dense").mkdir()
+    (config.path / "dense" / "result").touch()
+    artifacts.sign(config.path / "dense", {"stage": "dense", "sources": sources(dense, config)})
+    changed = config.model_copy(update={"seed": config.seed + 1})
+    assert look_at([read_files(changed)], Console())[0][0].cells()[1] == f"seed: {config.seed} -> {changed.seed}"
 
 
 def test_one_job_may_stand_in_two_runs(slurm, tmp_path):
