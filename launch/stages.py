@@ -186,9 +186,9 @@ def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig, whole: 
             before = _default(seen, key)
         if found := _change(before, _value(seen, key), key):
             return found
-    for name in today["inputs"].keys() | recorded["inputs"].keys():
+    for name in [*today["inputs"], *recorded["inputs"]]:  # in the order of the stages, the same at each look
         if today["inputs"].get(name) != recorded["inputs"].get(name):
-            words = "is another" if name in recorded["inputs"] else "was not read"
+            words = "has changed" if name in recorded["inputs"] else "was not read"
             return f"{name} {words}" if name in today["inputs"] else f"it read {name}"
     return None
 

@@ -127,6 +127,8 @@ def test_keys_of_a_newer_release_make_nothing_stale_unless_they_are_set(tmp_path
     assert why_stale(recorded, stage, config, {"finetune": {"teacher": {"precision": "bf16"}}}) == \
         'finetune.teacher.precision: "bf16" -> null'
     assert why_stale(recorded, stage, config, {"finetune": {}}) is None
+    other = {**recorded, "inputs": {name: "another" for name in reversed(recorded["inputs"])}}
+    assert list(other["inputs"]) == ["prune", "dense"] and why_stale(other, stage, config) == "dense has changed"
     warm = _with(config, "finetune.losses.squarehead.temperature", 2.0)
     assert why_stale(recorded, stage, warm) == "finetune.losses.squarehead.temperature: 1.0 -> 2.0"
 
