@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_commands(bench)
 
     generate = commands.add_parser("generate", help="generate text with a dense or sparse model folder")
-    generate.add_argument("folder", type=Path, metavar="FOLDER")
+    generate.add_argument("folder", metavar="FOLDER", help="or a name on the hub")  # a Path would drop the "./"
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, metavar="N",
                           help="128 unless given, or as many as the model has positions for")

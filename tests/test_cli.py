@@ -41,6 +41,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["status", "EMPTY"], "is no run folder"),
     (["inspect", "EMPTY"], "is no checkpoint"),
     (["inspect", "nowhere"], "there is no folder nowhere"),
+    (["generate", "./nowhere", "--prompt", "x"], "there is no folder ./nowhere"),
     (["generate", "EMPTY", "--prompt", "x"], "is no checkpoint"),
     (["generate", "EMPTY", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
 ])

@@ -91,6 +91,9 @@ def test_a_failing_cholesky_is_tried_with_more_damping_then_named(caplog):
     assert torch.isfinite(updated).all() and "some.layer: Cholesky failed" in caplog.text
     with pytest.raises(UserError, match=r"some\.layer: its Hessian is singular"):
         sparsegpt(weight, -torch.eye(48), PruneConfig(sparsity=0.5), "some.layer")
+    for bad in ((weight * torch.nan, torch.eye(48)), (weight, torch.eye(48) * torch.inf)):
+        with pytest.raises(UserError, match=r"^some\.layer: .* is not finite"):
+            sparsegpt(*bad, PruneConfig(sparsity=0.5), "some.layer")
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 20])
