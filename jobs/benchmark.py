@@ -8,7 +8,6 @@ On the CPU with the kernels of the compressed models, on a GPU with weights that
 from typing import Any
 
 import torch
-from sparse_train.jobs.job import Job
 
 from sparse_train import artifacts, dist, kernels
 from sparse_train.bench import MPT_7B_BLOCK, decode_rows, layer_rows
@@ -18,6 +17,7 @@ from sparse_train.config import EvaluateConfig
 from sparse_train.cpus import cpu_name
 from sparse_train.errors import UserError
 from sparse_train.inference import load
+from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, scored_examples

@@ -6,11 +6,10 @@
 
 from typing import Any
 
-from sparse_train.jobs.job import Job
-
 from sparse_train import artifacts
 from sparse_train.compress import export_dense, export_sparse, unpruned_zeros
 from sparse_train.inference import load
+from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, scored_examples

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from sparse_train.jobs.finetune import fine_tune
-from sparse_train.jobs.job import Job
 
 from sparse_train.config import LossConfig
+from sparse_train.jobs.finetune import fine_tune
+from sparse_train.jobs.job import Job
 from sparse_train.models import build_model, build_processor, load_processor
 from sparse_train.tasks import build_task, build_tokenizer
 from sparse_train.training import load_student

@@ -3,10 +3,9 @@
 import json
 from typing import Any
 
-from sparse_train.jobs.job import Job
-
 from sparse_train import dist
 from sparse_train.artifacts import write_json
+from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import densify, sparse_linears
 from sparse_train.tasks import build_task, scored_examples

@@ -4,12 +4,12 @@ import math
 from collections import deque
 from typing import Any
 
-from sparse_train.jobs.job import Job, Stopped
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train import dist
 from sparse_train.config import LossConfig, TeacherConfig, TrainConfig
+from sparse_train.jobs.job import Job, Stopped
 from sparse_train.models import Processor, load_processor, own_tensors, save_model
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, training_examples

@@ -5,9 +5,8 @@ The model is the dense one, or the fine-tuned one of the level before, whose zer
 
 from typing import Any
 
-from sparse_train.jobs.job import Job
-
 from sparse_train import dist
+from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import densify, sparse_linears, sparsify

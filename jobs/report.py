@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from sparse_train.jobs.job import Job
 
 from sparse_train import artifacts
 from sparse_train.bench.plots import plot_accuracy
 from sparse_train.bench.tables import SPEED_HEADER, notes, print_measured, speed_cells
+from sparse_train.jobs.job import Job
 from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 

@@ -12,13 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+from sparse_train.config_file import load_config
 from sparse_train.launch import attempts
 from sparse_train.launch.attempts import EXIT_CODES, Ending
 from sparse_train.launch.cluster import CLUSTER, ClusterConfig
 from sparse_train.launch.place import attempt_of_job
 from sparse_train.launch.stages import find_stage, log_folder, read_run
-
-from sparse_train.config_file import load_config
 
 _PATIENCE = 12
 

@@ -115,11 +115,10 @@ def _train(options, console: Console) -> int:
 
 
 def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
-    from sparse_train.launch.place import find_place
-    from sparse_train.launch.worker import join_ranks
-
     from sparse_train import dist
     from sparse_train.bench.train import TrainBench, train_bench
+    from sparse_train.launch.place import find_place
+    from sparse_train.launch.worker import join_ranks
 
     pulse = join_ranks(find_place(), cluster, port)
     try:

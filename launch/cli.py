@@ -12,10 +12,10 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
-from sparse_train.launch.bench import add_commands as add_bench_commands
-from sparse_train.launch.look import add_commands as add_look_commands
 
 from sparse_train.errors import StageFailed, UserError, is_of_a_path, printable, told_of
+from sparse_train.launch.bench import add_commands as add_bench_commands
+from sparse_train.launch.look import add_commands as add_look_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,14 +117,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options, console: Console) -> int:
+    from sparse_train.config_file import load_points
     from sparse_train.launch import runner, slurm
     from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
     from sparse_train.launch.preflight import check, numbers, require_data
     from sparse_train.launch.recipes import find_recipe
     from sparse_train.launch.submitted import require_idle
     from sparse_train.launch.sweep import run_sweep
-
-    from sparse_train.config_file import load_points
 
     ours = [text for text in options.overrides if text.startswith(UNDER)]
     points = load_points(find_recipe(options.config), [text for text in options.overrides if text not in ours],

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_train.launch.stages import read_run
-
 from sparse_train.errors import UserError
+from sparse_train.launch.stages import read_run
 
 _FILE = ".lock"
 

@@ -15,6 +15,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import UserError, told_of
 from sparse_train.launch import attempts, submitted
 from sparse_train.launch.lock import Launcher, find_launcher, other_host
 from sparse_train.launch.runner import STOP_PATIENCE_S, plan, told_of_stop
@@ -30,10 +34,6 @@ from sparse_train.launch.stages import (
     select,
 )
 from sparse_train.launch.submitted import JobState, job_states, read_jobs
-
-from sparse_train import artifacts
-from sparse_train.config import RunConfig
-from sparse_train.errors import UserError, told_of
 from sparse_train.tables import make_table, print_table
 
 _HEADER = ("stage", "state", "job", "nodes", "tries")

@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.config_file import dump_config
+from sparse_train.errors import StageFailed, UserError
 from sparse_train.launch import attempts
 from sparse_train.launch.attempts import Ending, rank_log
 from sparse_train.launch.cluster import CLUSTER, ClusterConfig
@@ -30,11 +35,6 @@ from sparse_train.launch.stages import (
     select,
     why_stale,
 )
-
-from sparse_train import artifacts
-from sparse_train.config import RunConfig
-from sparse_train.config_file import dump_config
-from sparse_train.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
     import submitit

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import submitit
 from rich.console import Console
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import StageFailed, UserError
 from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.lock import locked
 from sparse_train.launch.runner import check_replaced, claim, plan, process
 from sparse_train.launch.snapshot import freeze_code
 from sparse_train.launch.stages import JOB_FILE, Stage, build_stages, log_folder, select
 from sparse_train.launch.submitted import array_of, require_idle
-
-from sparse_train import artifacts
-from sparse_train.config import RunConfig
-from sparse_train.errors import StageFailed, UserError
 
 RUNS_FILE = "runs.txt"
 

@@ -10,16 +10,16 @@ import statistics
 from typing import Any
 
 from rich.console import Console
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import StageFailed, UserError
 from sparse_train.launch import runner, slurm
 from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.lock import locked
 from sparse_train.launch.preflight import check, numbers, require_data
 from sparse_train.launch.stages import build_stages, dense_of_sweep, is_current
 from sparse_train.launch.submitted import require_idle
-
-from sparse_train import artifacts
-from sparse_train.config import RunConfig
-from sparse_train.errors import StageFailed, UserError
 from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 

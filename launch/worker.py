@@ -18,6 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+
+from sparse_train import artifacts, dist, storage
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
+from sparse_train.cpus import set_threads
+from sparse_train.errors import UserError
 from sparse_train.jobs.job import Job, Stopped
 from sparse_train.launch import attempts, readiness
 from sparse_train.launch.attempts import EXIT_CODES, Ending, Superseded
@@ -35,12 +41,6 @@ from sparse_train.launch.stages import (
     sources,
     why_stale,
 )
-
-from sparse_train import artifacts, dist, storage
-from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
-from sparse_train.cpus import set_threads
-from sparse_train.errors import UserError
 from sparse_train.pulse import Pulse
 from sparse_train.tracking import Progress, log_results
 from sparse_train.training import checkpoint

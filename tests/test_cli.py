@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from sparse_train.launch.cli import main
 
 _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_train.launch.cli import main
 from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts, kernels
@@ -12,6 +11,7 @@ from sparse_train.compress import dequantise, export_dense, export_sparse, quant
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import PackedLinear, load
+from sparse_train.launch.cli import main
 from sparse_train.models import load_model, load_processor, own_tensors, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify

@@ -10,10 +10,10 @@ import signal
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sparse_train.launch.cli import main
 
 from sparse_train.compress import export_sparse
 from sparse_train.config import PruneConfig
+from sparse_train.launch.cli import main
 from sparse_train.models import save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from sparse_train.launch.runner import free_port
 from torch import distributed
 
+from sparse_train.launch.runner import free_port
 from sparse_train.pulse import Pulse
 from tests.ranks import CONTEXT, run_ranks
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from sparse_train.launch.cli import main
 
 TOP = Path(__file__).parents[1]

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from sparse_train.jobs.report import _page, print_tables
 
 from sparse_train.bench import decode_rows
 from sparse_train.config import ModelConfig
 from sparse_train.inference import Runtime
+from sparse_train.jobs.report import _page, print_tables
 from sparse_train.models import build_model, build_processor
 from sparse_train.tasks import Example
 from tests.models import tiny_tokenizer

@@ -5,10 +5,10 @@ import errno
 import subprocess
 
 import pytest
-from sparse_train.launch import attempts, worker
 
 from sparse_train import storage
 from sparse_train.errors import UserError
+from sparse_train.launch import attempts, worker
 from tests.launch.test_attempts import _place
 
 

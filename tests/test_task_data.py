@@ -9,11 +9,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from sparse_train.jobs import prune as prune_job
-from sparse_train.jobs.job import Job
 
 from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.errors import UserError
+from sparse_train.jobs import prune as prune_job
+from sparse_train.jobs.job import Job
 from sparse_train.models import build_model, build_processor, save_model
 from sparse_train.tasks import build_task, build_tokenizer, read
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from sparse_train.launch import attempts
-from sparse_train.launch.submitted import job_states, read_jobs
 
 from sparse_train import artifacts
+from sparse_train.launch import attempts
+from sparse_train.launch.submitted import job_states, read_jobs
 from tests.launch.test_pipeline import RECIPE, _cli
 
 STATE = Path(os.environ.get("SLURM_STATE", "/tmp/sparse-train-slurm"))

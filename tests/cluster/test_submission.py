@@ -7,11 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from sparse_train import artifacts
 from sparse_train.launch import attempts
 from sparse_train.launch.stages import build_stages, read_run
 from sparse_train.launch.submitted import read_jobs
-
-from sparse_train import artifacts
 from tests.cluster.conftest import NUM_STEPS, PLACE, at_work, submit, wait_for, wait_for_end
 from tests.launch.test_pipeline import RECIPE, _cli
 

@@ -11,9 +11,9 @@ import subprocess
 
 import psutil
 import pytest
+
 from sparse_train.launch import attempts
 from sparse_train.launch.submitted import read_jobs
-
 from tests.cluster.conftest import (
     LONG,
     STAGES,

@@ -8,6 +8,10 @@ import subprocess
 import time
 
 import pytest
+
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
+from sparse_train.errors import UserError
 from sparse_train.jobs.job import Stopped
 from sparse_train.launch import afterwards, attempts, worker
 from sparse_train.launch.afterwards import reason_to_run_again
@@ -16,10 +20,6 @@ from sparse_train.launch.cluster import ClusterConfig
 from sparse_train.launch.place import Place, attempt_of_job
 from sparse_train.launch.runner import freeze, locked
 from sparse_train.launch.stages import find_stage, read_run
-
-from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
-from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from sparse_train.launch.cli import main
 
+from sparse_train.launch.cli import main
 from tests.launch.test_pipeline import _cli
 
 _SIZE = ("--d-model", "128", "--n-layers", "2", "--num-tokens", "32", "--repeats", "1")

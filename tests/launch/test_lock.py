@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+
+from sparse_train.errors import UserError
 from sparse_train.launch import attempts, lock, runner
 from sparse_train.launch.cli import main
 from sparse_train.launch.lock import find_launcher, locked
-
-from sparse_train.errors import UserError
 
 
 def test_the_launcher_is_told_by_its_pid_and_start(tmp_path):

@@ -8,6 +8,11 @@ import sys
 
 import pytest
 from rich.console import Console
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.config_file import load_config
+from sparse_train.errors import UserError
 from sparse_train.launch import attempts, look
 from sparse_train.launch.attempts import Ending
 from sparse_train.launch.cli import main
@@ -17,11 +22,6 @@ from sparse_train.launch.place import Place
 from sparse_train.launch.runner import freeze
 from sparse_train.launch.stages import build_stages, log_folder, progress_file, sources
 from sparse_train.launch.submitted import read_jobs
-
-from sparse_train import artifacts
-from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
-from sparse_train.errors import UserError
 from tests.launch.test_pipeline import RECIPE
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from sparse_train.launch.stages import build_stages
 from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.config_file import load_config
+from sparse_train.launch.stages import build_stages
 from sparse_train.sparse import TensorFolder
 
 RECIPE = Path(__file__).with_name("tiny.yaml")

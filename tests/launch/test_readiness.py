@@ -4,15 +4,15 @@ import shutil
 from collections import namedtuple
 
 import pytest
-from sparse_train.launch import readiness
-from sparse_train.launch.place import Place
-from sparse_train.launch.readiness import check_ranks, checkpoint_bytes, state_bytes
-from sparse_train.launch.stages import find_stage
 
 from sparse_train import dist
 from sparse_train.config import FinetuneConfig, RunConfig, TrainConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
+from sparse_train.launch import readiness
+from sparse_train.launch.place import Place
+from sparse_train.launch.readiness import check_ranks, checkpoint_bytes, state_bytes
+from sparse_train.launch.stages import find_stage
 from tests.launch.test_pipeline import RECIPE
 from tests.ranks import run_ranks
 

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from sparse_train.launch import slurm, submitted
-from sparse_train.launch.cluster import ClusterConfig, load_cluster
-from sparse_train.launch.slurm import batch_text, make_executor
-from sparse_train.launch.stages import build_stages
 
 from sparse_train.config import RunConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
+from sparse_train.launch import slurm, submitted
+from sparse_train.launch.cluster import ClusterConfig, load_cluster
+from sparse_train.launch.slurm import batch_text, make_executor
+from sparse_train.launch.stages import build_stages
 
 _GOLDEN = Path(__file__).with_name("golden")
 _CONFIG = load_config(RunConfig, Path(__file__).parents[2] / "configs" / "demo.yaml", ["folder=/shared/runs"])

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sparse_train.launch import runner, worker
-from sparse_train.launch.cli import main
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, Section, TaskConfig
 from sparse_train.config_file import load_config
 from sparse_train.errors import UserError
+from sparse_train.launch import runner, worker
+from sparse_train.launch.cli import main
+from sparse_train.launch.cluster import ClusterConfig
+from sparse_train.launch.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 # Which stages read a key themselves; what follows them is stale by its inputs. First match counts.

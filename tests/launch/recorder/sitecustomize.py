@@ -6,9 +6,8 @@ A job's config is a copy of its own, so that what the launcher and the worker re
 import os
 from pathlib import Path
 
-from sparse_train.jobs import job
-
 from sparse_train.config import RunConfig, Section
+from sparse_train.jobs import job
 
 _prefix: dict[int, str] = {}  # of a section, by its id, as long as the process lives
 _alive, _seen, _stage = [], set(), []
