@@ -31,7 +31,7 @@ def test_another_process_is_not_taken_for_the_launcher(noted, tmp_path):
 
 
 def test_a_launcher_on_another_machine_is_not_told_as_nothing(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("name: mine")
+    (tmp_path / "config.yaml").write_text("prune: {sparsity: 0.5}", encoding="utf-8")
     (tmp_path / ".lock").write_text("login2 1 1")
     assert main(["cancel", str(tmp_path)]) == 2
     assert "was started on login2 and has not ended" in capsys.readouterr().err
