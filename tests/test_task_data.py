@@ -302,6 +302,7 @@ def test_text_outside_the_folder_is_not_read(name, tmp_path):
     assert _task("text", secret_folder, test_share=1e-9).examples("train")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _DATA.is_dir(), reason=f"needs {_DATA}")
 def test_the_shared_data_is_read():
     pairs = _task("translation", _DATA / "tatoeba_en_de", test_share=0.02)

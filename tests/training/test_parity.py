@@ -98,7 +98,7 @@ _EVERY_CASE = pytest.mark.parametrize("case", _CASES, ids=lambda case: "stage{}-
     *case[:4], "-offload" if case[4] else ""))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @_EVERY_CASE
 def test_every_way_to_train_is_the_plain_masked_dense_training(case, world, folder):
     _compare(case, [found[case] for found in _ranks(world, folder / str(world))])

@@ -70,7 +70,7 @@ def _train(family, folder):
     return outcome.metrics, lines.found, dict(gathered_tensors(outcome.engine))
 
 
-@pytest.mark.parametrize("family", ["t5", "t5-gated", "whisper"])
+@pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "t5-gated", "whisper"])
 def test_ranks_do_not_change_what_an_encoder_decoder_learns(family, tmp_path):
     """With two ranks one has a single example; with four, one has none."""
     plain, exact = (train_plain(*_training(family), dtype) for dtype in (torch.float32, torch.float64))
