@@ -102,6 +102,7 @@ def test_a_stage_that_keeps_no_state_says_which_limit_to_raise(undisturbed, plac
     run = tmp_path / "tiny"
     for stage in STAGES[:-2]:
         shutil.copytree(undisturbed / stage, run / stage)
+    shutil.copy(undisturbed / "config.yaml", run)  # by which it is known for a run
     _cli("run", RECIPE, f"folder='{tmp_path}'", "--on", place, "--stages", "benchmark,report", *LONG,
          "benchmark.repeats=1000000", "cluster.time=1", "cluster.warning_s=5")
     assert wait_for_end(run, "benchmark").state == "FAILED" and wait_for_end(run, "report").state == "CANCELLED"
