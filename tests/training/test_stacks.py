@@ -94,8 +94,9 @@ def _formula(family, padding, batch, dtype):
     student, teacher, _ = _parts(family)
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
               for name, tensor in batch.inputs().items()}
+    models = [model.to(dtype).eval() for model in (densify(student), teacher)]
     with torch.no_grad(), Float64() if dtype == torch.float64 else contextlib.nullcontext():
-        (_, s), (_, t) = (states_of(model.to(dtype).eval(), inputs) for model in (densify(student), teacher))
+        (_, s), (_, t) = (states_of(model, inputs) for model in models)
         attends = [batch.attends[side] for side in ("encoder", "encoder", "decoder", "decoder")]
         if padding:
             attends[:2] = map(torch.ones_like, attends[:2])
