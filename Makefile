@@ -30,7 +30,11 @@ setup: $(READY)
 
 # Native sources are built by the editable install; touching one makes the environment out of date.
 NATIVE := $(wildcard sparse_train/kernels/csrc/*) sparse_train/kernels/CMakeLists.txt
-$(READY): pyproject.toml constraints.txt $(NATIVE)
+# So it is by a module that was added, moved or removed.
+MODULES := .venv/modules
+$(shell mkdir -p .venv; find sparse_train launch jobs -name '*.py' | LC_ALL=C sort > $(MODULES).new; \
+  cmp -s $(MODULES).new $(MODULES) && rm $(MODULES).new || mv $(MODULES).new $(MODULES))
+$(READY): pyproject.toml constraints.txt $(NATIVE) $(MODULES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sparse-train needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
 	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel scikit-build-core nanobind cmake ninja

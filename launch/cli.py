@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sparse_train.errors import StageFailed, UserError, is_of_a_path, printable, told_of
-from sparse_train.launch.bench import add_commands as add_bench_commands
-from sparse_train.launch.look import add_commands as add_look_commands
+from sparse_train.launch.monitor.status import add_commands as add_look_commands
+from sparse_train.launch.submit.bench import add_commands as add_bench_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options, console: Console) -> int:
-    from sparse_train.config_file import load_points
-    from sparse_train.launch import runner, slurm
-    from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
-    from sparse_train.launch.preflight import check, numbers, require_data
-    from sparse_train.launch.recipes import find_recipe
-    from sparse_train.launch.submitted import require_idle
-    from sparse_train.launch.sweep import run_sweep
+    from sparse_train.config.load import load_points
+    from sparse_train.launch.run.cluster import UNDER, ClusterConfig, load_cluster
+    from sparse_train.launch.run.recipes import find_recipe
+    from sparse_train.launch.run.slurm_queue import require_idle
+    from sparse_train.launch.submit import local, slurm
+    from sparse_train.launch.submit.sweep import run_sweep
+    from sparse_train.launch.submit.validate import check, numbers, require_data
 
     ours = [text for text in options.overrides if text.startswith(UNDER)]
     points = load_points(find_recipe(options.config), [text for text in options.overrides if text not in ours],
@@ -132,7 +132,7 @@ def _run(options, console: Console) -> int:
     if cluster.executor == "local":
         cluster.visible_gpus(cluster.ranks)  # too many are refused now
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
-    runner.take_signals()
+    local.take_signals()
     if options.prepare and options.dry_run:  # slurm/pipeline.sh would submit what the dry run prints
         raise UserError("--prepare writes the run folder, and --dry-run nothing; give one of them")
     if any(point for point, _ in points):
@@ -141,15 +141,15 @@ def _run(options, console: Console) -> int:
                             "--prepare")
         return run_sweep(points, cluster, names, console, options.dry_run, options.replace)
     [(_, config)] = points
-    planned = runner.plan(config, names)
-    runner.require_inputs(config, names)
-    runner.check_replaced([config], names, options.replace or options.dry_run)
+    planned = local.plan(config, names)
+    local.require_inputs(config, names)
+    local.check_replaced([config], names, options.replace or options.dry_run)
     size, remarks = check(config, options.dry_run)
     if options.dry_run:
         for line in [*remarks, *numbers(config, size)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         require_data(config)
-        if told := runner.replaced([config], names):
+        if told := local.replaced([config], names):
             console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if options.prepare:
         slurm.prepare(config, cluster, names, options.replace)
@@ -162,7 +162,7 @@ def _run(options, console: Console) -> int:
             console.print(f"{stage.id:<22} {reason}", highlight=False)
         return 0
     require_idle(config.path)
-    runner.run(config, cluster, names, console, options.replace)
+    local.run(config, cluster, names, console, options.replace)
     report = config.path / "report" / "report.json"
     if planned[-1][0].id == "report":
         from sparse_train.jobs.report import print_tables
@@ -173,7 +173,7 @@ def _run(options, console: Console) -> int:
 
 
 def _inspect(options, console: Console) -> None:
-    from sparse_train.launch.inspect import print_folder
+    from sparse_train.launch.monitor.inspect import print_folder
 
     print_folder(options.folder, console)
 

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from sparse_train.config import RunConfig, Section, TaskConfig
-from sparse_train.config_file import dump_config, load_config, load_points
+from sparse_train.config.load import dump_config, load_config, load_points
+from sparse_train.config.yaml_core import read_yaml, write_yaml
 from sparse_train.errors import UserError
-from sparse_train.launch.cluster import UNDER, ClusterConfig, load_cluster
-from sparse_train.launch.stages import build_stages, select
-from sparse_train.yaml_core import read_yaml, write_yaml
+from sparse_train.launch.run.cluster import UNDER, ClusterConfig, load_cluster
+from sparse_train.launch.run.stages import build_stages, select
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster")

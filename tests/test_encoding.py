@@ -37,7 +37,7 @@ def test_prompts_keep_their_letters_in_a_process_of_another_locale(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"task: {{prompt: '{_UMLAUTS}'}}\nprune: {{sparsity: 0.5}}\n", encoding="utf-8")
     code = ("import locale, sys; from pathlib import Path; from sparse_train import artifacts\n"
-            "from sparse_train.config import RunConfig; from sparse_train.config_file import dump_config, load_config\n"
+            "from sparse_train.config import RunConfig; from sparse_train.config.load import dump_config, load_config\n"
             "config = load_config(RunConfig, recipe := Path(sys.argv[1]))\n"
             "artifacts.write_text(recipe, dump_config(config)); assert load_config(RunConfig, recipe) == config\n"
             "print(locale.getpreferredencoding(False), ascii(config.task.prompt))")

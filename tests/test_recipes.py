@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.launch.cli import main
-from sparse_train.launch.preflight import check
-from sparse_train.launch.stages import build_stages
+from sparse_train.launch.run.stages import build_stages
+from sparse_train.launch.submit.validate import check
 from sparse_train.tasks import Example
 from sparse_train.tasks.arithmetic import Arithmetic
 

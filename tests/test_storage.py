@@ -8,7 +8,7 @@ import pytest
 
 from sparse_train import storage
 from sparse_train.errors import UserError
-from sparse_train.launch import attempts, worker
+from sparse_train.launch.worker import attempts, process
 from tests.launch.test_attempts import _place
 
 
@@ -32,7 +32,7 @@ def _fill(folder):
 
 def test_a_full_disk_is_told_by_the_rank_and_by_the_launcher(small, capsys):
     attempts.reserve_ending(small, "7.0", 0)
-    ending = worker._ending_of(_place(), lambda: _fill(small), small)
+    ending = process._ending_of(_place(), lambda: _fill(small), small)
     assert ending.status == "mistake"
     with pytest.raises(OSError):
         (small / "anything").write_bytes(bytes(2**16))
@@ -58,7 +58,7 @@ def test_what_storage_refuses_is_one_line(error, told, tmp_path):
     for raised in (error, ValueError("around it")):
         with contextlib.suppress(ValueError):
             raised.__cause__ = None if raised is error else error
-        ending = worker._ending_of(_place(), lambda raised=raised: _raise(raised), tmp_path)
+        ending = process._ending_of(_place(), lambda raised=raised: _raise(raised), tmp_path)
         assert ending.status == "mistake" and told in ending.message and "\n" not in ending.message
 
 
@@ -75,4 +75,4 @@ def test_the_log_may_be_on_the_full_disk_too(tmp_path, monkeypatch):
         flush = write
 
     monkeypatch.setattr("sys.stderr", Full())
-    assert worker._ending_of(_place(), lambda: _raise(UserError("a mistake"))).message == "a mistake"
+    assert process._ending_of(_place(), lambda: _raise(UserError("a mistake"))).message == "a mistake"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sparse_train import artifacts
-from sparse_train.launch import attempts
-from sparse_train.launch.submitted import job_states, read_jobs
+from sparse_train.launch.run.slurm_queue import job_states, read_jobs
+from sparse_train.launch.worker import attempts
 from tests.launch.test_pipeline import RECIPE, _cli
 
 STATE = Path(os.environ.get("SLURM_STATE", "/tmp/sparse-train-slurm"))

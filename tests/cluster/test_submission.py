@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 from sparse_train import artifacts
-from sparse_train.launch import attempts
-from sparse_train.launch.stages import build_stages, read_run
-from sparse_train.launch.submitted import read_jobs
+from sparse_train.launch.run.slurm_queue import read_jobs
+from sparse_train.launch.run.stages import build_stages, read_run
+from sparse_train.launch.worker import attempts
 from tests.cluster.conftest import NUM_STEPS, PLACE, at_work, submit, wait_for, wait_for_end
 from tests.launch.test_pipeline import RECIPE, _cli
 
@@ -51,7 +51,7 @@ def test_a_queued_job_keeps_its_code_and_config(place, tmp_path):
     _, err = _cli("run", RECIPE, f"folder={tmp_path}", "--on", place, "--stages", "dense", "dense.steps=9", code=2)
     assert "has jobs in the queue (dense)" in err and "sparse-train cancel" in err
     assert (run / "config.yaml").read_bytes() == frozen
-    worker = run / "code" / "sparse_train" / "launch" / "worker.py"
+    worker = run / "code" / "sparse_train" / "launch" / "worker" / "process.py"
     worker.write_text(worker.read_text() + "\nprint('frozen:', __file__)\n")
     subprocess.run(["scontrol", "release", read_jobs(run)["dense"]], check=True)
     assert wait_for_end(run, "dense").state == "COMPLETED"

@@ -12,8 +12,8 @@ import subprocess
 import psutil
 import pytest
 
-from sparse_train.launch import attempts
-from sparse_train.launch.submitted import read_jobs
+from sparse_train.launch.run.slurm_queue import read_jobs
+from sparse_train.launch.worker import attempts
 from tests.cluster.conftest import (
     LONG,
     STAGES,

@@ -10,16 +10,16 @@ import time
 import pytest
 
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.jobs.job import Stopped
-from sparse_train.launch import afterwards, attempts, worker
-from sparse_train.launch.afterwards import reason_to_run_again
-from sparse_train.launch.attempts import Ending, Superseded
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.place import Place, attempt_of_job
-from sparse_train.launch.runner import freeze, locked
-from sparse_train.launch.stages import find_stage, read_run
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.stages import find_stage, read_run
+from sparse_train.launch.submit.local import freeze, locked
+from sparse_train.launch.worker import attempts, process, requeue
+from sparse_train.launch.worker.attempts import Ending, Superseded
+from sparse_train.launch.worker.process_info import Place, attempt_of_job
+from sparse_train.launch.worker.requeue import reason_to_run_again
 from tests.launch.test_pipeline import RECIPE
 
 
@@ -115,7 +115,7 @@ def test_where_the_ranks_were_is_told_with_the_loss():
         error.add_note("no progress for 3 s: rank 1 (node1) in fetch (text.py:40)")
         raise error
 
-    ending = worker._ending_of(_place(), time_out)
+    ending = process._ending_of(_place(), time_out)
     assert ending.status == "lost" and "Timed out" in ending.message and "rank 1 (node1) in fetch" in ending.message
 
 
@@ -172,7 +172,7 @@ def test_a_task_of_an_array_is_requeued_by_its_own_id(state, requeued, run, monk
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert afterwards.main(str(run), "dense", 76) == 76
+    assert requeue.main(str(run), "dense", 76) == 76
     assert asked[0][:4] == ["squeue", "-h", "-j", "12_3"] and (asked[1] if asked[1:] else None) == requeued
     assert (run / "logs" / "dense" / "requeues").is_file() == bool(requeued)  # SLURM's own do not count
 
@@ -200,19 +200,19 @@ def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warn
     def stopped(*arguments):
         raise Stopped(signal.Signals[warning])
 
-    monkeypatch.setattr(worker, "_run_job", stopped)
-    monkeypatch.setattr(worker, "_require_inputs", lambda *arguments: None)
-    monkeypatch.setattr(worker, "deadline", lambda: time.time() + left_s)
+    monkeypatch.setattr(process, "_run_job", stopped)
+    monkeypatch.setattr(process, "_require_inputs", lambda *arguments: None)
+    monkeypatch.setattr(process, "deadline", lambda: time.time() + left_s)
     config = read_run(run)
     with pytest.raises(UserError if told else Stopped, match=told):
-        worker._work(_place(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
+        process._work(_place(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
                      find_stage(config, "prune"), 0)
 
 
 def test_the_dense_model_of_another_run_that_is_missing_is_named(tmp_path):
     config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'", "dense.path=/shared/swept/dense-1/dense"])
     with pytest.raises(UserError, match="stage prune needs /shared/swept/dense-1/dense, which is not there"):
-        worker._require_inputs(find_stage(config, "prune"), config)
+        process._require_inputs(find_stage(config, "prune"), config)
 
 
 def test_storage_without_locks_is_one_line(tmp_path, monkeypatch):

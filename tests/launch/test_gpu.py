@@ -7,12 +7,12 @@ from sparse_train import artifacts
 from sparse_train.bench.gpu import device_layer_rows
 from sparse_train.bench.layers import random_weights
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.jobs import benchmark
 from sparse_train.jobs.job import Job
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.stages import build_stages
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.stages import build_stages
 from tests.launch.test_pipeline import RECIPE, STAGES, _cli
 
 

@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from sparse_train.errors import UserError
-from sparse_train.launch import attempts, lock, runner
 from sparse_train.launch.cli import main
-from sparse_train.launch.lock import find_launcher, locked
+from sparse_train.launch.run import lock
+from sparse_train.launch.run.lock import find_launcher, locked
+from sparse_train.launch.submit import local
+from sparse_train.launch.worker import attempts
 
 
 def test_the_launcher_is_told_by_its_pid_and_start(tmp_path):
@@ -63,7 +65,7 @@ def handlers():
 
 
 def test_the_first_of_several_signals_ends_a_run(handlers):
-    runner.take_signals()
+    local.take_signals()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGHUP)
     for number in (signal.SIGHUP, signal.SIGTERM):  # the shell's, then the kernel's, then a batch system's
@@ -72,21 +74,21 @@ def test_the_first_of_several_signals_ends_a_run(handlers):
 
 def test_nohup_keeps_a_run_from_ending_with_its_terminal(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    runner.take_signals()
+    local.take_signals()
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_rank_that_dies_in_its_imports_says_so(handlers, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sparse_train.launch.worker", None)
+    monkeypatch.setitem(sys.modules, "sparse_train.launch.worker.process", None)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     for key, value in {"JOB_ID": 7, "NTASKS": 2, "JOB_NUM_NODES": 1, "NODEID": 0, "GLOBALID": 0, "LOCALID": 0}.items():
         monkeypatch.setenv(f"SUBMITIT_LOCAL_{key}", str(value))
     usr2 = signal.getsignal(signal.SIGUSR2)
     try:
         with pytest.raises(ImportError):
-            runner.process(str(tmp_path), "dense")
+            local.process(str(tmp_path), "dense")
     finally:
         signal.signal(signal.SIGUSR2, usr2)
     logs = tmp_path / "logs" / "dense"

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
-from sparse_train.launch.stages import build_stages
+from sparse_train.config.load import load_config
+from sparse_train.launch.run.stages import build_stages
 from sparse_train.sparse import TensorFolder
 
 RECIPE = Path(__file__).with_name("tiny.yaml")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
-from sparse_train.launch import slurm, submitted
-from sparse_train.launch.cluster import ClusterConfig, load_cluster
-from sparse_train.launch.slurm import batch_text, make_executor
-from sparse_train.launch.stages import build_stages
+from sparse_train.launch.run import slurm_queue
+from sparse_train.launch.run.cluster import ClusterConfig, load_cluster
+from sparse_train.launch.run.stages import build_stages
+from sparse_train.launch.submit import slurm
+from sparse_train.launch.submit.slurm import batch_text, make_executor
 
 _GOLDEN = Path(__file__).with_name("golden")
 _CONFIG = load_config(RunConfig, Path(__file__).parents[2] / "configs" / "demo.yaml", ["folder=/shared/runs"])
@@ -131,12 +132,13 @@ def test_without_slurm_it_says_where_to_go(monkeypatch):
 
 def _answers(monkeypatch, **of):
     """squeue and sacct, as lists of lines."""
-    monkeypatch.setattr(submitted, "_ask", lambda command: next(lines for name, lines in of.items() if name in command))
+    monkeypatch.setattr(slurm_queue, "_ask",
+                        lambda command: next(lines for name, lines in of.items() if name in command))
 
 
 def test_tasks_of_an_array_that_never_started_are_told_together(monkeypatch):
     _answers(monkeypatch, squeue=[], sacct=["9_[0-1,3%2]|CANCELLED by 0|0:0|None assigned", "9_2|FAILED|1:0|node1"])
-    states = submitted.job_states({"a": "9_1", "b": "9_2", "c": "9_3"})
+    states = slurm_queue.job_states({"a": "9_1", "b": "9_2", "c": "9_3"})
     assert [states[name].state for name in "abc"] == ["CANCELLED", "FAILED", "CANCELLED"]
 
 
@@ -144,7 +146,7 @@ def test_a_job_between_node_failure_and_requeue_is_not_over(monkeypatch):
     jobs = {"dense": "7", "prune": "8_1", "report": "9"}
     _answers(monkeypatch, squeue=["7|PENDING|BeginTime|", "8_0|RUNNING|None|node1"],
              sacct=["7|NODE_FAIL|0:0|node1", "8_1|CANCELLED by 0|0:15|None assigned"])
-    states = submitted.job_states(jobs)
+    states = slurm_queue.job_states(jobs)
     assert states["dense"].is_active and states["dense"].reason == "BeginTime"
     assert states["prune"].state == "CANCELLED" and not states["prune"].is_active
     assert states["report"].state == "UNKNOWN"

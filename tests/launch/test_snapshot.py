@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparse_train.launch.snapshot import freeze_code
+from sparse_train.launch.run.snapshot import freeze_code
 
 
 def test_a_job_takes_the_copy_of_the_code(tmp_path):

@@ -10,12 +10,13 @@ import yaml
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, Section, TaskConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
-from sparse_train.launch import runner, worker
 from sparse_train.launch.cli import main
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
+from sparse_train.launch.submit import local
+from sparse_train.launch.worker import process
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 # Which stages read a key themselves; what follows them is stale by its inputs. First match counts.
@@ -54,8 +55,8 @@ def _config(folder, *overrides):
 
 
 def _begin(config):
-    with runner.locked(config.path):
-        runner.freeze(config, ClusterConfig())
+    with local.locked(config.path):
+        local.freeze(config, ClusterConfig())
 
 
 def _finish(config):
@@ -144,9 +145,9 @@ def test_finished_work_is_replaced_only_where_that_is_asked_for(tmp_path, capsys
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
     assert main([*command, "--dry-run"]) == 0
     assert "prune.sparsity: 0.75 -> 0.5" in capsys.readouterr().out
-    runner.check_replaced([_config(tmp_path, "prune.sparsity=0.5")], [], replace=True)
-    runner.check_replaced([_config(tmp_path)], [], replace=False)
-    runner.check_replaced([_config(tmp_path, "about=words")], [], replace=False)  # the report alone
+    local.check_replaced([_config(tmp_path, "prune.sparsity=0.5")], [], replace=True)
+    local.check_replaced([_config(tmp_path)], [], replace=False)
+    local.check_replaced([_config(tmp_path, "about=words")], [], replace=False)  # the report alone
     assert main(["run", str(RECIPE), f"folder='{tmp_path}'", "sweep={seed: [1, 2]}", "name=sweep", "--dry-run"]) == 0
 
 
@@ -157,16 +158,16 @@ def test_what_the_run_did_not_make_is_never_replaced(tmp_path):
     (tmp_path / "elsewhere" / "mine").touch()
     (config.path / "dense").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"dense is a link to .*elsewhere, which this run did not make"):
-        runner.check_replaced([config], [], replace=True)
+        local.check_replaced([config], [], replace=True)
     (config.path / "dense").unlink()
     (config.path / "prune.partial").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"prune\.partial is a link"):
-        runner.check_replaced([config], [], replace=True)
+        local.check_replaced([config], [], replace=True)
     (config.path / "prune.partial").unlink()
     (config.path / "dense").mkdir()
     (config.path / "dense" / "mine").touch()
     with pytest.raises(UserError, match="dense was not made by stage dense of a run"):
-        runner.check_replaced([config], [], replace=True)
+        local.check_replaced([config], [], replace=True)
     (tmp_path / "new.partial").mkdir()
     with pytest.raises(UserError, match="was not made by stage dense"):
         artifacts.publish(tmp_path / "new.partial", config.path / "dense", {"stage": "dense"})
@@ -181,18 +182,18 @@ def test_a_run_has_a_name_of_its_own(name, tmp_path, capsys):
 
 def test_a_run_does_not_move_into_a_folder_of_others(tmp_path):
     (tmp_path / "tiny").mkdir()
-    with runner.locked(tmp_path / "tiny"):  # an empty one is as good as new
+    with local.locked(tmp_path / "tiny"):  # an empty one is as good as new
         pass
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "theirs.py").touch()
-    with pytest.raises(UserError, match="holds files and is not a run folder"), runner.locked(tmp_path / "code"):
+    with pytest.raises(UserError, match="holds files and is not a run folder"), local.locked(tmp_path / "code"):
         pass
     assert [path.name for path in (tmp_path / "code").iterdir()] == ["theirs.py"]
 
 
 def _refused(config, match):
     with pytest.raises(UserError, match=match):
-        runner.check_replaced([config], [], replace=True)
+        local.check_replaced([config], [], replace=True)
 
 
 def test_what_stands_where_a_stage_works_is_not_cleared_unless_it_is_its_own(tmp_path):
@@ -203,7 +204,7 @@ def test_what_stands_where_a_stage_works_is_not_cleared_unless_it_is_its_own(tmp
     theirs.touch()
     _refused(config, r"dense\.partial was not made by stage dense")
     with pytest.raises(UserError, match=r"dense\.partial was not made by stage dense"):
-        worker._require_inputs(find_stage(config, "dense"), config)
+        process._require_inputs(find_stage(config, "dense"), config)
     assert theirs.is_file()
 
 
@@ -211,23 +212,23 @@ def test_a_saved_state_is_earlier_work_too(tmp_path):
     config = _config(tmp_path)
     dense = find_stage(config, "dense")
     _begin(config)
-    worker._prepare(partial_folder(dense, config), dense, config)
+    process._prepare(partial_folder(dense, config), dense, config)
     step = partial_folder(dense, config) / "checkpoints" / "step-00000020"
     step.mkdir(parents=True)
     (step / artifacts.DONE).touch()
     placed = _config(tmp_path, "dense.zero.offload_optimizer=true", "dense.checkpoint_every=5")
-    runner.check_replaced([placed], [], False)
+    local.check_replaced([placed], [], False)
     with pytest.raises(UserError, match=r"dense, unfinished at step-00000020 \(dense.steps: 6 -> 9\)"):
-        runner.check_replaced([_config(tmp_path, "dense.steps=9")], [], False)
-    runner.check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
-    worker._prepare(partial_folder(dense, config), dense, config)
+        local.check_replaced([_config(tmp_path, "dense.steps=9")], [], False)
+    local.check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
+    process._prepare(partial_folder(dense, config), dense, config)
     assert (step / artifacts.DONE).is_file()
 
 
 def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch):
     config, other = _config(tmp_path), _config(tmp_path, "dense.steps=9")
     dense, partial = find_stage(config, "dense"), config.path / "dense.partial"
-    worker._prepare(partial, dense, config)
+    process._prepare(partial, dense, config)
     (partial / "checkpoints").mkdir()
     (partial / "checkpoints" / "kept").touch()
 
@@ -237,11 +238,11 @@ def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(worker.shutil, "rmtree", cut)
-        worker._prepare(partial, dense, other)
+        patch.setattr(process.shutil, "rmtree", cut)
+        process._prepare(partial, dense, other)
     artifacts.require_own(partial, "dense")
     (partial / "linked").symlink_to(tmp_path)
-    worker._prepare(partial, dense, other)
+    process._prepare(partial, dense, other)
     assert [path.name for path in partial.iterdir()] == [artifacts.SOURCES] and tmp_path.is_dir()
 
 
@@ -258,7 +259,7 @@ def test_a_stage_is_not_written_into_another_ones_result(tmp_path):
     """A list of sparsities gives stages below prune/, where a single one had its result."""
     _finish(_config(tmp_path))
     with pytest.raises(UserError, match="tiny/prune is a finished stage, and prune/50/one-shot would be written into"):
-        runner.check_replaced([_config(tmp_path, "prune.sparsity=[0.5,0.75]")], [], replace=True)
+        local.check_replaced([_config(tmp_path, "prune.sparsity=[0.5,0.75]")], [], replace=True)
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
@@ -270,7 +271,7 @@ def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_pa
     renames = itertools.count()
 
     def publish():
-        worker._prepare(partial_folder(prune, other), prune, other)
+        process._prepare(partial_folder(prune, other), prune, other)
         (partial_folder(prune, other) / "result").write_text("new")
         artifacts.publish(partial_folder(prune, other), final, {"stage": "prune", "sources": sources(prune, other)})
 
@@ -287,11 +288,11 @@ def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_pa
         patch.setattr(os, "rename", stop)
         patch.setattr(artifacts, "_remove", remove)
         publish()
-    before = {stage.id: reason for stage, reason in runner.plan(config, ["prune"])}
+    before = {stage.id: reason for stage, reason in local.plan(config, ["prune"])}
     assert before == {"prune": "current" if killed_at < 2 else "prune.sparsity: 0.5 -> 0.75"}
     with pytest.raises(UserError, match="--replace"):
-        runner.check_replaced([other], [], False)
-    runner.claim(other, ClusterConfig(), [], True)
+        local.check_replaced([other], [], False)
+    local.claim(other, ClusterConfig(), [], True)
     assert artifacts.damage(final) is None
     assert (final / "result").read_text() == ("prune" if killed_at < 2 else "new")
     publish()

@@ -7,12 +7,12 @@ import yaml
 from rich.console import Console
 
 from sparse_train import artifacts
-from sparse_train.config_file import load_points
+from sparse_train.config.load import load_points
 from sparse_train.errors import UserError
-from sparse_train.launch import sweep
 from sparse_train.launch.cli import main
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.sweep import print_sweep
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.submit import sweep
+from sparse_train.launch.submit.sweep import print_sweep
 from tests.launch.test_pipeline import RECIPE, _cli
 
 

@@ -76,7 +76,7 @@ def test_measuring_and_submitting_work(command):
     assert '"ranks": 2' in run("bench", "train", "--json", "--d-model", "64", "--n-layers", "1", "--num-tokens", "16",
                                "--repeats", "1")
     shown = run("run", "demo", "name=other", "--on", "slurm", "--dry-run")
-    assert "#SBATCH" in shown and "sparse_train.launch.afterwards" in shown
+    assert "#SBATCH" in shown and "sparse_train.launch.worker.requeue" in shown
     prepared = run("run", "demo", "name=other", "--on", "slurm", "--prepare").splitlines()
     assert prepared[0] == str(here / "runs" / "other") and prepared[1].split("\t")[0] == "dense"
     code = here / "runs" / "other" / "code" / "sparse_train"

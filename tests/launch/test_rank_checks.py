@@ -7,12 +7,12 @@ import pytest
 
 from sparse_train import dist
 from sparse_train.config import FinetuneConfig, RunConfig, TrainConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
-from sparse_train.launch import readiness
-from sparse_train.launch.place import Place
-from sparse_train.launch.readiness import check_ranks, checkpoint_bytes, state_bytes
-from sparse_train.launch.stages import find_stage
+from sparse_train.launch.run.stages import find_stage
+from sparse_train.launch.worker import rank_checks
+from sparse_train.launch.worker.process_info import Place
+from sparse_train.launch.worker.rank_checks import check_ranks, checkpoint_bytes, state_bytes
 from tests.launch.test_pipeline import RECIPE
 from tests.ranks import run_ranks
 
@@ -28,11 +28,11 @@ def _look(folder, problem):
     if problem == "disk" and dist.rank() == 1:
         shutil.disk_usage = lambda path: _Usage(10**9, 10**9, 1000)
     if problem == "memory":
-        own = readiness._own_row
-        readiness._own_row = lambda place: own(place) | {"free_memory": 1000}
+        own = rank_checks._own_row
+        rank_checks._own_row = lambda place: own(place) | {"free_memory": 1000}
     if problem == "gpu":
-        own = readiness._own_row
-        readiness._own_row = lambda place: own(place) | {"uuid": "same"}
+        own = rank_checks._own_row
+        rank_checks._own_row = lambda place: own(place) | {"uuid": "same"}
     if problem == "folder" and dist.rank() == 1:
         config = config.model_copy(update={"folder": str(folder / "of this node alone")})
     if problem == "read-only" and dist.rank() == 1:
@@ -73,9 +73,9 @@ def test_free_memory_is_what_the_job_may_take(kinds, limit, used, stat, tmp_path
         (folder / limit).write_text(f"{most}\n")
         (folder / used).write_text("20000\n")
         (folder / "memory.stat").write_text(stat)
-    assert readiness._free_memory(tmp_path / "cgroup", own) == 31_000
+    assert rank_checks._free_memory(tmp_path / "cgroup", own) == 31_000
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
-    assert readiness._free_memory(tmp_path / "none", own) == 1 << 20
+    assert rank_checks._free_memory(tmp_path / "none", own) == 1 << 20
 
 
 @pytest.mark.parametrize("stage, precision, bytes_per_value", [
@@ -93,15 +93,15 @@ def test_checkpoints_of_an_earlier_attempt_are_room(tmp_path, monkeypatch):
     stage = find_stage(config, "finetune/ce")
     own = config.path / "finetune" / "ce.partial" / "checkpoints" / "step-00000002"
     own.mkdir(parents=True)
-    size = readiness.Size(1000, 0)
+    size = rank_checks.Size(1000, 0)
     needed = checkpoint_bytes(config.finetune, 1000)
     place = Place(0, 1, 0, 1, "node0", ("node0",), "7.1")
     table = [{"free_memory": 10**12, "device": "cpu"}]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, needed - 100))
     with pytest.raises(UserError, match="make room"):
-        readiness._require_space(place, config, stage, size, table)
+        rank_checks._require_space(place, config, stage, size, table)
     (own / "rank-00000.safetensors").write_bytes(bytes(100))
-    readiness._require_space(place, config, stage, size, table)
+    rank_checks._require_space(place, config, stage, size, table)
 
 
 def test_predicted_checkpoints():

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sparse_train import artifacts, storage
 from sparse_train.errors import UserError
-from sparse_train.launch.place import Place
+from sparse_train.launch.worker.process_info import Place
 
 Status = Literal["finished", "mistake", "broken", "lost", "stopped"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "broken": 1, "mistake": 2, "stopped": 75, "lost": 76}

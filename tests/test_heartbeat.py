@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import distributed
 
-from sparse_train.launch.runner import free_port
-from sparse_train.pulse import Pulse
+from sparse_train.heartbeat import Pulse
+from sparse_train.launch.submit.local import free_port
 from tests.ranks import CONTEXT, run_ranks
 
 _SILENCE_S = 3.0

@@ -14,12 +14,12 @@ from rich.console import Console
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import StageFailed, UserError
-from sparse_train.launch import runner, slurm
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.lock import locked
-from sparse_train.launch.preflight import check, numbers, require_data
-from sparse_train.launch.stages import build_stages, dense_of_sweep, is_current
-from sparse_train.launch.submitted import require_idle
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.lock import locked
+from sparse_train.launch.run.slurm_queue import require_idle
+from sparse_train.launch.run.stages import build_stages, dense_of_sweep, is_current
+from sparse_train.launch.submit import local, slurm
+from sparse_train.launch.submit.validate import check, numbers, require_data
 from sparse_train.tables import print_table
 from sparse_train.tasks import task_class
 
@@ -30,7 +30,7 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
               replace: bool = False) -> int:
     """1 when a combination failed; the others are run all the same."""
     for _, config in points:
-        runner.plan(config, names)  # a stage that does not exist is told at once
+        local.plan(config, names)  # a stage that does not exist is told at once
         size, remarks = check(config, dry_run)
         if dry_run:
             for line in [f"{config.name}:", *(f"  {line}" for line in [*remarks, *numbers(config, size)])]:
@@ -41,17 +41,17 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     later = [name for name in names if name != "dense"]
     runs = [config for _, config in points] if later or not names else []
     for config in runs:
-        runner.require_inputs(config, later)
+        local.require_inputs(config, later)
     dense = list({one.name: one for one in shared.values()}.values())
     for some, stages in ((dense, ["dense"]), (runs, later)):
-        runner.check_replaced(some, stages, replace or dry_run)
-        if dry_run and (told := runner.replaced(some, stages)):
+        local.check_replaced(some, stages, replace or dry_run)
+        if dry_run and (told := local.replaced(some, stages)):
             console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if cluster.executor == "slurm":
         slurm.submit_sweep(points[0][1].path.parent, dense, runs, cluster, later, console, dry_run, replace)
         return 0
     if dry_run:
-        stages = [stage.id for stage, _ in runner.plan(runs[0], later)] if runs else []
+        stages = [stage.id for stage, _ in local.plan(runs[0], later)] if runs else []
         for line in (f"{len(points)} combinations, {len(dense)} dense models",
                      f"each combination: {', '.join(stages) or 'nothing'}"):
             console.print(line, highlight=False, soft_wrap=True)
@@ -69,9 +69,9 @@ def _run_all(points: Points, shared: dict[str, RunConfig], goes_on: bool, later:
         console.print(f"[bold]{config.name}[/] ({number} of {len(points)})", highlight=False)
         try:
             if dense := shared.get(config.name):
-                runner.run(dense, cluster, ["dense"], console, replace)
+                local.run(dense, cluster, ["dense"], console, replace)
             if goes_on:
-                runner.run(config, cluster, later, console, replace)
+                local.run(config, cluster, later, console, replace)
         except (StageFailed, UserError) as error:
             failures.append(f"{config.name}: {error}")
     print_collected(points, console)

@@ -1,6 +1,6 @@
 """The last step of each batch script: the job failed, so is it to run again?
 
-    python -m sparse_train.launch.afterwards RUN STAGE CODE
+    python -m sparse_train.launch.worker.requeue RUN STAGE CODE
 
 A training that was stopped, by a signal or its time limit, has saved and goes on. A stage that lost a rank, or that was
 stopped and keeps no state, runs again while it gets further. A mistake in the recipe and an error of the code's own do
@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from sparse_train.config_file import load_config
-from sparse_train.launch import attempts
-from sparse_train.launch.attempts import EXIT_CODES, Ending
-from sparse_train.launch.cluster import CLUSTER, ClusterConfig
-from sparse_train.launch.place import attempt_of_job
-from sparse_train.launch.stages import find_stage, log_folder, read_run
+from sparse_train.config.load import load_config
+from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
+from sparse_train.launch.run.stages import find_stage, log_folder, read_run
+from sparse_train.launch.worker import attempts
+from sparse_train.launch.worker.attempts import EXIT_CODES, Ending
+from sparse_train.launch.worker.process_info import attempt_of_job
 
 _PATIENCE = 12
 

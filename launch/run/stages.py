@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_train import artifacts
 from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
-from sparse_train.config_file import load_frozen
+from sparse_train.config.load import load_frozen
 from sparse_train.errors import UserError
 
 CONFIG, JOB_FILE = "config.yaml", "job"

@@ -19,10 +19,10 @@ from rich.live import Live
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError, told_of
-from sparse_train.launch import attempts, submitted
-from sparse_train.launch.lock import Launcher, find_launcher, other_host
-from sparse_train.launch.runner import STOP_PATIENCE_S, plan, told_of_stop
-from sparse_train.launch.stages import (
+from sparse_train.launch.run import slurm_queue
+from sparse_train.launch.run.lock import Launcher, find_launcher, other_host
+from sparse_train.launch.run.slurm_queue import JobState, job_states, read_jobs
+from sparse_train.launch.run.stages import (
     CONFIG,
     Stage,
     build_stages,
@@ -33,7 +33,8 @@ from sparse_train.launch.stages import (
     read_run,
     select,
 )
-from sparse_train.launch.submitted import JobState, job_states, read_jobs
+from sparse_train.launch.submit.local import STOP_PATIENCE_S, plan, told_of_stop
+from sparse_train.launch.worker import attempts
 from sparse_train.tables import make_table, print_table
 
 _HEADER = ("stage", "state", "job", "nodes", "tries")
@@ -264,7 +265,7 @@ def _signed_at(config: RunConfig, stage: Stage) -> int | None:
 def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
     """Of the newest job."""
     if job := read_jobs(config.path).get(stage.id):
-        file = attempts.rank_log(submitted.output_folder(config, stage, job), job, rank)
+        file = attempts.rank_log(slurm_queue.output_folder(config, stage, job), job, rank)
         files = [file] if file.is_file() else []
     else:
         files = sorted(log_folder(stage, config).glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
@@ -283,7 +284,7 @@ def _cancel(options, console: Console) -> int:
     # A sweep's launcher is that of its folder and of the run that it is at.
     launchers = {launcher: folder for folder in (options.run, *folders) if (launcher := find_launcher(folder))}
     ended = [_end_launcher(folder, launcher, console) for launcher, folder in launchers.items()]
-    withdrawn = [stage for folder in folders for stage in submitted.cancel(read_jobs(folder))]
+    withdrawn = [stage for folder in folders for stage in slurm_queue.cancel(read_jobs(folder))]
     if withdrawn:
         console.print(f"withdrawn: {', '.join(withdrawn)}", highlight=False)
     elif not launchers:

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sparse_train.config import Positive, Section
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
-from sparse_train.launch.recipes import CONFIGS
-from sparse_train.launch.stages import JOBS
+from sparse_train.launch.run.recipes import CONFIGS
+from sparse_train.launch.run.stages import JOBS
 
 CLUSTER, UNDER = "cluster.yaml", "cluster."
 _SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from sparse_train.config import RunConfig, Section
-from sparse_train.config_mistakes import told
+from sparse_train.config.mistakes import told
+from sparse_train.config.yaml_core import NotYaml, read_yaml, write_yaml
 from sparse_train.errors import UserError
-from sparse_train.yaml_core import NotYaml, read_yaml, write_yaml
 
 S = TypeVar("S", bound=Section)
 _SAME_RUN = {"name", "folder", "about"}

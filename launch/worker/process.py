@@ -1,6 +1,6 @@
 """What each process of a stage runs: join the ranks, do the job, sign its folder on rank 0, and say how it ended.
 
-    python -m sparse_train.launch.worker RUN STAGE     under srun; without it submitit calls work()
+    python -m sparse_train.launch.worker.process RUN STAGE     under srun; without it submitit calls work()
 """
 
 import contextlib
@@ -21,15 +21,13 @@ import torch
 
 from sparse_train import artifacts, dist, storage
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.cpus import set_threads
 from sparse_train.errors import UserError
+from sparse_train.heartbeat import Pulse
 from sparse_train.jobs.job import Job, Stopped
-from sparse_train.launch import attempts, readiness
-from sparse_train.launch.attempts import EXIT_CODES, Ending, Superseded
-from sparse_train.launch.cluster import CLUSTER, ClusterConfig
-from sparse_train.launch.place import Place, deadline, find_place
-from sparse_train.launch.stages import (
+from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
+from sparse_train.launch.run.stages import (
     Stage,
     find_stage,
     input_paths,
@@ -41,7 +39,9 @@ from sparse_train.launch.stages import (
     sources,
     why_stale,
 )
-from sparse_train.pulse import Pulse
+from sparse_train.launch.worker import attempts, rank_checks
+from sparse_train.launch.worker.attempts import EXIT_CODES, Ending, Superseded
+from sparse_train.launch.worker.process_info import Place, deadline, find_place
 from sparse_train.tracking import Progress, log_results
 from sparse_train.training import checkpoint
 
@@ -135,7 +135,7 @@ def _work(place: Place, config: RunConfig, cluster: ClusterConfig, stage: Stage,
     if not stage.distributed:
         set_threads()
     if stage.distributed and cluster.preflight:
-        readiness.check_ranks(place, config, stage)
+        rank_checks.check_ranks(place, config, stage)
     ends = deadline() if place.rank == 0 else None
     try:
         dist.agree(lambda: _require_inputs(stage, config))

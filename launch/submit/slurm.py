@@ -1,7 +1,8 @@
 """A run as SLURM jobs: one per stage, each after the stages that it reads; a sweep as arrays, a task per combination.
 
-submitit writes the batch files and starts the processes. What it does not do is decided here and in launch.afterwards:
-its handlers save on one rank only, count short jobs as timed out, and take a node failure for the end.
+submitit writes the batch files and starts the processes. What it does not do is decided here and in
+worker/requeue.py: its handlers save on one rank only, count short jobs as timed out, and take a node failure for the
+end.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ from rich.console import Console
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import StageFailed, UserError
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.lock import locked
-from sparse_train.launch.runner import check_replaced, claim, plan, process
-from sparse_train.launch.snapshot import freeze_code
-from sparse_train.launch.stages import JOB_FILE, Stage, build_stages, log_folder, select
-from sparse_train.launch.submitted import array_of, require_idle
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.lock import locked
+from sparse_train.launch.run.slurm_queue import array_of, require_idle
+from sparse_train.launch.run.snapshot import freeze_code
+from sparse_train.launch.run.stages import JOB_FILE, Stage, build_stages, log_folder, select
+from sparse_train.launch.submit.local import check_replaced, claim, plan, process
 
 RUNS_FILE = "runs.txt"
 
@@ -142,7 +143,7 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
     # srun takes no --cpus-per-task over from sbatch since SLURM 22.05. A rank that is gone takes its step along.
     cpus = [f"--cpus-per-task={resources.cpus_per_rank}"] if resources.cpus_per_rank else []
     # Safe path: else the folder that the job was submitted from, perhaps the checkout, comes before the copy.
-    # 76: srun could not start the step, which is no error of the code's; launch.afterwards tells them apart.
+    # 76: srun could not start the step, which is no error of the code's; launch.worker.requeue tells them apart.
     exports = {"PYTHONSAFEPATH": "1", "SLURM_EXIT_ERROR": "76", "SLURM_EXIT_IMMEDIATE": "76", **cluster.environment}
     if len(runs) == 1:
         run = shlex.quote(str(root))
@@ -157,7 +158,7 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
         setup=[*cluster.setup, "set +e", f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
                *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
         teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
-                  f"{shlex.quote(sys.executable)} -m sparse_train.launch.afterwards {run} {shlex.quote(stage.id)} "
+                  f"{shlex.quote(sys.executable)} -m sparse_train.launch.worker.requeue {run} {shlex.quote(stage.id)} "
                   '"$code"'],
     )
     return executor

@@ -16,9 +16,9 @@ from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
-from sparse_train.launch.place import Place
-from sparse_train.launch.preflight import Size, size_of
-from sparse_train.launch.stages import Stage, log_folder, partial_folder
+from sparse_train.launch.run.stages import Stage, log_folder, partial_folder
+from sparse_train.launch.submit.validate import Size, size_of
+from sparse_train.launch.worker.process_info import Place
 from sparse_train.models import describe, empty_model, read_config
 
 _MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes per trained value

@@ -15,14 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.config_file import dump_config
+from sparse_train.config.load import dump_config
 from sparse_train.errors import StageFailed, UserError
-from sparse_train.launch import attempts
-from sparse_train.launch.attempts import Ending, rank_log
-from sparse_train.launch.cluster import CLUSTER, ClusterConfig
-from sparse_train.launch.lock import locked, require_own_run
-from sparse_train.launch.place import find_place
-from sparse_train.launch.stages import (
+from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
+from sparse_train.launch.run.lock import locked, require_own_run
+from sparse_train.launch.run.stages import (
     CONFIG,
     JOB_FILE,
     Stage,
@@ -35,6 +32,9 @@ from sparse_train.launch.stages import (
     select,
     why_stale,
 )
+from sparse_train.launch.worker import attempts
+from sparse_train.launch.worker.attempts import Ending, rank_log
+from sparse_train.launch.worker.process_info import find_place
 
 if TYPE_CHECKING:
     import submitit
@@ -229,7 +229,7 @@ def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     try:
-        from sparse_train.launch.worker import work  # brings DeepSpeed, which only the ranks need
+        from sparse_train.launch.worker.process import work  # brings DeepSpeed, which only the ranks need
     except Exception as error:
         place, logs = find_place(), Path(run_folder) / "logs" / stage_id
         if place.rank == 0:

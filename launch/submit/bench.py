@@ -91,8 +91,8 @@ def _moves(options, console: Console) -> None:
 
 
 def _train(options, console: Console) -> int:
-    from sparse_train.launch.cluster import load_cluster
-    from sparse_train.launch.runner import free_port, start_processes, stop_processes, take_signals
+    from sparse_train.launch.run.cluster import load_cluster
+    from sparse_train.launch.submit.local import free_port, start_processes, stop_processes, take_signals
 
     cluster = load_cluster(options.on)
     given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
@@ -117,8 +117,8 @@ def _train(options, console: Console) -> int:
 def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
     from sparse_train import dist
     from sparse_train.bench.train import TrainBench, train_bench
-    from sparse_train.launch.place import find_place
-    from sparse_train.launch.worker import join_ranks
+    from sparse_train.launch.worker.process import join_ranks
+    from sparse_train.launch.worker.process_info import find_place
 
     pulse = join_ranks(find_place(), cluster, port)
     try:

@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import constants
 
 from sparse_train.config import ModelConfig, RunConfig, TaskConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers, may_be_hub_name
-from sparse_train.launch.preflight import check, require_data
+from sparse_train.launch.submit.validate import check, require_data
 from sparse_train.models import build_model, build_processor, check_on_hub, open_model, read_config, save_model
 from sparse_train.models import processor as models_processor
 from sparse_train.sparse import TensorFolder

@@ -11,17 +11,18 @@ from rich.console import Console
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.config_file import load_config
+from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
-from sparse_train.launch import attempts, look
-from sparse_train.launch.attempts import Ending
 from sparse_train.launch.cli import main
-from sparse_train.launch.cluster import ClusterConfig
-from sparse_train.launch.look import look_at, read_files
-from sparse_train.launch.place import Place
-from sparse_train.launch.runner import freeze
-from sparse_train.launch.stages import build_stages, log_folder, progress_file, sources
-from sparse_train.launch.submitted import read_jobs
+from sparse_train.launch.monitor import status
+from sparse_train.launch.monitor.status import look_at, read_files
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.slurm_queue import read_jobs
+from sparse_train.launch.run.stages import build_stages, log_folder, progress_file, sources
+from sparse_train.launch.submit.local import freeze
+from sparse_train.launch.worker import attempts
+from sparse_train.launch.worker.attempts import Ending
+from sparse_train.launch.worker.process_info import Place
 from tests.launch.test_pipeline import RECIPE
 
 
@@ -87,8 +88,8 @@ def test_following_a_log_goes_on_while_the_result_to_be_replaced_stands(tmp_path
             file.write("step 2\n")
         os.utime(result / artifacts.DONE, (1, 1))  # the new one
 
-    monkeypatch.setattr(look, "_is_at_work", lambda *_: True)
-    monkeypatch.setattr(look.time, "sleep", work)
+    monkeypatch.setattr(status, "_is_at_work", lambda *_: True)
+    monkeypatch.setattr(status.time, "sleep", work)
     assert main(["logs", str(config.path), "dense", "-f"]) == 0
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
@@ -130,7 +131,7 @@ def test_runs_are_listed_where_there_is_no_slurm_and_others_are_broken(monkeypat
     torn.mkdir()
     (torn / "DONE").touch()
     (torn / "manifest.json").write_text("{")
-    look._runs(argparse.Namespace(folder=tmp_path), Console(width=300))
+    status._runs(argparse.Namespace(folder=tmp_path), Console(width=300))
     lines = capsys.readouterr().out.splitlines()
     assert "squeue does not answer" in lines[0] and "below is what the files say" in lines[0]
     shown = {line.split()[0]: line for line in lines}
@@ -160,11 +161,11 @@ def test_a_broken_stage_is_told_in_its_row(tmp_path):
 
 
 def test_a_rank_without_an_ending_is_told_by_the_end_of_its_log(tmp_path):
-    for text, status, told in (("torch.OutOfMemoryError: too large", "broken", "torch.OutOfMemoryError: too large"),
+    for text, kind, told in (("torch.OutOfMemoryError: too large", "broken", "torch.OutOfMemoryError: too large"),
                                ("12/100 loss 1.0", "lost", "killed, or ran out of memory"), ("", "lost", "killed")):
         (tmp_path / "7_0_log.out").write_text(f"{'x' * 5000}\n{text}\n\n")
         ending = attempts.read_ending(tmp_path, "7.0", 1)
-        assert ending.status == status and told in ending.message
+        assert ending.status == kind and told in ending.message
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -173,7 +174,7 @@ def test_status_shows_all_at_any_width(width, slurm, tmp_path, capsys):
     slurm[1]["squeue"] = ["10|RUNNING|None|node001", "13|PENDING|AssocGrpCPUMinutesLimit|"]
     (log_folder(build_stages(config)[0], config) / "progress.json").write_text(
         '{"done": 120, "total": 2000, "note": "loss 0.1234", "seconds_left": 600.0}')
-    look._status(argparse.Namespace(run=config.path, watch=False), Console(width=width))
+    status._status(argparse.Namespace(run=config.path, watch=False), Console(width=width))
     shown = capsys.readouterr().out
     together = "".join(shown.split())
     assert max(map(len, shown.splitlines())) <= width

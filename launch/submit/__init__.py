@@ -1,0 +1,1 @@
+"""Start work: the `run` and `bench` commands, processes on this machine, jobs on SLURM, sweeps."""

@@ -1,0 +1,44 @@
+"""`task`: the data that a run trains on and is scored on (sparse_train/tasks)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sparse_train.config.base import Location, Positive, Section
+
+
+class TaskConfig(Section):
+    name: Literal["arithmetic", "gsm8k", "translation", "numbers", "speech", "dialtones", "text"] = "arithmetic"
+    """arithmetic, numbers and dialtones are generated and need no data; the others read task.path. A run without a name
+    takes the generated one that its model.family can do."""
+    path: Location | None = None
+    """A folder or file, or the name of a data set on the hub; what it must hold is in the task's module."""
+    subset: str | None = None
+    """Of a hub data set, such as de-en or hi."""
+    train_split: str = "train"
+    """What is trained on, as the data calls it: a hub split, a file's name without its ending, a value of an index's
+    column `split`. Several are joined by +, such as train+validation."""
+    test_split: str = "test"
+    """What is evaluated on, likewise."""
+    languages: tuple[str, str] = ("en", "de")
+    """translation: from and to, as the data set calls them."""
+    language: str | None = None
+    """speech: for Whisper's multilingual tokenizers, such as hindi."""
+    prompt: str | None = None
+    """Template of the prompt in training and evaluation, such as "Question: {question}\\nAnswer:"; None: the task's."""
+    answer: str | None = None
+    """Template of the answer."""
+    test_prompt: str | None = None
+    """Template of the prompt in evaluation, where it differs."""
+    shots: Annotated[int, Field(ge=0)] = 0
+    """gsm8k: solved training examples in front of each test prompt, in its template."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Of data that comes without a split: the share whose text hashes into the test split."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """More unusable rows than this are an error; fewer are counted and named in the log."""
+    max_length: Positive = 512
+    """Longest example in tokens; longer training examples are left out, counted and some of them named in the log."""
+
+    def split_name(self, split: str) -> str:
+        """What the data calls "train" or "test"."""
+        return self.train_split if split == "train" else self.test_split

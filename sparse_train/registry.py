@@ -1,0 +1,69 @@
+"""What can be added to, one line each: the tables that config, help, errors and docs read.
+
+A package outside adds an entry by an entry point, and needs no change here:
+
+    [project.entry-points."sparse_train.pruners"]
+    mine = "my_package.pruning:Mine"
+
+Nothing is imported until an entry is used, so that commands which only look at runs stay light. What must be known
+before that stands in the line itself; an entry point gets the defaults.
+"""
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from sparse_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    target: str
+    """MODULE:ATTRIBUTE."""
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Registry(Generic[E]):
+    """Entries of one kind by name. `group` is that of the entry points."""
+
+    def __init__(self, kind: str, group: str, make_entry: type[E], entries: Mapping[str, E]):
+        self.kind, self.group = kind, group
+        self._make_entry, self._own = make_entry, dict(entries)
+
+    @functools.cached_property
+    def entries(self) -> Mapping[str, E]:
+        """Ours, then those of other packages. Raises UserError where one of theirs takes a name that is in use."""
+        found = dict(self._own)
+        for point in entry_points(group=self.group):
+            if point.name in found:
+                raise UserError(f"{_origin(point)} adds a {self.kind} called {point.name}, which is in use; uninstall "
+                                "it, or rename its entry point")
+            found[point.name] = self._make_entry(point.value)
+        return found
+
+    def check(self, name: str) -> str:
+        """`name`, for validators of the config. Raises ValueError for one that is not registered."""
+        if name not in self.entries:
+            raise ValueError(f"there is no {self.kind} {name}; choose from: {', '.join(self.entries)}")
+        return name
+
+    def load(self, name: str) -> Any:
+        """What the entry's target names. Raises UserError where an entry of another package cannot be imported."""
+        target = self.entries[name].target
+        module, _, attribute = target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            if name in self._own:
+                raise
+            raise UserError(f"the {self.kind} {name} ({target}) cannot be imported: {error}; mend or uninstall its "
+                            "package") from error
+
+
+def _origin(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
