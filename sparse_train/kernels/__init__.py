@@ -33,7 +33,6 @@ __all__ = [
     "use_backend",
 ]
 
-_BACKENDS = ("avx512", "portable") if _native.has_avx512() else ("portable",)
 PORTABLE_NOTE = ("portable kernels: without AVX-512 (VBMI2, VNNI) sparse products are computed one value after the "
                  "other; dense torch may be faster")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,11 +42,12 @@ _MOST_THREADS = 4096
 
 def backends() -> tuple[str, ...]:
     """What this CPU can run, fastest first."""
-    return _BACKENDS
+    return tuple(_native.tiers())
 
 
 def backend() -> str:
-    return "avx512" if _native.uses_avx512() else "portable"
+    """The one that is used, by default the fastest."""
+    return _native.tier()
 
 
 @contextlib.contextmanager
@@ -62,9 +62,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _set_backend(name: str) -> None:
-    if name not in _BACKENDS:
-        raise ValueError(f"this CPU has no backend {name!r}; choose one of: {', '.join(_BACKENDS)}")
-    _native.use_avx512(name == "avx512")
+    if name not in backends():
+        raise ValueError(f"this CPU has no backend {name!r}; choose one of: {', '.join(backends())}")
+    _native.use_tier(name)
 
 
 if forced := os.environ.get("SPARSE_TRAIN_ISA"):

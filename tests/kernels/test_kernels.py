@@ -17,13 +17,10 @@ _EPS = torch.finfo(torch.float32).eps
 _DENSITIES = [0.0, 0.1, 0.5, 1.0]
 
 
-@pytest.fixture(params=["portable", "avx512"])
+@pytest.fixture(params=reversed(kernels.backends()))
 def backend(request):
-    try:
-        with kernels.use_backend(request.param):
-            yield request.param
-    except ValueError as error:
-        pytest.skip(str(error))
+    with kernels.use_backend(request.param):
+        yield request.param
 
 
 def _weight(shape, density, dtype=torch.float32, seed=0):
@@ -320,7 +317,11 @@ def test_a_tensor_that_only_claims_its_sign_is_read_with_it():
     assert kernels.PackedMatrix(torch.ones(100), kernels.pack(keep), 100).matvec(negative).item() == -100
 
 
-def test_an_unknown_backend_is_an_error():
+def test_the_fastest_backend_comes_first_and_portable_last_and_an_unknown_one_is_an_error():
+    for name in kernels.backends():
+        with kernels.use_backend(name):
+            assert kernels.backend() == name
+    assert kernels.backends()[-1] == "portable"
     with pytest.raises(ValueError, match="no backend 'sse'"), kernels.use_backend("sse"):
         pass
 

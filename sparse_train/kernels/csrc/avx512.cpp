@@ -1,9 +1,10 @@
 // AVX-512 with VBMI2 (expand and compress of bytes and words) and VNNI (u8 x s8 dot products).
+// flags for x86_64: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx512vnni -mbmi2 -mpopcnt -mfma
 //
 // Every position costs a share of one expand, whatever its value's width, so a word of 64 positions takes four expands
 // in FP32 and one in INT8. Only `values += popcount` links one word to the next: the loads of a word start from counts
 // of the mask alone. Loads go to a register before they are expanded: the memory form is microcoded on some CPUs.
-#include "rows.h"
+#include "tiers.h"
 
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -195,9 +196,9 @@ void compact(const Rows& rows, int size, const void* dense, void* values, int64_
 }
 
 int64_t count(const Rows& rows, int64_t row) {
-    int64_t found = 0;
-    for (int64_t w = 0; w < rows.num_words; ++w) found += _mm_popcnt_u64(rows.word(row, w));
-    return found;
+    int64_t num_kept = 0;
+    for (int64_t w = 0; w < rows.num_words; ++w) num_kept += _mm_popcnt_u64(rows.word(row, w));
+    return num_kept;
 }
 
 uint64_t read(const void* data, int64_t num_bytes) {
@@ -210,20 +211,19 @@ uint64_t read(const void* data, int64_t num_bytes) {
     return uint64_t(_mm512_reduce_add_epi64(sum[0]));
 }
 
-}  // namespace
-
-const Tier avx512 = {matvec_f32, matvec_i8, expand, compact, count, read};
-
-bool has_avx512() {
+bool is_supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 }
 
+}  // namespace
+
+const Tier avx512 = {"avx512", is_supported, matvec_f32, matvec_i8, expand, compact, count, read};
+
 }  // namespace sparse_train
 #else
 namespace sparse_train {
-const Tier avx512 = portable;
-bool has_avx512() { return false; }
+const Tier avx512 = {"avx512", [] { return false; }};
 }  // namespace sparse_train
 #endif

@@ -1,26 +1,36 @@
 // The Python module: threads, tiers and packed matrices. Pointers and sizes arrive checked by __init__.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "rows.h"
+#include "tiers.h"
 
 namespace nb = nanobind;
 using namespace sparse_train;
 
 namespace {
 
-const Tier* tier = has_avx512() ? &avx512 : &portable;
+std::vector<const Tier*> supported_tiers() {
+    std::vector<const Tier*> tiers;
+    std::copy_if(std::begin(kTiers), std::end(kTiers), std::back_inserter(tiers),
+                 [](const Tier* tier) { return tier->is_supported(); });
+    return tiers;
+}
+
+const std::vector<const Tier*> tiers = supported_tiers();
+const Tier* tier = tiers.front();
 constexpr int64_t kRowsPerThread = 32;      // fewer are not worth waking a thread
 constexpr int64_t kBytesPerThread = 65536;  // nor are fewer bytes
 
@@ -38,10 +48,10 @@ Buffer allocate(int64_t num_bytes) {
     constexpr int64_t kPage = 2 << 20;
     const bool is_large = num_bytes >= 4 * kPage;
     const int64_t alignment = is_large ? kPage : 64;
-    void* found = std::aligned_alloc(alignment, (num_bytes + alignment - 1) / alignment * alignment);
-    if (!found) throw std::bad_alloc();
-    if (is_large) madvise(found, num_bytes, MADV_HUGEPAGE);  // fewer page walks; a refusal costs only that
-    return Buffer((uint8_t*)found);
+    void* memory = std::aligned_alloc(alignment, (num_bytes + alignment - 1) / alignment * alignment);
+    if (!memory) throw std::bad_alloc();
+    if (is_large) madvise(memory, num_bytes, MADV_HUGEPAGE);  // fewer page walks; a refusal costs only that
+    return Buffer((uint8_t*)memory);
 }
 
 // work(first row, last row) on each part of the rows; the values, not the rows, are divided evenly. OpenMP may give fewer
@@ -254,8 +264,18 @@ double read_bandwidth(int64_t num_bytes, int num_threads, int repeats) {
     return double(part * num_threads) / seconds[repeats / 2];
 }
 
-void use_tier(bool fast) { tier = fast ? &avx512 : &portable; }
-bool is_fast() { return tier == &avx512; }
+std::vector<std::string> tier_names() {
+    std::vector<std::string> names;
+    for (const Tier* each : tiers) names.push_back(each->name);
+    return names;
+}
+
+std::string tier_name() { return tier->name; }
+
+void use_tier(const std::string& name) {
+    for (const Tier* each : tiers)
+        if (each->name == name) tier = each;
+}
 
 }  // namespace
 
@@ -265,9 +285,9 @@ NB_MODULE(_native, m) {
     m.def("compact", &compact, release());
     m.def("count_kept", &count_kept, release());
     m.def("read_bandwidth", &read_bandwidth, release());
-    m.def("has_avx512", &has_avx512);
-    m.def("use_avx512", &use_tier);
-    m.def("uses_avx512", &is_fast);
+    m.def("tiers", &tier_names);
+    m.def("tier", &tier_name);
+    m.def("use_tier", &use_tier);
     nb::class_<Packed>(m, "Packed")
         .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool, int>())
         .def("matvec", &Packed::matvec, release())

@@ -1,5 +1,5 @@
 // Any CPU: one kept position after the other.
-#include "rows.h"
+#include "tiers.h"
 
 namespace sparse_train {
 namespace {
@@ -57,9 +57,9 @@ void compact(const Rows& rows, int size, const void* dense, void* values, int64_
 }
 
 int64_t count(const Rows& rows, int64_t row) {
-    int64_t found = 0;
-    for (int64_t w = 0; w < rows.num_words; ++w) found += __builtin_popcountll(rows.word(row, w));
-    return found;
+    int64_t num_kept = 0;
+    for (int64_t w = 0; w < rows.num_words; ++w) num_kept += __builtin_popcountll(rows.word(row, w));
+    return num_kept;
 }
 
 uint64_t read(const void* data, int64_t num_bytes) {
@@ -71,6 +71,6 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier portable = {matvec_f32, matvec_i8, expand, compact, count, read};
+const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_i8, expand, compact, count, read};
 
 }  // namespace sparse_train

@@ -1,0 +1,32 @@
+// A tier is the kernels for one instruction set. Its file, csrc/NAME.cpp, defines `const Tier NAME`; its compiler flags
+// stand in a line of that file, "// flags for PROCESSOR: ...", which CMakeLists.txt reads.
+#pragma once
+#include "rows.h"
+
+namespace sparse_train {
+
+// A function works on rows first..last-1. Vectors x have num_words * 64 readable entries; the values that matvec_* reads
+// are followed by 64 readable bytes, those of expand and compact by none.
+struct Tier {
+    const char* name;
+    // Whether this CPU has the instructions; false as well where the compiler had no flags for its kind of processor.
+    bool (*is_supported)();
+
+    void (*matvec_f32)(const Rows&, const float* values, const float* x, float* y, int64_t first, int64_t last);
+    // Exact sums, of rows of any width.
+    void (*matvec_i8)(const Rows&, const int8_t* values, const uint8_t* x, int64_t* y, int64_t first, int64_t last);
+    // dense (num_rows, num_columns) <- values, and back; `size` is an element's bytes: 1, 2 or 4.
+    void (*expand)(const Rows&, int size, const void* values, void* dense, int64_t first, int64_t last);
+    void (*compact)(const Rows&, int size, const void* dense, void* values, int64_t first, int64_t last);
+    // Kept positions of a row.
+    int64_t (*count)(const Rows&, int64_t row);
+    // Reads num_bytes (a multiple of 512) once; the result only keeps the reads alive.
+    uint64_t (*read)(const void* data, int64_t num_bytes);
+};
+
+extern const Tier avx512, portable;
+
+// Fastest first. The first that this CPU supports is used unless Python chooses another.
+inline const Tier* const kTiers[] = {&avx512, &portable};
+
+}  // namespace sparse_train
