@@ -2,6 +2,7 @@
 # make test   all tests
 # make test-slow      further cases of the same checks, minutes each
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
+# make lint   ruff and mypy; make types is mypy alone
 # Each makes the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ SHELL := /bin/bash
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-cluster lint setup clean
+.PHONY: demo test test-slow test-cluster lint types setup clean
 
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
@@ -25,6 +26,13 @@ test-cluster: setup
 
 lint: setup
 	.venv/bin/ruff check .
+	$(MAKE) types
+
+# mypy sees jobs/ and launch/ where they are installed, in sparse_train.
+types:
+	rm -rf build/mypy && mkdir -p build/mypy/sparse_train
+	ln -s $(CURDIR)/sparse_train/* $(CURDIR)/jobs $(CURDIR)/launch build/mypy/sparse_train
+	.venv/bin/python -m mypy
 
 setup: $(READY)
 
@@ -38,7 +46,7 @@ $(READY): pyproject.toml constraints.txt $(NATIVE) $(MODULES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sparse-train needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
 	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel scikit-build-core nanobind cmake ninja
-	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[all,test]'
 	touch $@
 
 clean:
