@@ -1,9 +1,12 @@
-"""Ranks that fall silent are noticed; without this the others would wait for them in a collective, perhaps for ever.
+"""Notice ranks that fall silent; without this the others would wait for them in a collective, perhaps for ever.
 
-Each rank beats on a small store on rank 0, from a thread of its own. Rank 0 names the ranks that stopped beating; the
-others notice when rank 0 no longer answers. Whoever finds out ends its own process: its main thread may be stuck.
-A main thread that hangs while its rank goes on beating ends in a time-out of the others' collective, which cannot say
-whose fault it is. So beats carry what main threads are in, and rank 0 prints them all when its own does not move on.
+Each rank sends heartbeats to a key-value store on rank 0, from a thread of its own. Rank 0 names the ranks whose last
+heartbeat is too old; the others notice when rank 0 no longer answers. Each rank then ends its own process from that
+thread, because its main thread may be stuck in the collective.
+
+A rank whose main thread hangs still sends heartbeats, and the collective of the others times out without saying whose
+fault it is. So a heartbeat carries the line that the main thread is at, and rank 0 logs those of all ranks when its own
+main thread makes no progress.
 """
 
 import os
@@ -11,111 +14,142 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 from torch.distributed import TCPStore
 
 from sparse_train import dist
 
-_VERDICT = "silent"
+_VERDICT = "silent"  # the store's key of the text that rank 0 sends to all ranks
+_MOST_NAMED = 8
 
 
-class Pulse:
-    """Beats from construction until stop(). `on_silence(text)` is called from a thread and should not return.
+@dataclass(frozen=True)
+class _Beat:
+    """The last heartbeat of a rank that rank 0 has seen."""
 
-    `stall`: on rank 0, what it has printed of the ranks when its main thread stayed in one place for silence_s; empty
-    when it has moved on.
+    received: float
+    number: str = ""
+    position: str = ""
+    """Of its main thread."""
+
+
+class Heartbeat:
+    """Sends and watches heartbeats from construction until stop().
+
+    `stall`: on rank 0, the text that it has logged since its main thread stays in one place, for silence_s or longer;
+    empty while it moves.
     """
 
     def __init__(self, host: str, address: str, silence_s: float, on_silence: Callable[[str], None]):
-        """`host`: this rank's, for messages; `address`: rank 0's. Collective."""
+        """Collective. `host`: this rank's, for messages; `address`: rank 0's; `on_silence(text)` is called from a
+        thread and should not return."""
         self._rank, self._silence_s, self._on_silence = dist.rank(), silence_s, on_silence
         self._hosts = dist.gather_objects(host)
-        self._pause_s = min(5.0, silence_s / 6)
+        self._interval_s = min(5.0, silence_s / 6)
         self._stopped = threading.Event()
-        settings = {"wait_for_workers": False, "timeout": timedelta(seconds=silence_s)}
-        own = TCPStore(address, 0, is_master=True, **settings) if self._rank == 0 else None
-        port = dist.gather_objects(own and own.port)[0]
-        self._store = own or TCPStore(address, port, is_master=False, **settings)
+        self._store = self._join_store(address)
         self._answered = self._moved = time.monotonic()
-        self._at, self.stall = ("", 0), ""
-        self._beats = dict.fromkeys(map(str, range(len(self._hosts))), (b"", self._answered))
-        for target in (self._beat, self._watch):
+        self._position, self.stall = ("", 0), ""
+        self._beats = [_Beat(self._answered) for _ in self._hosts]
+        for target in (self._send_beats, self._watch_rank_0):
             threading.Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
         """Before the process group is closed, and when every rank is past its last collective."""
         self._stopped.set()
 
-    def tell(self, what: str) -> None:
-        self._store.set(what, "")
+    def announce(self, event: str) -> None:
+        """Let the ranks that wait_for(event) continue."""
+        self._store.set(event, "")
 
-    def wait_for(self, what: str) -> None:
-        """Until another rank tells it, however long that takes: unlike a collective's, this wait has no time-out of its
-        own, and only silence ends it."""
-        while not self._store.check([what]):
-            time.sleep(min(1.0, self._pause_s))
+    def wait_for(self, event: str) -> None:
+        """Until another rank announces it, however long that takes: unlike a collective, this wait has no timeout and
+        is ended by silence alone."""
+        while not self._store.check([event]):
+            time.sleep(min(1.0, self._interval_s))
 
-    def _beat(self) -> None:
-        """Blocks where the network is cut; _watch sees it by the time of the last answer."""
+    def _join_store(self, address: str) -> TCPStore:
+        timeout = timedelta(seconds=self._silence_s)
+        if self._rank == 0:
+            store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            dist.gather_objects(store.port)
+            return store
+        port = dist.gather_objects(None)[0]
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    def _send_beats(self) -> None:
+        """Blocks where the network is cut; _watch_rank_0 notices by the time of the last answer."""
         number = 0
-        while not self._stopped.wait(self._pause_s):
+        while not self._stopped.wait(self._interval_s):
             number += 1
             try:
-                self._store.set(str(self._rank), f"{number} {_place_of_main_thread()}")
+                self._store.set(str(self._rank), f"{number} {_position_of_main_thread()}")
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
                 if self._rank == 0:
-                    self._look()
-            except Exception:  # a broken connection is silence; how long it lasts decides
+                    self._check_ranks()
+            except Exception:  # a broken connection is silence, which _watch_rank_0 judges by how long it lasts
                 continue
             self._answered = time.monotonic()
             if verdict:
                 self._report(verdict)
 
-    def _look(self) -> None:
-        """Rank 0: who has not beaten for too long?"""
-        now, names = time.monotonic(), [name for name in self._beats if self._store.check([name])]
-        for name, beat in zip(names, self._store.multi_get(names), strict=True):
-            if beat != self._beats[name][0]:
-                self._beats[name] = beat, now
-        silent = [int(name) for name, (_, heard) in self._beats.items() if now - heard > self._silence_s]
+    def _check_ranks(self) -> None:
+        """On rank 0: find ranks whose last heartbeat is too old."""
+        self._receive_beats()
+        now = time.monotonic()
+        silent = [rank for rank, beat in enumerate(self._beats) if now - beat.received > self._silence_s]
         if silent:
-            verdict = self._told(silent)
+            verdict = self._describe_silence(silent)
             self._store.set(_VERDICT, verdict)
-            time.sleep(2 * self._pause_s)  # let the others hear of it before the store goes
+            time.sleep(2 * self._interval_s)  # the others read it before the store ends with this process
             self._report(verdict)
-        self._look_for_a_stall()
+        self._check_for_stall()
 
-    def _look_for_a_stall(self) -> None:
-        # The place alone would not do: a healthy training may be seen at the line that waits for the GPU each time.
-        now, at = time.monotonic(), (_place_of_main_thread(), dist.num_sums())
-        if at != self._at:
-            self._at, self._moved, self.stall = at, now, ""
+    def _receive_beats(self) -> None:
+        now, ranks = time.monotonic(), [rank for rank in range(len(self._beats)) if self._store.check([str(rank)])]
+        for rank, value in zip(ranks, self._store.multi_get([str(rank) for rank in ranks]), strict=True):
+            number, _, position = value.decode().partition(" ")
+            if number != self._beats[rank].number:
+                self._beats[rank] = _Beat(now, number, position)
+
+    def _check_for_stall(self) -> None:
+        # The position alone is not enough: each look at a healthy training may find it at the line that waits for the
+        # GPU.
+        now, position = time.monotonic(), (_position_of_main_thread(), dist.num_sums())
+        if position != self._position:
+            self._position, self._moved, self.stall = position, now, ""
         elif not self.stall and now - self._moved > self._silence_s:
-            ranks: dict[str, list[int]] = {}
-            for rank, (beat, _) in self._beats.items():
-                ranks.setdefault(beat.decode().partition(" ")[2], []).append(int(rank))
-            rarest_first = sorted(ranks.items(), key=lambda item: len(item[1]))
-            self.stall = f"no progress for {self._silence_s:g} s: " + "; ".join(
-                f"rank {self._named(some)} in {place}" for place, some in rarest_first)
+            self.stall = self._describe_stall()
             print(self.stall, file=sys.stderr, flush=True)
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(self._pause_s):
+    def _watch_rank_0(self) -> None:
+        while not self._stopped.wait(self._interval_s):
             if self._rank and time.monotonic() - self._answered > self._silence_s:
-                self._report(self._told([0]))
+                self._report(self._describe_silence([0]))
 
-    def _told(self, silent: list[int]) -> str:
-        return f"rank {self._named(silent)} went silent for {self._silence_s:g} s"
+    def _describe_silence(self, ranks: list[int]) -> str:
+        return f"rank {self._with_hosts(ranks)} went silent for {self._silence_s:g} s"
 
-    def _named(self, ranks: list[int]) -> str:
-        return ", ".join(f"{rank} ({self._hosts[rank]})" for rank in ranks[:8]) + (", ..." if ranks[8:] else "")
+    def _describe_stall(self) -> str:
+        ranks_at: dict[str, list[int]] = {}
+        for rank, beat in enumerate(self._beats):
+            ranks_at.setdefault(beat.position, []).append(rank)
+        rarest_first = sorted(ranks_at.items(), key=lambda item: len(item[1]))
+        return f"no progress for {self._silence_s:g} s: " + "; ".join(
+            f"rank {self._with_hosts(ranks)} in {position}" for position, ranks in rarest_first)
+
+    def _with_hosts(self, ranks: list[int]) -> str:
+        names = [f"{rank} ({self._hosts[rank]})" for rank in ranks[:_MOST_NAMED]]
+        return ", ".join(names + ["..."] * (len(ranks) > _MOST_NAMED))
 
     def _report(self, text: str) -> None:
         if not self._stopped.is_set():
             self._on_silence(text)
 
 
-def _place_of_main_thread() -> str:
-    frame = sys._current_frames()[threading.main_thread().ident]
+def _position_of_main_thread() -> str:
+    """Its function, file and line."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
     return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"

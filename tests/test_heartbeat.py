@@ -9,37 +9,43 @@ import pytest
 import torch
 from torch import distributed
 
-from sparse_train.heartbeat import Pulse
+from sparse_train.heartbeat import Heartbeat
 from sparse_train.launch.submit.local import free_port
 from tests.ranks import CONTEXT, run_ranks
 
 _SILENCE_S = 3.0
 
 
-def _rank(rank, world, silent, port, told):
+def _rank(rank, world, silent, port, reports):
     from sparse_train import dist
 
     dist.start(rank, world, rank, world, "127.0.0.1", port)
-    Pulse(f"host{rank}", "127.0.0.1", _SILENCE_S, lambda text: (told.put((rank, text)), time.sleep(0.5), os._exit(3)))
+
+    def end(silence):
+        reports.put((rank, silence))
+        time.sleep(0.5)
+        os._exit(3)
+
+    Heartbeat(f"host{rank}", "127.0.0.1", _SILENCE_S, end)
     dist.barrier()
-    told.put((rank, "up"))
+    reports.put((rank, "up"))
     if rank == silent:
-        told.close()
-        told.join_thread()  # what it said is on its way
+        reports.close()
+        reports.join_thread()  # it has been sent
         os.kill(os.getpid(), signal.SIGSTOP)
     distributed.all_reduce(torch.zeros(1))  # waits for the silent one
 
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_silent_rank_is_named_and_the_others_end(silent):
-    told, port = CONTEXT.Queue(), free_port()
-    ranks = [CONTEXT.Process(target=_rank, args=(rank, 3, silent, port, told), daemon=True) for rank in range(3)]
+    queue, port = CONTEXT.Queue(), free_port()
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, 3, silent, port, queue), daemon=True) for rank in range(3)]
     for process in ranks:
         process.start()
     try:
-        heard = [told.get(timeout=60) for _ in range(3)]
-        assert all(text == "up" for _, text in heard)
-        reports = dict(told.get(timeout=5 * _SILENCE_S) for _ in range(2))
+        first = [queue.get(timeout=60) for _ in range(3)]
+        assert all(text == "up" for _, text in first)
+        reports = dict(queue.get(timeout=5 * _SILENCE_S) for _ in range(2))
         assert set(reports) == {0, 1, 2} - {silent}
         assert set(reports.values()) == {f"rank {silent} (host{silent}) went silent for 3 s"}
         for rank, process in enumerate(ranks):
@@ -55,10 +61,10 @@ def _quiet_end():
     from sparse_train import dist
 
     reports = []
-    pulse = Pulse("host", "127.0.0.1", 1.0, reports.append)
+    heartbeat = Heartbeat("host", "127.0.0.1", 1.0, reports.append)
     time.sleep(2.5)
     dist.barrier()
-    pulse.stop()
+    heartbeat.stop()
     time.sleep(0.5)
     return reports
 
@@ -66,15 +72,15 @@ def _quiet_end():
 def _patient():
     from sparse_train import dist
 
-    pulse = Pulse("host", "127.0.0.1", 1.0, lambda text: os._exit(3))
+    heartbeat = Heartbeat("host", "127.0.0.1", 1.0, lambda text: os._exit(3))
     started = time.monotonic()
     if dist.rank() == 0:
         time.sleep(3)
-        pulse.tell("done")
+        heartbeat.announce("done")
     else:
-        pulse.wait_for("done")
+        heartbeat.wait_for("done")
     dist.barrier()
-    pulse.stop()
+    heartbeat.stop()
     return time.monotonic() - started
 
 
@@ -89,17 +95,17 @@ def _hang_in_the_data():
 def _in_different_places():
     from sparse_train import dist
 
-    pulse = Pulse(f"host{dist.rank()}", "127.0.0.1", _SILENCE_S, lambda text: os._exit(3))
+    heartbeat = Heartbeat(f"host{dist.rank()}", "127.0.0.1", _SILENCE_S, lambda text: os._exit(3))
     told = []
     # Healthy for longer than the silence: always at the same line, but with sums that go on.
     for _ in range(50):
         dist.any_rank(False), time.sleep(_SILENCE_S / 30)
-        told.append(pulse.stall)
-    threading.Timer(2.5 * _SILENCE_S, lambda: told.append(pulse.stall)).start()
+        told.append(heartbeat.stall)
+    threading.Timer(2.5 * _SILENCE_S, lambda: told.append(heartbeat.stall)).start()
     if dist.rank() == 1:
         _hang_in_the_data()
     distributed.all_reduce(torch.zeros(1))
-    pulse.stop()
+    heartbeat.stop()
     return told
 
 
@@ -107,7 +113,7 @@ def test_a_main_thread_that_hangs_is_told_by_where_it_is():
     told = run_ranks(_in_different_places, 3)[0]
     assert told[:-1] == [""] * 50
     odd, others = told[-1].split("; ")
-    assert odd.startswith("no progress for 3 s: rank 1 (host1) in _hang_in_the_data (test_pulse.py:")
+    assert odd.startswith("no progress for 3 s: rank 1 (host1) in _hang_in_the_data (test_heartbeat.py:")
     assert others.startswith("rank 0 (host0), 2 (host2) in all_reduce (distributed_c10d.py:")
 
 

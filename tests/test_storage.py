@@ -8,8 +8,9 @@ import pytest
 
 from sparse_train import storage
 from sparse_train.errors import UserError
-from sparse_train.launch.worker import attempts, process
-from tests.launch.test_attempts import _place
+from sparse_train.launch.worker.endings import read_ending, reserve_ending, write_ending
+from sparse_train.launch.worker.failures import run_to_ending
+from sparse_train.launch.worker.process_info import Attempt
 
 
 @pytest.fixture
@@ -31,17 +32,17 @@ def _fill(folder):
 
 
 def test_a_full_disk_is_told_by_the_rank_and_by_the_launcher(small, capsys):
-    attempts.reserve_ending(small, "7.0", 0)
-    ending = process._ending_of(_place(), lambda: _fill(small), small)
+    reserve_ending(small, Attempt("7", 0), 0)
+    ending = run_to_ending(lambda: _fill(small), 0, small)
     assert ending.status == "mistake"
     with pytest.raises(OSError):
         (small / "anything").write_bytes(bytes(2**16))
-    attempts.write_ending(small, "7.0", ending)
-    told = attempts.read_ending(small, "7.0", 1)
+    write_ending(small, Attempt("7", 0), ending)
+    told = read_ending(small, Attempt("7", 0), 1)
     assert told == ending and f"the file system {small} is full (0.0 MB left)" in told.message
     assert told.message in capsys.readouterr().err
     # A rank that could not even begin leaves nothing; the launcher sees the disk.
-    assert attempts.read_ending(small, "8.0", 1).message == f"ended without a result; {small} is full"
+    assert read_ending(small, Attempt("8", 0), 1).message == f"ended without a result; {small} is full"
 
 
 def _raise(error):
@@ -58,7 +59,7 @@ def test_what_storage_refuses_is_one_line(error, told, tmp_path):
     for raised in (error, ValueError("around it")):
         with contextlib.suppress(ValueError):
             raised.__cause__ = None if raised is error else error
-        ending = process._ending_of(_place(), lambda raised=raised: _raise(raised), tmp_path)
+        ending = run_to_ending(lambda raised=raised: _raise(raised), 0, tmp_path)
         assert ending.status == "mistake" and told in ending.message and "\n" not in ending.message
 
 
@@ -75,4 +76,4 @@ def test_the_log_may_be_on_the_full_disk_too(tmp_path, monkeypatch):
         flush = write
 
     monkeypatch.setattr("sys.stderr", Full())
-    assert process._ending_of(_place(), lambda: _raise(UserError("a mistake"))).message == "a mistake"
+    assert run_to_ending(lambda: _raise(UserError("a mistake")), 0).message == "a mistake"

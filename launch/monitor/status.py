@@ -34,7 +34,8 @@ from sparse_train.launch.run.stages import (
     select,
 )
 from sparse_train.launch.submit.local import STOP_PATIENCE_S, plan, told_of_stop
-from sparse_train.launch.worker import attempts
+from sparse_train.launch.worker.attempts import AttemptRecord, read_attempts
+from sparse_train.launch.worker.endings import has_ending_since, newest_ending, rank_log, read_ending
 from sparse_train.tables import make_table, print_table
 
 _HEADER = ("stage", "state", "job", "nodes", "tries")
@@ -139,7 +140,7 @@ def _look_at(run: Files, states: dict[str, JobState]) -> list[Look]:
 
 
 def _look_at_stage(run: Files, stage: Stage, reason: str, state: JobState | None, failed: list[str]) -> Look:
-    tried = attempts.read_attempts(log_folder(stage, run.config))
+    tried = read_attempts(log_folder(stage, run.config))
     job = run.jobs.get(stage.id, "")
     if reason == "current":
         manifest = artifacts.read_manifest(run.config.path / stage.id)
@@ -153,13 +154,14 @@ def _look_at_stage(run: Files, stage: Stage, reason: str, state: JobState | None
     return Look(stage, text, job, nodes, len(tried), None if old else read_progress(stage, run.config))
 
 
-def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, tried: list, failed: list[str]) -> str:
+def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None,
+          tried: list[AttemptRecord], failed: list[str]) -> str:
     behind = [name for name in stage.inputs if name in failed]
     # The dense model of a sweep is another run's.
     behind += ["/".join(Path(path).parts[-2:]) for path in stage.external.values()
                if Path(path).is_absolute() and not Path(path).is_dir()]
     if state is None or state.state == "UNKNOWN":  # the files alone tell
-        newest = attempts.newest_ending(log_folder(stage, config), tried)
+        newest = newest_ending(log_folder(stage, config), tried)
         if tried and newest is None and find_launcher(config.path) is not None:
             return "running"
         return f"failed: {newest.message}" if newest and newest.status in ("broken", "lost", "mistake") else reason
@@ -171,7 +173,7 @@ def _told(config: RunConfig, stage: Stage, reason: str, state: JobState | None, 
         return f"held: {behind[0]} did not finish"
     if state.state == "COMPLETED":
         return reason
-    ending = attempts.newest_ending(log_folder(stage, config), tried)
+    ending = newest_ending(log_folder(stage, config), tried)
     cause = f"rank {ending.rank} {ending.message}" if ending and ending.status != "finished" else state.reason
     return f"{'cancelled' if state.state == 'CANCELLED' else 'failed'}: {state.state} {cause}"
 
@@ -265,7 +267,7 @@ def _signed_at(config: RunConfig, stage: Stage) -> int | None:
 def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
     """Of the newest job."""
     if job := read_jobs(config.path).get(stage.id):
-        file = attempts.rank_log(slurm_queue.output_folder(config, stage, job), job, rank)
+        file = rank_log(slurm_queue.output_folder(config, stage, job), job, rank)
         files = [file] if file.is_file() else []
     else:
         files = sorted(log_folder(stage, config).glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
@@ -322,10 +324,10 @@ def _told_of_end(folder: Path, since: float) -> str:
         config = read_run(folder)
         for stage in build_stages(config):
             logs = log_folder(stage, config)
-            tried = attempts.read_attempts(logs)
-            endings = (logs / "endings" / tried[-1]["id"]).glob("*.json") if tried else ()
-            if any(file.stat().st_mtime >= since for file in endings):
-                return f"ended: {told_of_stop(stage, attempts.read_ending(logs, tried[-1]['id'], tried[-1]['ranks']))}"
+            tried = read_attempts(logs)
+            if tried and has_ending_since(logs, tried[-1].attempt, since):
+                ending = read_ending(logs, tried[-1].attempt, tried[-1].ranks)
+                return f"ended: {told_of_stop(stage, ending)}"
     return "ended; the same command goes on from what is finished"
 
 

@@ -117,14 +117,14 @@ def _train(options, console: Console) -> int:
 def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
     from sparse_train import dist
     from sparse_train.bench.train import TrainBench, train_bench
-    from sparse_train.launch.worker.process import join_ranks
-    from sparse_train.launch.worker.process_info import find_place
+    from sparse_train.launch.worker.process_info import current_process
+    from sparse_train.launch.worker.ranks import join_ranks
 
-    pulse = join_ranks(find_place(), cluster, port)
+    heartbeat = join_ranks(current_process(), cluster, port)
     try:
         return train_bench(TrainBench(**given))
     finally:
-        pulse.stop()
+        heartbeat.stop()
         dist.stop()
 
 

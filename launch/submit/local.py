@@ -33,8 +33,8 @@ from sparse_train.launch.run.stages import (
     why_stale,
 )
 from sparse_train.launch.worker import attempts
-from sparse_train.launch.worker.attempts import Ending, rank_log
-from sparse_train.launch.worker.process_info import find_place
+from sparse_train.launch.worker.endings import Ending, rank_log, read_ending, write_ending
+from sparse_train.launch.worker.process_info import Attempt, current_process
 
 if TYPE_CHECKING:
     import submitit
@@ -162,10 +162,10 @@ def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console:
             console.print(f"[yellow]stopping {stage.id}; it saves its state first")
         finally:
             stop_processes(job)
-        told = told_of_stop(stage, attempts.read_ending(logs, f"{job.job_id}.0", num_ranks))
+        told = told_of_stop(stage, read_ending(logs, Attempt(job.job_id, 0), num_ranks))
         console.print(f"[yellow]{told}", highlight=False, soft_wrap=True)
         raise
-    ending = attempts.read_ending(logs, f"{job.job_id}.0", num_ranks)
+    ending = read_ending(logs, Attempt(job.job_id, 0), num_ranks)
     if ending.status == "mistake":
         raise UserError(f"stage {stage.id}: {ending.message}")
     if ending.status == "stopped":
@@ -231,11 +231,11 @@ def process(run_folder: str, stage_id: str, port: int | None = None) -> None:
     try:
         from sparse_train.launch.worker.process import work  # brings DeepSpeed, which only the ranks need
     except Exception as error:
-        place, logs = find_place(), Path(run_folder) / "logs" / stage_id
-        if place.rank == 0:
-            attempts.begin(logs, place, 0)
+        info, logs = current_process(), Path(run_folder) / "logs" / stage_id
+        if info.rank == 0:
+            attempts.begin(logs, info, 0)
         told = f"could not be started: {type(error).__name__}: {' '.join(str(error).split())}"
-        attempts.write_ending(logs, place.attempt, Ending("broken", told, place.rank))
+        write_ending(logs, info.attempt, Ending("broken", told, info.rank))
         raise
     work(run_folder, stage_id, port)
 

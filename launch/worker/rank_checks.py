@@ -18,30 +18,30 @@ from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
 from sparse_train.launch.run.stages import Stage, log_folder, partial_folder
 from sparse_train.launch.submit.validate import Size, size_of
-from sparse_train.launch.worker.process_info import Place
+from sparse_train.launch.worker.process_info import ProcessInfo
 from sparse_train.models import describe, empty_model, read_config
 
 _MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes per trained value
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
-def check_ranks(place: Place, config: RunConfig, stage: Stage) -> None:
+def check_ranks(process: ProcessInfo, config: RunConfig, stage: Stage) -> None:
     """Collective. Raises UserError, the same on every rank."""
-    table = dist.gather_objects(_own_row(place))
-    if place.rank == 0:
+    table = dist.gather_objects(_own_row(process))
+    if process.rank == 0:
         print("\n".join(_lines(table)), flush=True)
     dist.agree(lambda: _require_distinct_devices(table))
     dist.agree(_require_sum)
     writers = [row["rank"] for row in table if row["local_rank"] == 0]
-    dist.agree(lambda: _require_shared_folder(place, writers, config.path, log_folder(stage, config)))
+    dist.agree(lambda: _require_shared_folder(process, writers, config.path, log_folder(stage, config)))
     path = config.dense.path or config.model.path
     size = size_of(empty_model(read_config(path) if path else describe(config.model)))
-    dist.agree(lambda: _require_space(place, config, stage, size, table))
+    dist.agree(lambda: _require_space(process, config, stage, size, table))
 
 
-def _own_row(place: Place) -> dict[str, Any]:
+def _own_row(process: ProcessInfo) -> dict[str, Any]:
     device = dist.device()
-    row = {"rank": place.rank, "host": place.host, "local_rank": place.local_rank, "device": str(device),
+    row = {"rank": process.rank, "host": process.host, "local_rank": process.local_rank, "device": str(device),
            "cpus": available_cpus(), "free_memory": _free_memory()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -100,31 +100,32 @@ def _require_sum() -> None:
                         "broken")
 
 
-def _require_shared_folder(place: Place, writers: list[int], run: Path, logs: Path) -> None:
+def _require_shared_folder(process: ProcessInfo, writers: list[int], run: Path, logs: Path) -> None:
     """One rank of each node, a writer, leaves a file there, and must see those of the others."""
-    folder = logs / f"preflight-{place.attempt}"
+    folder = logs / f"preflight-{process.attempt}"
 
     def write() -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / str(place.rank)).touch()
+            (folder / str(process.rank)).touch()
         except OSError as error:
-            return f"cannot write to {run} on {place.host}: {error.strerror}"
+            return f"cannot write to {run} on {process.host}: {error.strerror}"
         return ""
 
     def look() -> str:
         missing = [rank for rank in writers if not (folder / str(rank)).is_file()]
-        return f"{place.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""
+        return f"{process.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""
 
     for do in (write, look):
-        problems = [found for found in dist.gather_objects(do() if place.rank in writers else "") if found]
-        if do is look and place.rank == 0:
+        problems = [found for found in dist.gather_objects(do() if process.rank in writers else "") if found]
+        if do is look and process.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         if problems:
             raise UserError(f"{problems[0]}; the run folder must be on storage that all nodes share")
 
 
-def _require_space(place: Place, config: RunConfig, stage: Stage, size: Size, table: list[dict[str, Any]]) -> None:
+def _require_space(process: ProcessInfo, config: RunConfig, stage: Stage, size: Size,
+                   table: list[dict[str, Any]]) -> None:
     train: TrainConfig = config.dense if stage.job == "dense" else config.finetune
     trained = size.num_parameters
     if stage.job == "finetune":
@@ -135,16 +136,16 @@ def _require_space(place: Place, config: RunConfig, stage: Stage, size: Size, ta
     if needed > free:
         raise UserError(f"the checkpoints of {stage.id} take {needed / 1e9:.1f} GB and {config.path} has "
                         f"{free / 1e9:.1f} GB free; make room, or give {stage.job}.checkpoints_kept=1")
-    own = state_bytes(train, trained, place.num_ranks)
+    own = state_bytes(train, trained, process.num_ranks)
     if stage.job == "finetune" and config.finetune.losses[stage.id.rpartition("/")[2]].needs_teacher:
         precision = config.finetune.teacher.precision or train.precision
-        own += _BYTES[precision] * size.num_parameters // place.num_ranks
-    row = table[place.rank]
+        own += _BYTES[precision] * size.num_parameters // process.num_ranks
+    row = table[process.rank]
     if "free_device_memory" in row:
-        free, where = row["free_device_memory"], f"{row['device']} of {place.host}"
-        own = own if not train.zero.offload_optimizer else own - (_MASTER + _MOMENTS) * trained // place.num_ranks
+        free, where = row["free_device_memory"], f"{row['device']} of {process.host}"
+        own = own if not train.zero.offload_optimizer else own - (_MASTER + _MOMENTS) * trained // process.num_ranks
     else:  # the ranks of a node share its memory
-        free, where = row["free_memory"] // place.ranks_on_node, f"{place.host}, for each of its ranks"
+        free, where = row["free_memory"] // process.ranks_on_node, f"{process.host}, for each of its ranks"
     if own > free:
         raise UserError(f"{stage.id} needs {own / 1e9:.1f} GB per rank for weights, gradients and optimizer alone; "
                         f"{where}, has {free / 1e9:.1f} GB free; use more ranks, a higher ZeRO stage, or "

@@ -1,10 +1,11 @@
-"""The last step of each batch script: the job failed, so is it to run again?
+"""Last line of each batch script: decide whether a failed job runs again, and requeue it.
 
     python -m sparse_train.launch.worker.requeue RUN STAGE CODE
 
-A training that was stopped, by a signal or its time limit, has saved and goes on. A stage that lost a rank, or that was
-stopped and keeps no state, runs again while it gets further. A mistake in the recipe and an error of the code's own do
-not: they would come again. SLURM itself requeues a preempted job and one whose node is gone; nothing is to do then.
+A training that was stopped, by a signal or its time limit, has saved its state and continues. A stage that lost a
+rank, or that was stopped and keeps no state, runs again while it gets further. A mistake in the recipe or an error in
+the code would only come again, so they are not requeued. SLURM itself requeues preempted jobs and those whose node
+failed.
 """
 
 import subprocess
@@ -16,53 +17,66 @@ from sparse_train.config.load import load_config
 from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
 from sparse_train.launch.run.stages import find_stage, log_folder, read_run
 from sparse_train.launch.worker import attempts
-from sparse_train.launch.worker.attempts import EXIT_CODES, Ending
-from sparse_train.launch.worker.process_info import attempt_of_job
+from sparse_train.launch.worker.attempts import AttemptRecord
+from sparse_train.launch.worker.endings import EXIT_CODES, Ending, read_ending
+from sparse_train.launch.worker.process_info import Attempt, current_attempt
 
-_PATIENCE = 12
+_NUM_QUESTIONS = 12  # to a SLURM controller that does not answer
 
 
-def reason_to_run_again(run: Path, stage_id: str, attempt: str, code: int) -> str | None:
+def reason_to_run_again(run: Path, stage_id: str, attempt: Attempt, code: int) -> str | None:
+    """None where the job is not to be requeued; the reason is printed."""
     config, cluster = read_run(run), load_config(ClusterConfig, run / CLUSTER)
     stage = find_stage(config, stage_id)
     logs = log_folder(stage, config)
-    job, _, restarts = attempt.rpartition(".")
-    everyone = attempts.read_attempts(logs)
-    if everyone and everyone[-1]["job"] != job and any(one["job"] == job for one in everyone):
-        print(f"not requeued: job {everyone[-1]['job']} is at work on this stage", flush=True)
+    records = attempts.read_attempts(logs)
+    if successor := _successor(records, attempt):
+        print(successor, flush=True)
         return None
-    tried = [one for one in everyone if one["job"] == job]
-    if any(int(one["id"].rpartition(".")[2]) > int(restarts) for one in tried):
-        print("this job runs again already", flush=True)  # a node that was cut off has come back
-        return None
-    if tried and tried[-1]["id"] == attempt:
-        ending = attempts.read_ending(logs, attempt, tried[-1]["ranks"])
-    else:
-        # broken: such as a package that cannot be imported; mistake: such as a full disk
-        status = next((status for status in ("broken", "mistake") if EXIT_CODES[status] == code), "lost")
-        ending = Ending(status, "ended before it began")
+    ending = _ending(logs, records, attempt, code)
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
     if ending.status == "stopped" and stage.distributed:
         return "to go on from its state"
     if ending.status not in ("stopped", "lost"):
         return None
-    if (count := attempts.num_tries(logs, attempt)) >= cluster.tries:
+    count = attempts.count_attempts(logs, attempt)
+    if count >= cluster.tries:
         print(f"not requeued: {count} tries came no further; cluster.tries=N allows more", flush=True)
         return None
     return f"after try {count} of {cluster.tries} from the same step"
 
 
+def _successor(records: list[AttemptRecord], attempt: Attempt) -> str:
+    """What has taken over from this attempt, in a line; "" where nothing has."""
+    own = [record.attempt for record in records if record.job == attempt.job]
+    if own and records[-1].job != attempt.job:
+        return f"not requeued: job {records[-1].job} is at work on this stage"
+    if any(other.restarts > attempt.restarts for other in own):  # a node that was cut off has come back
+        return "this job runs again already"
+    return ""
+
+
+def _ending(logs: Path, records: list[AttemptRecord], attempt: Attempt, code: int) -> Ending:
+    if own := [record for record in records if record.attempt == attempt]:
+        return read_ending(logs, attempt, own[-1].ranks)
+    if code == EXIT_CODES["broken"]:  # such as a package that cannot be imported
+        return Ending("broken", "ended before it began")
+    if code == EXIT_CODES["mistake"]:  # such as a full disk
+        return Ending("mistake", "ended before it began")
+    return Ending("lost", "ended before it began")
+
+
 def main(run: str, stage_id: str, code: int) -> int:
-    attempt = attempt_of_job()
+    attempt = current_attempt()
     reason = reason_to_run_again(Path(run), stage_id, attempt, code)
     if reason is None:
         return code
-    job = attempt.rpartition(".")[0]  # of an array its task: the bare number may be the whole array's
-    for _ in range(_PATIENCE):
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, encoding="utf-8",
-                               errors="replace")
-        if asked.returncode == 0:
-            if asked.stdout.strip() != "RUNNING":  # cancelled, or SLURM has requeued it already
+    job = attempt.job  # of an array its task: the bare number may be the whole array's
+    for _ in range(_NUM_QUESTIONS):
+        squeue = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, encoding="utf-8",
+                                errors="replace")
+        if squeue.returncode == 0:
+            if squeue.stdout.strip() != "RUNNING":  # cancelled, or SLURM has requeued it already
                 return code
             print(f"requeued {reason}", flush=True)
             attempts.note_requeue(Path(run) / "logs" / stage_id, attempt)

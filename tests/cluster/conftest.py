@@ -130,7 +130,7 @@ def repair():
     subprocess.run(["bash", START], check=True, capture_output=True, timeout=120)
 
 
-def require_same_end(run: Path, undisturbed: Path, tries: int):
+def require_same_end(run: Path, undisturbed: Path, num_attempts: int):
     """Bits, metrics of every step once, and the wandb run are as without the disturbance; what waited for it has run
     once, and nothing is left in the queue."""
     assert wait_for_end(run, "compress").state == "COMPLETED"
@@ -142,8 +142,8 @@ def require_same_end(run: Path, undisturbed: Path, tries: int):
         (undisturbed / "finetune" / "squarehead" / "sparse.safetensors").read_bytes()
     lines = [line.split(",")[0] for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert lines == [f'{{"step": {step}' for step in range(1, NUM_STEPS + 1)]
-    tried = attempts.read_attempts(run / "logs" / "finetune" / "squarehead")
-    assert len(tried) == tries and tried[-1]["from_step"] > 0
+    records = attempts.read_attempts(run / "logs" / "finetune" / "squarehead")
+    assert len(records) == num_attempts and records[-1].from_step > 0
     ids = [folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")]
     behind = (run / "logs" / "compress" / "wandb-id").read_text()
-    assert sorted(ids) == sorted([(stage / "wandb-id").read_text()] * tries + [behind])
+    assert sorted(ids) == sorted([(stage / "wandb-id").read_text()] * num_attempts + [behind])

@@ -120,8 +120,8 @@ def test_another_number_of_nodes_after_a_requeue(pruned, place):
     wait_for_end(pruned, "finetune/squarehead")
     submit(pruned, place, "cluster.nodes=1", "cluster.ranks_per_node=1")
     assert wait_for_end(pruned, "finetune/squarehead").state == "COMPLETED"
-    tried = attempts.read_attempts(pruned / "logs" / "finetune" / "squarehead")
-    assert [one["ranks"] for one in tried] == [4, 1] and tried[1]["from_step"] > 0
+    records = attempts.read_attempts(pruned / "logs" / "finetune" / "squarehead")
+    assert [record.ranks for record in records] == [4, 1] and records[1].from_step > 0
     lines = (pruned / "finetune" / "squarehead" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 

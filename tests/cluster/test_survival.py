@@ -28,14 +28,14 @@ from tests.launch.test_pipeline import RECIPE, _cli
 _STAGE = "finetune/squarehead"
 
 
-def _restarted(run, tries=2):
-    wait_for(lambda: len(attempts.read_attempts(run / "logs" / _STAGE)) >= tries, 120, f"try {tries}")
+def _restarted(run, num_attempts=2):
+    wait_for(lambda: len(attempts.read_attempts(run / "logs" / _STAGE)) >= num_attempts, 120, f"attempt {num_attempts}")
 
 
 def test_the_whole_pipeline_and_its_dependents(undisturbed):
     out, _ = _cli("status", undisturbed)
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [[stage, "done"] for stage in STAGES]
-    nodes = attempts.read_attempts(undisturbed / "logs" / _STAGE)[0]["nodes"]
+    nodes = attempts.read_attempts(undisturbed / "logs" / _STAGE)[0].nodes
     assert len(set(nodes)) == 2
     log, _ = _cli("logs", undisturbed, _STAGE)
     assert "4 ranks on 2 nodes" in log and "rank    3" in log
@@ -44,26 +44,26 @@ def test_the_whole_pipeline_and_its_dependents(undisturbed):
 def test_preempted_by_a_higher_partition(started, undisturbed):
     subprocess.run(["srun", "-p", "urgent", "-N", "3", "--exclusive", "sleep", "1"], check=True, timeout=60)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
-    require_same_end(started, undisturbed, tries=2)
+    require_same_end(started, undisturbed, num_attempts=2)
 
 
 def test_a_killed_node_with_all_on_it(started, undisturbed):
-    node = attempts.read_attempts(started / "logs" / _STAGE)[0]["nodes"][1]
+    node = attempts.read_attempts(started / "logs" / _STAGE)[0].nodes[1]
     os.kill(int((STATE / "pids" / f"{node}.pid").read_text()), signal.SIGKILL)
     _restarted(started)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
-    require_same_end(started, undisturbed, tries=2)
+    require_same_end(started, undisturbed, num_attempts=2)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_an_unplugged_node(index, started, undisturbed):
     """Its ranks go on running, cut off: they must give up, and must not write where the new attempt does."""
-    node = attempts.read_attempts(started / "logs" / _STAGE)[0]["nodes"][index]
+    node = attempts.read_attempts(started / "logs" / _STAGE)[0].nodes[index]
     left = _ranks(started)[2 * index:2 * index + 2]
     subprocess.run(["ip", "link", "set", f"slurm-{node}", "down"], check=True)
     _restarted(started)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
-    require_same_end(started, undisturbed, tries=2)
+    require_same_end(started, undisturbed, num_attempts=2)
     logs = "".join(file.read_text() for file in (started / "logs" / _STAGE).glob("*_log.out"))
     # SLURM may bury either side before it has waited that long; whoever gave up names the other side.
     assert re.search(r"giving up: rank \d \(node\d\)(, \d \(node\d\))? went silent for 20 s", logs)
@@ -76,7 +76,7 @@ def test_a_killed_rank(rank, started, undisturbed):
     os.kill(_ranks(started)[rank], signal.SIGKILL)
     _restarted(started)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
-    require_same_end(started, undisturbed, tries=2)
+    require_same_end(started, undisturbed, num_attempts=2)
 
 
 def test_scancel_and_the_same_command_again(started, undisturbed, place):
@@ -86,16 +86,16 @@ def test_scancel_and_the_same_command_again(started, undisturbed, place):
     assert "cancelled: CANCELLED" in out
     submit(started, place)
     assert wait_for_end(started, _STAGE).state == "COMPLETED"
-    require_same_end(started, undisturbed, tries=2)
+    require_same_end(started, undisturbed, num_attempts=2)
 
 
 def test_the_time_limit(undisturbed, pruned, place):
     """A limit of one minute, most of which goes into starting: each try saves in time, and none counts as failed."""
     submit(pruned, place, "cluster.time=1", "cluster.warning_s=5")
     assert wait_for_end(pruned, _STAGE, 500).state == "COMPLETED"
-    tries = len(attempts.read_attempts(pruned / "logs" / _STAGE))
-    assert tries > 1
-    require_same_end(pruned, undisturbed, tries)
+    num_attempts = len(attempts.read_attempts(pruned / "logs" / _STAGE))
+    assert num_attempts > 1
+    require_same_end(pruned, undisturbed, num_attempts)
 
 
 def test_a_stage_that_keeps_no_state_says_which_limit_to_raise(undisturbed, place, tmp_path):

@@ -14,6 +14,7 @@ from sparse_train.launch.run import lock
 from sparse_train.launch.run.lock import find_launcher, locked
 from sparse_train.launch.submit import local
 from sparse_train.launch.worker import attempts
+from sparse_train.launch.worker.endings import newest_ending
 
 
 def test_the_launcher_is_told_by_its_pid_and_start(tmp_path):
@@ -92,6 +93,6 @@ def test_a_rank_that_dies_in_its_imports_says_so(handlers, tmp_path, monkeypatch
     finally:
         signal.signal(signal.SIGUSR2, usr2)
     logs = tmp_path / "logs" / "dense"
-    ending = attempts.newest_ending(logs, attempts.read_attempts(logs))  # as status looks for it
+    ending = newest_ending(logs, attempts.read_attempts(logs))  # as status looks for it
     assert (ending.status, ending.rank) == ("broken", 0)
     assert ending.message.startswith("could not be started: ModuleNotFoundError: import of sparse_train.launch.worker")

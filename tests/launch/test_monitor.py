@@ -21,8 +21,8 @@ from sparse_train.launch.run.slurm_queue import read_jobs
 from sparse_train.launch.run.stages import build_stages, log_folder, progress_file, sources
 from sparse_train.launch.submit.local import freeze
 from sparse_train.launch.worker import attempts
-from sparse_train.launch.worker.attempts import Ending
-from sparse_train.launch.worker.process_info import Place
+from sparse_train.launch.worker.endings import Ending, read_ending, write_ending
+from sparse_train.launch.worker.process_info import Attempt, ProcessInfo
 from tests.launch.test_pipeline import RECIPE
 
 
@@ -70,8 +70,8 @@ def test_all_runs_are_one_question(slurm, tmp_path):
 def test_what_slurm_has_forgotten_is_told_by_the_files(slurm, tmp_path):
     config = _run(tmp_path, "a", jobs=["dense"])
     logs = tmp_path / "a" / "logs" / "dense"
-    attempts.begin(logs, Place(0, 1, 0, 1, "node1", ("node1",), "10.0"), 0)
-    attempts.write_ending(logs, "10.0", Ending("mistake", "too large", 0))
+    attempts.begin(logs, ProcessInfo(0, 1, 0, 1, "node1", ("node1",), Attempt("10", 0)), 0)
+    write_ending(logs, Attempt("10", 0), Ending("mistake", "too large", 0))
     assert _states(config)["dense"] == "failed: too large"
 
 
@@ -164,7 +164,7 @@ def test_a_rank_without_an_ending_is_told_by_the_end_of_its_log(tmp_path):
     for text, kind, told in (("torch.OutOfMemoryError: too large", "broken", "torch.OutOfMemoryError: too large"),
                                ("12/100 loss 1.0", "lost", "killed, or ran out of memory"), ("", "lost", "killed")):
         (tmp_path / "7_0_log.out").write_text(f"{'x' * 5000}\n{text}\n\n")
-        ending = attempts.read_ending(tmp_path, "7.0", 1)
+        ending = read_ending(tmp_path, Attempt("7", 0), 1)
         assert ending.status == kind and told in ending.message
 
 

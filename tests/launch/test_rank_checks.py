@@ -11,7 +11,7 @@ from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker import rank_checks
-from sparse_train.launch.worker.process_info import Place
+from sparse_train.launch.worker.process_info import Attempt, ProcessInfo
 from sparse_train.launch.worker.rank_checks import check_ranks, checkpoint_bytes, state_bytes
 from tests.launch.test_pipeline import RECIPE
 from tests.ranks import run_ranks
@@ -24,21 +24,21 @@ def _look(folder, problem):
     config = load_config(RunConfig, RECIPE, [f"folder='{folder}'"])
     config.path.mkdir(exist_ok=True)
     host = f"node{dist.rank()}"
-    place = Place(dist.rank(), dist.world_size(), 0, 1, host, ("node0", "node1"), "7.0")
+    process = ProcessInfo(dist.rank(), dist.world_size(), 0, 1, host, ("node0", "node1"), Attempt("7", 0))
     if problem == "disk" and dist.rank() == 1:
         shutil.disk_usage = lambda path: _Usage(10**9, 10**9, 1000)
     if problem == "memory":
         own = rank_checks._own_row
-        rank_checks._own_row = lambda place: own(place) | {"free_memory": 1000}
+        rank_checks._own_row = lambda process: own(process) | {"free_memory": 1000}
     if problem == "gpu":
         own = rank_checks._own_row
-        rank_checks._own_row = lambda place: own(place) | {"uuid": "same"}
+        rank_checks._own_row = lambda process: own(process) | {"uuid": "same"}
     if problem == "folder" and dist.rank() == 1:
         config = config.model_copy(update={"folder": str(folder / "of this node alone")})
     if problem == "read-only" and dist.rank() == 1:
         config = config.model_copy(update={"folder": "/proc"})
     try:
-        check_ranks(place, config, find_stage(config, "finetune/ce"))
+        check_ranks(process, config, find_stage(config, "finetune/ce"))
     except UserError as error:
         return str(error)
     return None
@@ -95,13 +95,13 @@ def test_checkpoints_of_an_earlier_attempt_are_room(tmp_path, monkeypatch):
     own.mkdir(parents=True)
     size = rank_checks.Size(1000, 0)
     needed = checkpoint_bytes(config.finetune, 1000)
-    place = Place(0, 1, 0, 1, "node0", ("node0",), "7.1")
+    process = ProcessInfo(0, 1, 0, 1, "node0", ("node0",), Attempt("7", 1))
     table = [{"free_memory": 10**12, "device": "cpu"}]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, needed - 100))
     with pytest.raises(UserError, match="make room"):
-        rank_checks._require_space(place, config, stage, size, table)
+        rank_checks._require_space(process, config, stage, size, table)
     (own / "rank-00000.safetensors").write_bytes(bytes(100))
-    rank_checks._require_space(place, config, stage, size, table)
+    rank_checks._require_space(process, config, stage, size, table)
 
 
 def test_predicted_checkpoints():

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sparse_train.launch.cli import main
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
 from sparse_train.launch.submit import local
-from sparse_train.launch.worker import process
+from sparse_train.launch.worker.staging import check_inputs, prepare_folder
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 # Which stages read a key themselves; what follows them is stale by its inputs. First match counts.
@@ -204,7 +205,7 @@ def test_what_stands_where_a_stage_works_is_not_cleared_unless_it_is_its_own(tmp
     theirs.touch()
     _refused(config, r"dense\.partial was not made by stage dense")
     with pytest.raises(UserError, match=r"dense\.partial was not made by stage dense"):
-        process._require_inputs(find_stage(config, "dense"), config)
+        check_inputs(find_stage(config, "dense"), config)
     assert theirs.is_file()
 
 
@@ -212,7 +213,7 @@ def test_a_saved_state_is_earlier_work_too(tmp_path):
     config = _config(tmp_path)
     dense = find_stage(config, "dense")
     _begin(config)
-    process._prepare(partial_folder(dense, config), dense, config)
+    prepare_folder(dense, config)
     step = partial_folder(dense, config) / "checkpoints" / "step-00000020"
     step.mkdir(parents=True)
     (step / artifacts.DONE).touch()
@@ -221,14 +222,14 @@ def test_a_saved_state_is_earlier_work_too(tmp_path):
     with pytest.raises(UserError, match=r"dense, unfinished at step-00000020 \(dense.steps: 6 -> 9\)"):
         local.check_replaced([_config(tmp_path, "dense.steps=9")], [], False)
     local.check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
-    process._prepare(partial_folder(dense, config), dense, config)
+    prepare_folder(dense, config)
     assert (step / artifacts.DONE).is_file()
 
 
 def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch):
     config, other = _config(tmp_path), _config(tmp_path, "dense.steps=9")
     dense, partial = find_stage(config, "dense"), config.path / "dense.partial"
-    process._prepare(partial, dense, config)
+    prepare_folder(dense, config)
     (partial / "checkpoints").mkdir()
     (partial / "checkpoints" / "kept").touch()
 
@@ -238,11 +239,11 @@ def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(process.shutil, "rmtree", cut)
-        process._prepare(partial, dense, other)
+        patch.setattr(shutil, "rmtree", cut)
+        prepare_folder(dense, other)
     artifacts.require_own(partial, "dense")
     (partial / "linked").symlink_to(tmp_path)
-    process._prepare(partial, dense, other)
+    prepare_folder(dense, other)
     assert [path.name for path in partial.iterdir()] == [artifacts.SOURCES] and tmp_path.is_dir()
 
 
@@ -271,7 +272,7 @@ def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_pa
     renames = itertools.count()
 
     def publish():
-        process._prepare(partial_folder(prune, other), prune, other)
+        prepare_folder(prune, other)
         (partial_folder(prune, other) / "result").write_text("new")
         artifacts.publish(partial_folder(prune, other), final, {"stage": "prune", "sources": sources(prune, other)})
 

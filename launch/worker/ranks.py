@@ -1,0 +1,41 @@
+"""Join the ranks of a stage, and end this one when another falls silent."""
+
+import contextlib
+import os
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+from sparse_train import dist
+from sparse_train.cpus import set_threads
+from sparse_train.heartbeat import Heartbeat
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.worker.endings import EXIT_CODES, Ending, write_ending
+from sparse_train.launch.worker.failures import print_error
+from sparse_train.launch.worker.process_info import ProcessInfo
+
+_LAST_WORDS_S = 10
+
+
+def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Heartbeat:
+    """Make this process the rank that it was started as, and watch the others. Collective.
+
+    `port`: of the rendezvous on the first node; `logs`: where an ending is written when another rank falls silent.
+    """
+    set_threads(process.ranks_on_node)
+    # Twice silence_s: a collective that times out cannot say whose fault it is, so the heartbeat should come first.
+    dist.start(process.rank, process.num_ranks, process.local_rank, process.ranks_on_node, process.nodes[0], port,
+               timedelta(seconds=2 * cluster.silence_s))
+
+    def give_up(silence: str) -> None:
+        # Storage may be unreachable too, so exit even if writing the ending blocks.
+        timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_CODES["lost"],))
+        timer.daemon = True
+        timer.start()
+        print_error(f"giving up: {silence}")
+        if logs is not None:
+            with contextlib.suppress(OSError):
+                write_ending(logs, process.attempt, Ending("lost", silence, process.rank))
+        os._exit(EXIT_CODES["lost"])
+
+    return Heartbeat(process.host, process.nodes[0], cluster.silence_s, give_up)

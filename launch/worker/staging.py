@@ -1,0 +1,56 @@
+"""The folder that a stage is written to, from its inputs to its publication under the stage's name."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sparse_train import artifacts, dist
+from sparse_train.config import RunConfig
+from sparse_train.errors import UserError
+from sparse_train.launch.run.stages import Stage, input_paths, partial_folder, sources, why_stale
+from sparse_train.launch.worker.process_info import ProcessInfo
+
+_SCRATCH = (artifacts.SOURCES, "checkpoints")
+
+
+def check_inputs(stage: Stage, config: RunConfig) -> None:
+    """The inputs are there and undamaged, and the folders to write are the stage's own. Raises UserError.
+
+    Each rank reads its share of the files, so call it through dist.agree.
+    """
+    for folder in (config.path / stage.id, partial_folder(stage, config)):
+        artifacts.require_own(folder, stage.id)
+    for path in map(Path, stage.external.values()):
+        if path.is_absolute() and not path.is_dir():
+            raise UserError(f"stage {stage.id} needs {path}, which is not there; run what makes it")
+    for name in stage.inputs:
+        if damage := artifacts.damage(config.path / name, dist.share):
+            raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
+                            f"(delete {config.path / name} if it is damaged)")
+
+
+def prepare_folder(stage: Stage, config: RunConfig) -> None:
+    """Keep what an earlier attempt with the same sources wrote, such as checkpoints; delete what others wrote."""
+    folder = partial_folder(stage, config)
+    recorded = folder / artifacts.SOURCES
+    if recorded.is_file() and not why_stale(artifacts.read_json(recorded), stage, config):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != recorded:  # by which the folder is known as this stage's, should this be cut off here
+            path.unlink()
+    artifacts.write_json(recorded, sources(stage, config))
+
+
+def publish(stage: Stage, config: RunConfig, metrics: dict[str, Any], seconds: float, process: ProcessInfo) -> None:
+    """Sign the stage's folder and give it the stage's name."""
+    folder = partial_folder(stage, config)
+    artifacts.publish(folder, config.path / stage.id, {
+        "stage": stage.id,
+        "sources": artifacts.read_json(folder / artifacts.SOURCES),  # as they were when the stage began
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
+        "num_ranks": process.num_ranks, "nodes": process.nodes, "seconds": round(seconds, 3), "metrics": metrics,
+    }, _SCRATCH)
