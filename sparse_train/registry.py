@@ -67,3 +67,31 @@ class Registry(Generic[E]):
 
 def _origin(point: EntryPoint) -> str:
     return point.dist.name if point.dist else point.value
+
+
+@dataclass(frozen=True)
+class FamilyEntry(Entry):
+    """An architecture, under transformers' model_type; a variant that shares one has a name of its own."""
+    task: str = "arithmetic"
+    """The generated task of a run whose config names none."""
+    has_kv_heads: bool = False
+    """Whether model.n_kv_heads may be smaller than n_heads."""
+    has_ffn_width: bool = True
+    """Whether model.d_ff may be anything but 4 * d_model."""
+    audio_step_s: float | None = None
+    """Seconds of audio per state of the encoder; None where the model reads text."""
+
+
+FAMILIES = Registry("family", "sparse_train.families", FamilyEntry, {
+    "mpt": FamilyEntry("sparse_train.models.families.mpt:Mpt", has_ffn_width=False),
+    "t5": FamilyEntry("sparse_train.models.families.t5:T5", task="numbers"),
+    "t5-gated": FamilyEntry("sparse_train.models.families.t5:GatedT5", task="numbers"),
+    "whisper": FamilyEntry("sparse_train.models.families.whisper:Whisper", task="dialtones", audio_step_s=0.02),
+    "llama": FamilyEntry("sparse_train.models.families.llama:Llama", has_kv_heads=True),
+    "mistral": FamilyEntry("sparse_train.models.families.llama:Mistral", has_kv_heads=True),
+    "qwen3": FamilyEntry("sparse_train.models.families.llama:Qwen3", has_kv_heads=True),
+    "olmo2": FamilyEntry("sparse_train.models.families.llama:Olmo2", has_kv_heads=True),
+    "gpt_neox": FamilyEntry("sparse_train.models.families.gpt_neox:GPTNeoX"),
+    "opt": FamilyEntry("sparse_train.models.families.opt:Opt"),
+})
+"""model.family. The target is a subclass of sparse_train.models.Family."""

@@ -21,15 +21,17 @@ from sparse_train.models import (
     build_model,
     build_processor,
     family_of,
+    family_of_type,
     load_model,
     load_processor,
     save_model,
 )
-from sparse_train.models import family as family_module
 from sparse_train.models.empty import from_config
+from sparse_train.models.families import inferred
 from sparse_train.pruning import blockwise, prune
+from sparse_train.registry import FAMILIES
 from sparse_train.sparse import sparsify
-from sparse_train.tasks import Example
+from sparse_train.tasks import Example, task_class
 from sparse_train.tasks.batch import Batch, EncoderInput, collate
 from sparse_train.training.features import Tap
 from tests.models import tiny_tokenizer
@@ -54,6 +56,19 @@ def examples(processor):
         sound = draw.standard_normal(1600 + 800 * index).astype(np.float32)
         found.append(Example(f"Say {text}", f" {text} 1 2", (lambda rate, s=sound: s) if processor.features else None))
     return found
+
+
+def test_the_table_and_the_families_agree():
+    assert FAMILIES.entries.keys() == _NUM_PRUNABLE.keys()
+    for name, entry in FAMILIES.entries.items():
+        family, config = FAMILIES.load(name)(), made(name)[0].config
+        assert family.takes_audio == (entry.audio_step_s is not None)
+        assert type(family_of_type(config.model_type)) in type(family).__mro__  # a variant is a subclass
+        assert task_class(entry.task).sounds == family.takes_audio
+        if entry.has_kv_heads:
+            assert made(name, n_kv_heads=2)[0].config.num_key_value_heads == 2
+        if entry.has_ffn_width:
+            assert made(name, d_ff=48)[0].num_parameters() < made(name)[0].num_parameters()
 
 
 @pytest.mark.parametrize("family", _NUM_PRUNABLE)
@@ -191,7 +206,7 @@ _TWO_STACKS = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder
     (MarianConfig(**_TWO_STACKS), "model.encoder.layers", None, 96),
 ], ids=lambda value: getattr(value, "model_type", ""))
 def test_an_unknown_family_is_derived_and_said(config, blocks, norm, share, caplog, monkeypatch):
-    monkeypatch.setattr(family_module, "_derived", {})
+    monkeypatch.setattr(inferred, "_inferred", {})
     torch.manual_seed(0)
     model = from_config(config).eval()
     with caplog.at_level(logging.WARNING):

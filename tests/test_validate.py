@@ -14,7 +14,7 @@ from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.launch.submit.validate import check, require_data
 from sparse_train.models import build_model, build_processor, check_on_hub, open_model, read_config, save_model
-from sparse_train.models import processor as models_processor
+from sparse_train.models.families import whisper
 from sparse_train.sparse import TensorFolder
 from sparse_train.tasks import build_task
 from tests.models import tiny_tokenizer
@@ -63,7 +63,7 @@ def test_a_model_of_many_languages_needs_one(tmp_path, monkeypatch):
     size = ModelConfig(family="whisper", d_model=32, n_layers=1, n_heads=2, max_seq_len=448)
     processor = build_processor(size, tiny_tokenizer())
     save_model(tmp_path / "m", build_model(size, processor), processor)
-    monkeypatch.setattr(models_processor, "MULTILINGUAL", 300)  # tokens, and not more than this one's
+    monkeypatch.setattr(whisper, "MULTILINGUAL", 300)  # tokens, and not more than this one's
     task = {"name": "dialtones", "max_length": 448}
     run = {"dense": {"path": str(tmp_path / "m")}, "evaluate": {"max_new_tokens": 100}}
     with pytest.raises(UserError, match=r"task.language is missing: .* task.language=hindi"):

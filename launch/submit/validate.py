@@ -7,6 +7,7 @@ from pathlib import Path
 from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
+from sparse_train.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ def size_of(model) -> Size:
 
 
 def _check_task(task: TaskConfig, shape, key: str) -> None:
+    from sparse_train.models import family_of_type
     from sparse_train.tasks import task_class
 
-    kind, hears = task_class(task.name), shape.model_type == "whisper"
-    if kind.sounds != hears:
+    kind, takes_audio = task_class(task.name), family_of_type(shape.model_type).takes_audio
+    if kind.sounds != takes_audio:
+        audio = " or ".join(name for name, entry in FAMILIES.entries.items() if entry.audio_step_s)
         raise UserError(f"{key}.name={task.name} has {'sound' if kind.sounds else 'text'} as its input, and a "
-                        f"{shape.model_type} model takes {'sound' if hears else 'text'}; choose another task, or "
-                        f"{'another model.family than whisper' if hears else 'model.family=whisper'}")
+                        f"{shape.model_type} model takes {'sound' if takes_audio else 'text'}; choose another task, or "
+                        f"{f'another model.family than {audio}' if takes_audio else f'model.family={audio}'}")
     if shape.is_encoder_decoder and not kind.generates:
         raise UserError(f"{key}.name={task.name} has no prompts, and the encoder of a {shape.model_type} model would "
                         "read nothing; choose another task, or a model without an encoder")
@@ -117,18 +120,19 @@ def _check_task(task: TaskConfig, shape, key: str) -> None:
 def _check_lengths(config: RunConfig, shape, is_new: bool) -> None:
     """Against the positions of the decoder, where it has a last one. A decoder that is also the encoder of its prompt
     is not asked about task.max_length, which only bounds what most examples are far below."""
+    from sparse_train.models import family_of_type
     from sparse_train.models.positions import decoder_positions
-    from sparse_train.models.processor import MULTILINGUAL
 
-    hears = shape.model_type == "whisper"
-    if hears and not is_new and shape.vocab_size >= MULTILINGUAL and config.task.language is None:
+    family = family_of_type(shape.model_type)
+    if not is_new and family.needs_language(shape) and config.task.language is None:
         raise UserError("task.language is missing: the model knows many languages; give one, such as "
                         "task.language=hindi")
     positions = decoder_positions(shape)
     if positions is None:
         return
-    # What an answer starts from: Whisper's start, language, task, and no timestamps.
-    prefix = (4 if hears and not is_new else 1) if shape.is_encoder_decoder else 0
+    prefix = 0
+    if shape.is_encoder_decoder:
+        prefix = 1 if is_new else family.prefix_length
     for key, count in (("evaluate.max_new_tokens", config.evaluate.max_new_tokens),
                        ("benchmark.new_tokens", config.benchmark.new_tokens)):
         if prefix + count > positions:

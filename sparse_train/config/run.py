@@ -12,6 +12,7 @@ from sparse_train.config.model import ModelConfig
 from sparse_train.config.pruning import PruneConfig
 from sparse_train.config.task import TaskConfig
 from sparse_train.config.training import DenseConfig, TeacherConfig, TrainConfig
+from sparse_train.registry import FAMILIES
 
 
 class FinetuneConfig(TrainConfig):
@@ -77,9 +78,6 @@ class TrackingConfig(Section):
     """metrics.jsonl is always written; wandb when this is set, and training goes on if it fails."""
 
 
-_GENERATED = {"t5": "numbers", "whisper": "dialtones"}  # task.name by family; arithmetic for all others
-
-
 class RunConfig(Section):
     name: str = "run"
     about: str = ""
@@ -106,9 +104,9 @@ class RunConfig(Section):
     def _task_of_the_family(cls, given):
         model, task = (given.get(key, {}) for key in ("model", "task")) if isinstance(given, dict) else (None, None)
         if isinstance(model, dict) and isinstance(task, dict) and "name" not in task:
-            family = str(model.get("family")).partition("-")[0]
-            if family in _GENERATED:
-                return {**given, "task": {**task, "name": _GENERATED[family]}}
+            family = FAMILIES.entries.get(str(model.get("family")))
+            if family is not None:
+                return {**given, "task": {**task, "name": family.task}}
         return given
 
     @field_validator("name")

@@ -1,6 +1,5 @@
 """config.json of a model folder or hub name, read without running anything of it."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,8 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from sparse_train.errors import UserError, first_line
 from sparse_train.hub import hub_answers, may_be_hub_name
+from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
-
-# What transformers' MPT takes for granted whatever the config says: another value would be another model, silently.
-_MPT_ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "alibi": True, "alibi_bias_max": 8,
-                  "prefix_lm": False, "rope": False}
-_MPT = {"logit_scale": None}
-_ALIBI = 1 << 28
 
 _COUNTED, _MOST = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
 
@@ -31,8 +25,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
         given, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
         _check_counts(path, given)
         _check_quantised(path, given)
-        if given.get("model_type") == "mpt":
-            _check_mpt(path, given)
+        family_of_type(str(given.get("model_type"))).check_config(path, given)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -79,18 +72,6 @@ def _check_quantised(path, given: dict[str, Any]) -> None:
             method = found.get("quant_method", "some method") if isinstance(found, dict) else found
             raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; give "
                             "the checkpoint that it was made from, in fp32, bf16 or fp16")
-
-
-def _check_mpt(path, given: dict[str, Any]) -> None:
-    entries = math.prod(n for n in (given.get("n_heads"), given.get("max_seq_len")) if isinstance(n, int))
-    if entries > _ALIBI:
-        raise UserError(f"{path}: n_heads * max_seq_len of its config.json is {entries:,}, and a table of so many "
-                        f"numbers is made for each token; give a model of at most {_ALIBI:,}")
-    for facts, section in ((_MPT_ATTENTION, given.get("attn_config") or {}), (_MPT, given)):
-        for key, value in facts.items():
-            if section.get(key, value) != value:
-                raise UserError(f"{path}: {key}={section[key]} is not supported, transformers computes every mpt model "
-                                f"as if it were {value}; give one that is")
 
 
 @contextmanager

@@ -4,16 +4,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
-    PretrainedConfig,
-    PreTrainedModel,
-    __version__,
-)
+from transformers import PretrainedConfig, PreTrainedModel, __version__
 
 from sparse_train.errors import UserError, first_line
+from sparse_train.models.families import family_of_type
 
 _LARGEST = 1 << 28
 """Entries of what is computed: a table of positions of the longest models has a tenth."""
@@ -23,7 +17,7 @@ def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
     """A model of `config` with the head that predicts text. Raises UserError where there is no such model."""
     # How attention and experts are computed is this run's choice; a config may name a kernel, code from elsewhere.
     config._attn_implementation = config._experts_implementation = None
-    auto = _auto_class(config)
+    auto = family_of_type(config.model_type).auto_class(config)
     if type(config) not in auto._model_mapping:
         raise UserError(f"{_of(config)}model type {config.model_type!r} has no head that predicts text from text, or "
                         f"from speech as whisper's, in transformers {__version__} ({auto.__name__}); give a model that "
@@ -38,12 +32,6 @@ def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
 def _of(config: PretrainedConfig) -> str:
     """The folder that it was read from, in front of a message."""
     return f"{config.name_or_path}: " if config.name_or_path else ""
-
-
-def _auto_class(config: PretrainedConfig):
-    if config.model_type == "whisper":
-        return AutoModelForSpeechSeq2Seq
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32,

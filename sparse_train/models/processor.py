@@ -1,26 +1,15 @@
-"""Processor: what turns text and sound into a model's inputs; it lives in the model's folder."""
+"""Processor: what turns text and audio into a model's inputs; it is stored in the model's folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import (
-    AutoFeatureExtractor,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from sparse_train.errors import UserError, first_line
+from sparse_train.errors import UserError
 from sparse_train.models.config import read_config, read_generation, reading
+from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
 from sparse_train.models.positions import decoder_positions, encoder_positions
-
-MULTILINGUAL = 51_865
-"""Whisper's own rule: a tokenizer with at least so many entries knows languages and tasks."""
-
-_SOUND = {"feature_size": 1_024, "sampling_rate": 1_000_000, "n_fft": 65_536, "hop_length": 65_536,
-          "chunk_length": 3_600}
 
 
 @dataclass(frozen=True)
@@ -57,40 +46,22 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
     that does not fit the model.
     """
     config = read_config(path)
-    features = None
+    family = family_of_type(config.model_type)
     with reading(path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if config.model_type == "whisper":
-        with reading(path, "a feature extractor"):
-            _check_sound(path)
-            features = whole_samples(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False))
+    with reading(path, "a feature extractor"):
+        features = family.load_features(path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer names no end-of-text token, with which every answer ends; name one as "
                         "eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     prefix = _decoder_prefix(path, config) if config.is_encoder_decoder else ()
-    if hasattr(tokenizer, "set_prefix_tokens") and tokenizer.convert_tokens_to_ids("<|transcribe|>") is not None:
-        try:
-            tokenizer.set_prefix_tokens(language=language, predict_timestamps=False,
-                                        task="transcribe" if config.vocab_size >= MULTILINGUAL else None)
-        except ValueError as error:
-            raise UserError(f"task.language={language}: {first_line(error)}") from error
-        prefix = tuple(tokenizer.prefix_tokens)
-    made = make_processor(tokenizer, config, prefix, features)
+    prefix = family.task_prefix(tokenizer, config, language) or prefix
+    processor = make_processor(tokenizer, config, prefix, features)
     with reading(path, "a tokenizer"):
-        _check_embedded(path, made)
-    return made
-
-
-def _check_sound(path: str | Path) -> None:
-    """Tables of these sizes are made as the extractor is."""
-    given, _ = WhisperFeatureExtractor.get_feature_extractor_dict(path)
-    for key, most in _SOUND.items():
-        value = given.get(key, 1)
-        if not (isinstance(value, int | float) and 0 < value <= most):
-            raise UserError(f"{path}: its preprocessor_config.json has {key}={value!r}, which must be above 0 and at "
-                            f"most {most:,}; give a folder that is not damaged")
+        _check_embedded(path, processor)
+    return processor
 
 
 def _decoder_prefix(path: str | Path, config: PretrainedConfig) -> tuple[int, ...]:
@@ -115,10 +86,3 @@ def _check_embedded(path: str | Path, processor: Processor) -> None:
         raise UserError(f"{path}: its tokenizer uses token ids up to {max(used)}, but the model's embedding has only "
                         f"{processor.num_embedded:,} rows (vocab_size); resize the embedding (transformers' "
                         "resize_token_embeddings), or give the tokenizer that belongs to the model")
-
-
-def whole_samples(features: WhisperFeatureExtractor) -> WhisperFeatureExtractor:
-    """A window of a fraction of a second makes transformers' own counts fractions."""
-    features.n_samples = round(features.chunk_length * features.sampling_rate)
-    features.nb_max_frames = features.n_samples // features.hop_length
-    return features

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
-from sparse_train.models import family_of
-from sparse_train.models.family import block_output
+from sparse_train.models import block_output, family_of
 from sparse_train.pruning.pattern import check_pattern, magnitude
 from sparse_train.pruning.sparsegpt import Hessian, sparsegpt
 from sparse_train.sparse import BitmaskTensor

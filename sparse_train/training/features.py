@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparse_train import dist
-from sparse_train.models.family import block_output
+from sparse_train.models import block_output
 
 
 class Tap:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sparse_train.models.family import block_output, family_of
+from sparse_train.models import block_output, family_of
 from sparse_train.sparse import densify, sparse_linears
 from sparse_train.training.loop import learning_rate
 

@@ -1,0 +1,14 @@
+"""GPT-NeoX (arXiv 2204.06745), such as Pythia."""
+
+from transformers import GPTNeoXConfig, PretrainedConfig
+
+from sparse_train.config import ModelConfig
+from sparse_train.models.family import Family, Stack, decoder_sizes
+
+
+class GPTNeoX(Family):
+    stacks = (Stack("gpt_neox.layers", "gpt_neox.final_layer_norm"),)
+    prunable = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+        return GPTNeoXConfig(**decoder_sizes(size), **tokens)

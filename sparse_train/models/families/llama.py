@@ -1,0 +1,32 @@
+"""Llama and the decoders that are wired like it: gated FFN, rotary positions, shared heads of keys and values."""
+
+from transformers import LlamaConfig, MistralConfig, Olmo2Config, PretrainedConfig, Qwen3Config
+
+from sparse_train.config import ModelConfig
+from sparse_train.models.family import Family, Stack, decoder_sizes
+
+
+class Llama(Family):
+    stacks = (Stack("model.layers", "model.norm"),)
+    prunable = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config_class: type[PretrainedConfig] = LlamaConfig
+
+    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+        return self.config_class(**decoder_sizes(size), num_key_value_heads=size.n_kv_heads or size.n_heads, **tokens)
+
+
+class Mistral(Llama):
+    config_class = MistralConfig
+
+
+class Olmo2(Llama):
+    config_class = Olmo2Config
+
+
+class Qwen3(Llama):
+    config_class = Qwen3Config
+
+    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+        config = super().new_config(size, tokens)
+        config.head_dim = size.d_model // size.n_heads
+        return config
