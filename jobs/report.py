@@ -18,8 +18,8 @@ from sparse_train import artifacts
 from sparse_train.bench.plots import plot_accuracy
 from sparse_train.bench.tables import SPEED_HEADER, notes, print_measured, speed_cells
 from sparse_train.jobs.job import Job
+from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
-from sparse_train.tasks import task_class
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
@@ -50,7 +50,7 @@ def _collect(job: Job) -> dict[str, Any]:
     benchmarks = [artifacts.read_json(path / "rows.json") for stage, path in inputs.items()
                   if stage.partition("/")[0] == "benchmark"]
     return {"run": config.name, "about": config.about, "task": config.task.name,
-            "metric": task_class(config.task.name).metric, "prune": config.prune.model_dump(mode="json"),
+            "metric": TASKS.load(config.task.name).metric, "prune": config.prune.model_dump(mode="json"),
             "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
             "compressed_loss": compressed["loss"], "scores": scores,
             "speed": [row for benchmark in benchmarks for row in benchmark["rows"]],
@@ -76,18 +76,18 @@ def _plot(path: Path, data: dict[str, Any]) -> None:
 
 def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
     """(title, header, rows, line below) of the score and size tables, as text."""
-    task = task_class(data["task"])
+    task = TASKS.load(data["task"])
     found: dict[tuple, dict[str, Any]] = {}
     for row in data["scores"]:
         found.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
-    shown = (task.metric, *task.also)
+    shown = (task.metric, *task.extra_metrics)
     settings = next(iter(found.values()))  # the same for all
     scores = [[loss, engine, f"{sparsity:.2f}", *(_number(m[name], 3) for name in shown),
                _number(m["cross_entropy"], 4), str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
     dense = data["num_bytes"]["dense"]
     sizes = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
     told = _beaten(task, [row for row in data["scores"] if row["metric"] == task.metric])
-    told += [f"{name.replace('_', ' ')}: {settings[name]}" for name in task.settings]
+    told += [f"{name.replace('_', ' ')}: {settings[name]}" for name in task.score_settings]
     if any(engine.startswith("runtime") for _, engine, _ in found):
         told.append(_RUNTIME)
     if left_out := settings.get("num_left_out"):
@@ -104,8 +104,9 @@ def _beaten(task, rows: list[dict[str, Any]]) -> list[str]:
     (dense, *students) = [row for row in rows if row["engine"] == "fp32" and row["value"] is not None] or [None]
     if dense is None or dense["loss"] != "dense" or not students:
         return []
-    best = task.best(students, key=lambda row: row["value"])
-    if task.best(dense["value"], best["value"]) == dense["value"]:
+    pick_best = max if task.higher_is_better else min
+    best = pick_best(students, key=lambda row: row["value"])
+    if pick_best(dense["value"], best["value"]) == dense["value"]:
         return []
     return [f"the dense model, the teacher, is worse at the task ({_number(dense['value'], 3)}) than {best['loss']} "
             f"({_number(best['value'], 3)}); where that is more than chance, train it longer or give a better one"]

@@ -17,12 +17,15 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from sparse_train.errors import UserError
+from sparse_train.extras import require
 
 
 @dataclass(frozen=True)
 class Entry:
     target: str
     """MODULE:ATTRIBUTE."""
+    extra: str | None = None
+    """The optional dependencies that the target imports."""
 
 
 E = TypeVar("E", bound=Entry)
@@ -53,8 +56,11 @@ class Registry(Generic[E]):
         return name
 
     def load(self, name: str) -> Any:
-        """What the entry's target names. Raises UserError where an entry of another package cannot be imported."""
-        target = self.entries[name].target
+        """What the entry's target names. Raises UserError where an optional dependency is missing, or an entry of
+        another package cannot be imported."""
+        target, extra = self.entries[name].target, self.entries[name].extra
+        if extra is not None:
+            require(extra)
         module, _, attribute = target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -95,3 +101,23 @@ FAMILIES = Registry("family", "sparse_train.families", FamilyEntry, {
     "opt": FamilyEntry("sparse_train.models.families.opt:Opt"),
 })
 """model.family. The target is a subclass of sparse_train.models.Family."""
+
+
+@dataclass(frozen=True)
+class TaskEntry(Entry):
+    reads_both_splits: bool = True
+    """Its training examples depend on task.test_split too, such as where data without a test split is divided by us."""
+
+
+TASKS = Registry("task", "sparse_train.tasks", TaskEntry, {
+    # Generated, and in need of no data.
+    "arithmetic": TaskEntry("sparse_train.tasks.arithmetic:Arithmetic", reads_both_splits=False),
+    "numbers": TaskEntry("sparse_train.tasks.numbers:Numbers", "translation", reads_both_splits=False),
+    "dialtones": TaskEntry("sparse_train.tasks.dialtones:DialTones", "speech", reads_both_splits=False),
+    # From task.path.
+    "gsm8k": TaskEntry("sparse_train.tasks.gsm8k:Gsm8k", reads_both_splits=False),
+    "translation": TaskEntry("sparse_train.tasks.translation:Translation", "translation"),
+    "speech": TaskEntry("sparse_train.tasks.speech:Speech", "speech", reads_both_splits=False),
+    "text": TaskEntry("sparse_train.tasks.text:Text"),
+})
+"""task.name. The target is a subclass of sparse_train.tasks.Task."""

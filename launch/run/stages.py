@@ -16,6 +16,7 @@ from sparse_train import artifacts
 from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
 from sparse_train.config.load import load_frozen
 from sparse_train.errors import UserError
+from sparse_train.registry import TASKS
 
 CONFIG, JOB_FILE = "config.yaml", "job"
 JOBS = ("dense", "prune", "finetune", "evaluate", "compress", "benchmark", "report")
@@ -97,8 +98,7 @@ def _of(section: type[Section], name: str, *without: str) -> tuple[str, ...]:
 def _training_data(task: TaskConfig) -> tuple[str, ...]:
     """What training examples come from. How many bad rows are an error changes no example."""
     scored = ["shots", "test_prompt", "max_bad_share"]
-    # These look at the test split to find out whether the data is split at all.
-    return _of(TaskConfig, "task", *scored, *([] if task.name in ("text", "translation") else ["test_split"]))
+    return _of(TaskConfig, "task", *scored, *([] if TASKS.entries[task.name].reads_both_splits else ["test_split"]))
 
 
 def _training(name: str) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from sparse_train.launch.run.slurm_queue import require_idle
 from sparse_train.launch.run.stages import build_stages, dense_of_sweep, is_current
 from sparse_train.launch.submit import local, slurm
 from sparse_train.launch.submit.validate import check, numbers, require_data
+from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
-from sparse_train.tasks import task_class
 
 Points = list[tuple[dict[str, Any], RunConfig]]
 
@@ -96,7 +96,7 @@ def print_collected(points: Points, console: Console) -> None:
             table += [{"point": point, **row} for row in artifacts.read_json(config.path / "evaluate" / "scores.json")]
     if table:
         artifacts.write_json(points[0][1].path.parent / "sweep.json", table)
-        print_sweep(table, task_class(points[0][1].task.name).metric, console)
+        print_sweep(table, TASKS.load(points[0][1].task.name).metric, console)
 
 
 def print_sweep(table: list[dict[str, Any]], metric: str, console: Console) -> None:

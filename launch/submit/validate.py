@@ -7,7 +7,7 @@ from pathlib import Path
 from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
-from sparse_train.registry import FAMILIES
+from sparse_train.registry import FAMILIES, TASKS
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,11 @@ def size_of(model) -> Size:
 
 def _check_task(task: TaskConfig, shape, key: str) -> None:
     from sparse_train.models import family_of_type
-    from sparse_train.tasks import task_class
 
-    kind, takes_audio = task_class(task.name), family_of_type(shape.model_type).takes_audio
-    if kind.sounds != takes_audio:
+    kind, takes_audio = TASKS.load(task.name), family_of_type(shape.model_type).takes_audio
+    if kind.takes_audio != takes_audio:
         audio = " or ".join(name for name, entry in FAMILIES.entries.items() if entry.audio_step_s)
-        raise UserError(f"{key}.name={task.name} has {'sound' if kind.sounds else 'text'} as its input, and a "
+        raise UserError(f"{key}.name={task.name} has {'sound' if kind.takes_audio else 'text'} as its input, and a "
                         f"{shape.model_type} model takes {'sound' if takes_audio else 'text'}; choose another task, or "
                         f"{f'another model.family than {audio}' if takes_audio else f'model.family={audio}'}")
     if shape.is_encoder_decoder and not kind.generates:

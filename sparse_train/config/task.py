@@ -1,16 +1,17 @@
 """`task`: the data that a run trains on and is scored on (sparse_train/tasks)."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sparse_train.config.base import Location, Positive, Section
+from sparse_train.registry import TASKS
 
 
 class TaskConfig(Section):
-    name: Literal["arithmetic", "gsm8k", "translation", "numbers", "speech", "dialtones", "text"] = "arithmetic"
-    """arithmetic, numbers and dialtones are generated and need no data; the others read task.path. A run without a name
-    takes the generated one that its model.family can do."""
+    name: Annotated[str, AfterValidator(TASKS.check)] = "arithmetic"
+    """One of the table TASKS of sparse_train/registry.py. arithmetic, numbers and dialtones are generated and need no
+    data; the others read task.path. A run without a name takes the generated one that its model.family can do."""
     path: Location | None = None
     """A folder or file, or the name of a data set on the hub; what it must hold is in the task's module."""
     subset: str | None = None

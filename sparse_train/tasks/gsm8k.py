@@ -32,8 +32,8 @@ class WordProblems(Task):
     """Questions with a number as their answer."""
 
     metric = "exact_match"
-    also = ("exact_match_flexible",)
-    settings = ("shots",)
+    extra_metrics = ("exact_match_flexible",)
+    score_settings = ("shots",)
 
     def problem(self, question: str, answer: str, split: str = "train") -> Example:
         return self.filled(split, (_PROMPT, _ANSWER), {"question": question, "answer": answer})

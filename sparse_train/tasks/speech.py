@@ -39,10 +39,10 @@ _MOST_BYTES = 2**30  # of an encoded clip
 
 
 class Transcribing(Task):
-    sounds = True
+    takes_audio = True
     metric = "wer"
-    also = ("wer_normalised", "cer", "cer_normalised")
-    best = min
+    extra_metrics = ("wer_normalised", "cer", "cer_normalised")
+    higher_is_better = False
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """wer and cer as they stand; wer_normalised and cer_normalised without case, punctuation and marks of form."""

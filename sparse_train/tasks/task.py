@@ -28,18 +28,18 @@ class Score:
 class Task(ABC):
     endless = False
     """Whether the training examples never repeat."""
-    sounds = False
-    """Whether examples are sound, which speech models take, and only they."""
+    takes_audio = False
+    """Whether inputs are audio (speech models only)."""
     metric: str
     """The headline among the metrics of measure(), or perplexity."""
-    also: tuple[str, ...] = ()
-    """Other metrics that a table shows."""
-    settings: tuple[str, ...] = ()
-    """What of measure() is no metric but says how they were taken."""
-    best = max
-    """min where less of the metric is better."""
+    extra_metrics: tuple[str, ...] = ()
+    """Further metrics that the report's table shows."""
+    score_settings: tuple[str, ...] = ()
+    """Entries of measure() that describe how the scores were taken, such as shots, rather than a score."""
+    higher_is_better = True
+    """Of `metric`."""
     generates = True
-    """Whether answers are generated for; otherwise only the cross-entropy of the true ones is taken."""
+    """Whether the model generates answers; otherwise only the cross-entropy of the true ones is measured."""
 
     def __init__(self, config: TaskConfig):
         self.config = config

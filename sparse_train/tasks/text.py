@@ -20,7 +20,7 @@ _CHARACTERS_PER_TOKEN = 2  # few, so that hardly a piece is too long for max_len
 
 class Text(Task):
     metric = "perplexity"
-    best = min
+    higher_is_better = False
     generates = False
 
     def __init__(self, config: TaskConfig):

@@ -22,8 +22,8 @@ _NAMES = {"en": "English", "de": "German", "fr": "French", "ro": "Romanian", "es
 
 class Translating(Task):
     metric = "bleu"
-    also = ("chrf",)
-    settings = ("bleu_signature",)
+    extra_metrics = ("chrf",)
+    score_settings = ("bleu_signature",)
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """bleu (0..100), chrf, and bleu_signature, which says how."""

@@ -92,7 +92,7 @@ def _with(section, key, value):
 
 def _another(key, tmp_path):
     special = {"prune.sparsity": 0.5, "prune.method": "magnitude", "prune.calibration": TaskConfig(name="numbers"),
-               "benchmark.devices": ("gpu",), "compress.loss": "ce",
+               "task.name": "gsm8k", "benchmark.devices": ("gpu",), "compress.loss": "ce",
                "folder": str(tmp_path / "moved")}
     return 0.5 if key.endswith("_weight") else special.get(key, "another")
 
