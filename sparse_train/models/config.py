@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
+from sparse_train.compat.transformers import load_generation_config
 from sparse_train.errors import UserError, first_line
 from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.models.families import family_of_type
@@ -32,14 +32,10 @@ def read_config(path: str | Path) -> PretrainedConfig:
 def read_generation(path: str | Path) -> GenerationConfig:
     """How a folder or hub name generates; where it has no file of that, what its config.json says, as from_pretrained
     does. Raises UserError."""
-    source = {}
-    if cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False,
-                   _raise_exceptions_for_connection_errors=False) is None:
-        source = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
-    with reading(path, GENERATION_CONFIG_NAME):
-        found = GenerationConfig.from_pretrained(path, **source)
-    model_tokens(found, path)
-    return found
+    with reading(path, "generation_config.json"):
+        generation = load_generation_config(path)
+    model_tokens(generation, path)
+    return generation
 
 
 def is_folder(path: str | Path) -> bool:

@@ -6,6 +6,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, __version__
 
+from sparse_train.compat.transformers import (
+    has_model,
+    initialise_unmarked,
+    mark_initialised,
+    reset_implementations,
+)
 from sparse_train.errors import UserError, first_line
 from sparse_train.models.families import family_of_type
 
@@ -15,10 +21,9 @@ _LARGEST = 1 << 28
 
 def from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of `config` with the head that predicts text. Raises UserError where there is no such model."""
-    # How attention and experts are computed is this run's choice; a config may name a kernel, code from elsewhere.
-    config._attn_implementation = config._experts_implementation = None
+    reset_implementations(config)
     auto = family_of_type(config.model_type).auto_class(config)
-    if type(config) not in auto._model_mapping:
+    if not has_model(auto, config):
         raise UserError(f"{_of(config)}model type {config.model_type!r} has no head that predicts text from text, or "
                         f"from speech as whisper's, in transformers {__version__} ({auto.__name__}); give a model that "
                         "has one")
@@ -64,18 +69,15 @@ def compute(model: PreTrainedModel, names: Iterable[str]) -> None:
         if (count := model.get_parameter_or_buffer(name).numel()) > _LARGEST:
             raise UserError(f"{_of(model.config)}its config.json makes {name} of {count:,} numbers, more than any "
                             "model needs; give a folder that is not damaged")
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = True
+    mark_initialised(model)
     runs = []
     for seed in (0, 1):  # the two begin with other values and other random numbers; what is computed is the same
         for name in names:
             empty = model.get_parameter_or_buffer(name)
             _set(model, name, torch.full_like(empty, seed, device="cpu"))
-        for module in model.modules():
-            module._is_hf_initialized = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model.initialize_weights()
+            initialise_unmarked(model)
         runs.append([model.get_parameter_or_buffer(name) for name in names])
     odd = [name for name, one, other in zip(names, *runs, strict=True) if not torch.equal(one, other)]
     if odd:

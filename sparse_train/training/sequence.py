@@ -13,6 +13,7 @@ from torch import distributed, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from sparse_train.compat.transformers import supports_attention_interface
 from sparse_train.errors import UserError
 from sparse_train.models import family_of_type
 
@@ -42,7 +43,7 @@ def parallelise_attention(model: PreTrainedModel, group) -> None:
     exchange = _GroupExchange(group)
     if family_of_type(config.model_type).split_attention(model, exchange):
         return
-    if not getattr(model, "_supports_attention_backend", False):
+    if not supports_attention_interface(model):
         raise UserError(f"model type {config.model_type!r} has an attention of its own that sequence parallelism does "
                         "not know; use sequence_parallel=1")
     AttentionInterface.register(_NAME, _interface_forward(exchange))
