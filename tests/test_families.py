@@ -29,9 +29,9 @@ from sparse_train.models import (
 from sparse_train.models.empty import from_config
 from sparse_train.models.families import inferred
 from sparse_train.pruning import blockwise, prune
-from sparse_train.registry import FAMILIES
+from sparse_train.registry import FAMILIES, TASKS
 from sparse_train.sparse import sparsify
-from sparse_train.tasks import Example, task_class
+from sparse_train.tasks import Example
 from sparse_train.tasks.batch import Batch, EncoderInput, collate
 from sparse_train.training.features import Tap
 from tests.models import tiny_tokenizer
@@ -64,7 +64,7 @@ def test_the_table_and_the_families_agree():
         family, config = FAMILIES.load(name)(), made(name)[0].config
         assert family.takes_audio == (entry.audio_step_s is not None)
         assert type(family_of_type(config.model_type)) in type(family).__mro__  # a variant is a subclass
-        assert task_class(entry.task).sounds == family.takes_audio
+        assert TASKS.load(entry.task).takes_audio == family.takes_audio
         if entry.has_kv_heads:
             assert made(name, n_kv_heads=2)[0].config.num_key_value_heads == 2
         if entry.has_ffn_width:

@@ -73,7 +73,7 @@ class Family:
         """The class of transformers that makes models with the head that predicts text."""
         return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
-    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+    def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         """The config of a new model. `tokens`: vocab_size, eos_token_id, bos_token_id and pad_token_id."""
         raise UserError(f"model.family={size.family}: no new model of this family can be made; start from a published "
                         "one (model.path)")
@@ -108,7 +108,7 @@ class Family:
         """
         return False
 
-    def blocks(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+    def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """Full module name -> block, in the order in which the model runs them."""
         return {f"{stack.blocks}.{index}": block for stack in self.stacks
                 for index, block in enumerate(_list_of_blocks(model, stack))}
@@ -126,29 +126,28 @@ class Family:
             points += [FeaturePoint(stack.side, index, module) for index, module in enumerate(modules)]
         return points
 
-    def prunable_linears(self, model: PreTrainedModel) -> dict[str, nn.Linear | SparseLinear]:
+    def prunable_linears(self, model: nn.Module) -> dict[str, nn.Linear | SparseLinear]:
         """Full module name -> linear, block after block."""
         return {f"{prefix}.{name}": module for prefix, block in self.blocks(model).items()
                 for name, module in block.named_modules()
                 if isinstance(module, (nn.Linear, SparseLinear)) and name.rpartition(".")[2] in self.prunable}
 
 
-def _list_of_blocks(model: PreTrainedModel, stack: Stack) -> nn.ModuleList:
+def _list_of_blocks(model: nn.Module, stack: Stack) -> nn.ModuleList:
     blocks = model.get_submodule(stack.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def _final_norm(model: PreTrainedModel, stack: Stack) -> nn.Module:
-    # OPT has one or not, as its config says.
     modules = dict(model.named_modules())
-    if stack.final_norm not in modules:
+    if stack.final_norm is None or stack.final_norm not in modules:  # OPT has one or not, as its config says
         raise UserError(f"final_feature=norm: this {model.config.model_type} model has no norm behind {stack.blocks}; "
                         "use final_feature=block")
     return modules[stack.final_norm]
 
 
-def decoder_sizes(size: ModelConfig) -> dict[str, int]:
+def decoder_sizes(size: ModelConfig) -> dict[str, Any]:
     """`size` under the names that the configs of most decoders share."""
     return {"hidden_size": size.d_model, "num_hidden_layers": size.n_layers, "num_attention_heads": size.n_heads,
             "intermediate_size": size.ffn_width, "max_position_embeddings": size.max_seq_len}

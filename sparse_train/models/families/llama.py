@@ -1,5 +1,7 @@
 """Llama and the decoders that are wired like it: gated FFN, rotary positions, shared heads of keys and values."""
 
+from typing import Any
+
 from transformers import LlamaConfig, MistralConfig, Olmo2Config, PretrainedConfig, Qwen3Config
 
 from sparse_train.config import ModelConfig
@@ -11,7 +13,7 @@ class Llama(Family):
     prunable = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     config_class: type[PretrainedConfig] = LlamaConfig
 
-    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+    def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         return self.config_class(**decoder_sizes(size), num_key_value_heads=size.n_kv_heads or size.n_heads, **tokens)
 
 
@@ -26,7 +28,7 @@ class Olmo2(Llama):
 class Qwen3(Llama):
     config_class = Qwen3Config
 
-    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+    def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         config = super().new_config(size, tokens)
         config.head_dim = size.d_model // size.n_heads
         return config

@@ -26,7 +26,7 @@ class Mpt(Family):
     stacks = (Stack("transformer.blocks", "transformer.norm_f"),)
     prunable = ("Wqkv", "out_proj", "up_proj", "down_proj")
 
-    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+    def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         return MptConfig(d_model=size.d_model, n_layers=size.n_layers, n_heads=size.n_heads,
                          max_seq_len=size.max_seq_len, use_cache=True, **tokens)
 

@@ -15,7 +15,7 @@ class T5(Family):
     prunable = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
     ffn: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
-    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+    def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         ids = {name: token for name, token in tokens.items() if name != "bos_token_id"}
         # No dropout, as in the pretraining of T5 1.1: a new model here sees too little to overfit.
         return T5Config(d_model=size.d_model, d_kv=size.d_model // size.n_heads, d_ff=size.ffn_width,

@@ -36,7 +36,7 @@ class Whisper(Family):
     def auto_class(self, config: PretrainedConfig) -> Any:
         return AutoModelForSpeechSeq2Seq
 
-    def new_config(self, size: ModelConfig, tokens: dict[str, int]) -> PretrainedConfig:
+    def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         return WhisperConfig(
             d_model=size.d_model, encoder_layers=size.n_layers, decoder_layers=size.n_layers,
             encoder_attention_heads=size.n_heads, decoder_attention_heads=size.n_heads, encoder_ffn_dim=size.ffn_width,
