@@ -81,7 +81,7 @@ def test_measuring_and_submitting_work(command):
     assert prepared[0] == str(here / "runs" / "other") and prepared[1].split("\t")[0] == "dense"
     code = here / "runs" / "other" / "code" / "sparse_train"
     found = subprocess.run(
-        [sys.executable, "-P", "-c", "from sparse_train import kernels; from sparse_train.launch import recipes; "
+        [sys.executable, "-P", "-c", "from sparse_train import kernels; from sparse_train.launch.run import recipes; "
          "print(recipes.CONFIGS, kernels._native.__file__)"], env={**os.environ, "PYTHONPATH": str(code.parent)},
         capture_output=True, text=True, check=True).stdout.split()
     assert all(Path(path).is_relative_to(code) for path in found)
