@@ -123,7 +123,7 @@ def _run(options, console: Console) -> int:
     from sparse_train.launch.run.slurm_queue import require_idle
     from sparse_train.launch.submit import local, slurm
     from sparse_train.launch.submit.sweep import run_sweep
-    from sparse_train.launch.submit.validate import check, numbers, require_data
+    from sparse_train.launch.submit.validate import require_data, summarise, validate
 
     ours = [text for text in options.overrides if text.startswith(UNDER)]
     points = load_points(find_recipe(options.config), [text for text in options.overrides if text not in ours],
@@ -144,9 +144,9 @@ def _run(options, console: Console) -> int:
     planned = local.plan(config, names)
     local.require_inputs(config, names)
     local.check_replaced([config], names, options.replace or options.dry_run)
-    size, remarks = check(config, options.dry_run)
+    validation = validate(config, options.dry_run)
     if options.dry_run:
-        for line in [*remarks, *numbers(config, size)]:
+        for line in [*validation.remarks, *summarise(config, validation.parameters)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         require_data(config)
         if told := local.replaced([config], names):

@@ -8,7 +8,7 @@ from sparse_train.config import RunConfig
 from sparse_train.config.load import load_config
 from sparse_train.launch.cli import main
 from sparse_train.launch.run.stages import build_stages
-from sparse_train.launch.submit.validate import check
+from sparse_train.launch.submit.validate import validate
 from sparse_train.tasks import Example
 from sparse_train.tasks.arithmetic import Arithmetic
 
@@ -48,8 +48,8 @@ def test_a_recipe_is_counted_without_data(recipe, tmp_path, capsys, monkeypatch)
 
 @pytest.mark.parametrize("recipe", _SIZES)
 def test_a_full_sized_model_has_the_published_number_of_parameters(recipe):
-    size, _ = check(load_config(RunConfig, _CONFIGS / recipe), dry_run=True)
-    assert size.num_parameters / 1e9 == pytest.approx(_SIZES[recipe], rel=0.01)
+    validation = validate(load_config(RunConfig, _CONFIGS / recipe), dry_run=True)
+    assert validation.parameters.total / 1e9 == pytest.approx(_SIZES[recipe], rel=0.01)
 
 
 def test_the_papers_rows_are_trained_and_evaluated_as_its_code_does():

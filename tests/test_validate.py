@@ -12,7 +12,7 @@ from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers, may_be_hub_name
-from sparse_train.launch.submit.validate import check, require_data
+from sparse_train.launch.submit.validate import require_data, validate
 from sparse_train.models import build_model, build_processor, check_on_hub, open_model, read_config, save_model
 from sparse_train.models.families import whisper
 from sparse_train.sparse import TensorFolder
@@ -31,23 +31,23 @@ def _run(family, task=None, **more):
                                           ("whisper", "numbers")])
 def test_sound_is_for_speech_models_and_for_them_only(family, task):
     with pytest.raises(UserError, match=rf"^task.name={task} has (sound|text) .* {family} model takes"):
-        check(_run(family, {"name": task}))
+        validate(_run(family, {"name": task}))
     calibration = {"sparsity": 0.5, "calibration": {"name": task}}
     with pytest.raises(UserError, match=rf"^prune.calibration.name={task} has"):
-        check(_run(family, prune=calibration))
+        validate(_run(family, prune=calibration))
 
 
 @pytest.mark.parametrize("family", ["mpt", "t5", "whisper", "llama"])
 def test_every_family_has_an_embedded_task(family):
-    check(_run(family))
+    validate(_run(family))
 
 
 def test_text_has_nothing_for_an_encoder(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"{i} word " * 30 for i in range(400)))
     text = {"name": "text", "path": str(tmp_path)}
     with pytest.raises(UserError, match=r"task.name=text has no prompts"):
-        check(_run("t5", text))
-    check(_run("mpt", text))
+        validate(_run("t5", text))
+    validate(_run("mpt", text))
 
 
 def test_lengths_are_held_against_the_positions():
@@ -55,8 +55,8 @@ def test_lengths_are_held_against_the_positions():
                              ("task.max_length", 17, 16)):
         config = load_config(RunConfig, _CONFIGS / "dialtones" / "demo.yaml", [f"{key}={value}"])
         with pytest.raises(UserError, match=f"^{key}={value} .*; give at most {most}$"):
-            check(config)
-    check(load_config(RunConfig, _CONFIGS / "dialtones" / "demo.yaml", ["evaluate.max_new_tokens=15"]))
+            validate(config)
+    validate(load_config(RunConfig, _CONFIGS / "dialtones" / "demo.yaml", ["evaluate.max_new_tokens=15"]))
 
 
 def test_a_model_of_many_languages_needs_one(tmp_path, monkeypatch):
@@ -67,8 +67,8 @@ def test_a_model_of_many_languages_needs_one(tmp_path, monkeypatch):
     task = {"name": "dialtones", "max_length": 448}
     run = {"dense": {"path": str(tmp_path / "m")}, "evaluate": {"max_new_tokens": 100}}
     with pytest.raises(UserError, match=r"task.language is missing: .* task.language=hindi"):
-        check(_run("whisper", task, **run))
-    check(_run("whisper", task | {"language": "hindi"}, **run))
+        validate(_run("whisper", task, **run))
+    validate(_run("whisper", task | {"language": "hindi"}, **run))
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
@@ -111,13 +111,13 @@ def test_data_without_test_rows_is_told_before_the_first_job(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (tmp_path / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="has no row of the test split"):
-        check(_run("mpt", {"name": "gsm8k", "path": str(tmp_path)}))
+        validate(_run("mpt", {"name": "gsm8k", "path": str(tmp_path)}))
 
 
 def test_a_dry_run_refuses_an_absolute_path_that_is_not_there(tmp_path):
     config = _run("mpt", {"name": "gsm8k", "path": str(tmp_path / "nope")})
     with pytest.raises(UserError, match="nope"):
-        check(config, dry_run=True)
+        validate(config, dry_run=True)
 
 
 def _model(folder, tokenizer=None, **size):
@@ -134,12 +134,12 @@ def test_a_tokenizer_that_is_not_the_models_is_told_before_the_first_job(tmp_pat
     larger.add_special_tokens({"pad_token": "[PAD]"})
     endless.eos_token = None
     with pytest.raises(UserError, match=r"token ids up to 300, but the model's embedding has only 300 rows"):
-        check(_run("llama", **_model(tmp_path / "larger", larger)))
+        validate(_run("llama", **_model(tmp_path / "larger", larger)))
     with pytest.raises(UserError, match=r"its tokenizer names no end-of-text token"):
-        check(_run("llama", **_model(tmp_path / "endless", endless)))
+        validate(_run("llama", **_model(tmp_path / "endless", endless)))
     unused = copy.deepcopy(tiny_tokenizer())
     unused.add_tokens(["<image>"])  # as of Gemma 3's text models
-    check(_run("llama", **_model(tmp_path / "unused", unused)))
+    validate(_run("llama", **_model(tmp_path / "unused", unused)))
 
 
 def test_data_of_which_nothing_fits_is_told_before_the_first_job(tmp_path):
@@ -150,15 +150,15 @@ def test_data_of_which_nothing_fits_is_told_before_the_first_job(tmp_path):
     task = {"name": "gsm8k", "path": str(tmp_path)}
     with pytest.raises(UserError, match=r"no test example is left: 3 of the first 3 test examples do not fit the model "
                                         r"\(96 positions"):
-        check(_run("llama", task, **run))
+        validate(_run("llama", task, **run))
     (tmp_path / "test.jsonl").write_text(rows[0] + "\n" + json.dumps({"question": "q", "answer": "a"}))
-    check(_run("llama", task, **run))
+    validate(_run("llama", task, **run))
     for stage in ({"evaluate": {"max_new_tokens": 95}}, {"benchmark": {"new_tokens": 95}}):
         with pytest.raises(UserError, match=r"no test example is left: .*96 positions.*; 95 new tokens"):
-            check(_run("llama", task, **run | stage))
+            validate(_run("llama", task, **run | stage))
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"no training example is left"):
-        check(_run("llama", task, **run))
+        validate(_run("llama", task, **run))
 
 
 def test_a_model_on_the_hub_is_refused_from_names_before_a_download(tmp_path, monkeypatch):

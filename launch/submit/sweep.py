@@ -19,7 +19,7 @@ from sparse_train.launch.run.lock import locked
 from sparse_train.launch.run.slurm_queue import require_idle
 from sparse_train.launch.run.stages import build_stages, dense_of_sweep, is_current
 from sparse_train.launch.submit import local, slurm
-from sparse_train.launch.submit.validate import check, numbers, require_data
+from sparse_train.launch.submit.validate import require_data, summarise, validate
 from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
 
@@ -31,10 +31,11 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
     """1 when a combination failed; the others are run all the same."""
     for _, config in points:
         local.plan(config, names)  # a stage that does not exist is told at once
-        size, remarks = check(config, dry_run)
+        validation = validate(config, dry_run)
         if dry_run:
-            for line in [f"{config.name}:", *(f"  {line}" for line in [*remarks, *numbers(config, size)])]:
-                console.print(line, highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{config.name}:", highlight=False, soft_wrap=True, markup=False)
+            for line in [*validation.remarks, *summarise(config, validation.parameters)]:
+                console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
             require_data(config)
     shared = {config.name: dense_of_sweep(config) for _, config in points if not config.dense.path}
     points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]

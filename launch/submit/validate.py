@@ -1,90 +1,61 @@
-"""What can be known to fail is said before the first job starts; and what a run will do, in numbers."""
+"""Checks of a run before its first job, so that predictable failures are reported early; and a summary of its work."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
 from sparse_train.registry import FAMILIES, TASKS
 
+if TYPE_CHECKING:  # torch takes seconds to import
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from sparse_train.pruning.parameters import ParameterCounts
+    from sparse_train.tasks import Task
+
 
 @dataclass(frozen=True)
-class Size:
-    num_parameters: int
-    num_prunable: int
+class Validation:
+    parameters: "ParameterCounts"
+    remarks: list[str]
+    """What a dry run could not check, a line each."""
 
 
-def check(config: RunConfig, dry_run: bool = False) -> tuple[Size, list[str]]:
-    """(the model's size, remarks). Raises UserError: missing data, a folder that is no checkpoint or whose tokenizer is
-    not the model's, a task that is not for the model, data of which nothing fits it, N:M that does not divide a width.
+def validate(config: RunConfig, dry_run: bool = False) -> Validation:
+    """Check data, model, and whether they fit each other.
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
+    Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
+    folder that is no checkpoint or whose tokenizer is not the model's, an N:M pattern that does not divide a width, and
+    a loss on features that the model does not have.
     """
-    from sparse_train.models import (
-        check_on_hub,
-        describe,
-        empty_model,
-        family_of,
-        is_folder,
-        load_processor,
-        open_model,
-        read_config,
-    )
-    from sparse_train.pruning import check_pattern
-    from sparse_train.tasks import build_task, scored_examples, training_examples
+    from sparse_train.models import check_on_hub, empty_model, is_folder
+    from sparse_train.pruning.parameters import count_parameters
 
-    remarks, read = [], []
-    calibration = config.prune.calibration
-    for task, splits in ((config.task, ("train", "test")), *([(calibration, ("train",))] if calibration else [])):
-        if dry_run and task.path and not Path(task.path).is_absolute() and not Path(task.path).exists():
-            taken = ", so it is taken as a name on the hub" if may_be_hub_name(task.path) else ""
-            remarks.append(f"data {task.path}: not on this machine{taken}; not looked at")
-        else:
-            built = build_task(task)
-            for split in splits:
-                built.examples(split, 1)
-                read.append((built, split))
-    path, shape = config.dense.path or config.model.path, describe(config.model)
-    local = path is not None and is_folder(path)
-    if local:
-        shape = open_model(path)[0].config  # what names and shapes tell of it
-    elif path is not None:
-        try:
-            shape = read_config(path)
-        except UserError as error:
-            if not dry_run:
-                raise
-            why = error if hub_answers() else "the hub cannot be reached"
-            remarks.append(f"model {path}: {why}; sizes are those of the config")
-    _check_task(config.task, shape, "task")
-    if calibration:
-        _check_task(calibration, shape, "prune.calibration")
-    _check_lengths(config, shape, is_new=path is None)
-    if local:
-        processor = load_processor(path, config.task.language)
-        for built, split in read:  # one that fits is enough: others are left out, counted and named
-            if split == "train":
-                training_examples(built, processor, 1)
-            else:
-                most = max(config.evaluate.max_new_tokens, config.benchmark.new_tokens)
-                scored_examples(built, processor, EvaluateConfig(num_examples=1, max_new_tokens=most))
+    remarks: list[str] = []
+    data = _read_first_examples(config, dry_run, remarks)
+    path = config.dense.path or config.model.path
+    model_config = _read_model_config(config, path, dry_run, remarks)
+    _check_task(config.task, model_config, "task")
+    if config.prune.calibration:
+        _check_task(config.prune.calibration, model_config, "prune.calibration")
+    if path is not None:
+        _check_language(config.task, model_config)
+    _check_lengths(config, model_config, is_new=path is None)
+    if path is not None and is_folder(path):
+        _check_examples_fit(config, path, data)
     elif path is not None and not dry_run:
-        check_on_hub(path, shape)
-    model = empty_model(shape)
-    family = family_of(model)
-    shapes = {name: tuple(linear.weight.shape) for name, linear in family.prunable_linears(model).items()}
-    for level in config.prune.levels:
-        check_pattern(shapes, level)
-    for loss in config.finetune.losses.values():
-        if loss.feature_weight:
-            family.feature_points(model, loss.final_feature)
-    return size_of(model), remarks
+        check_on_hub(path, model_config)
+    model = empty_model(model_config)
+    _check_patterns(config, model)
+    _check_features(config, model)
+    return Validation(count_parameters(model, config.prune), remarks)
 
 
 def require_data(config: RunConfig) -> None:
-    """Raises UserError where a run would not find its data. A dry run, which does without, asks last."""
+    """Raises UserError where a run would not find its data. The last check of a dry run, which works without data."""
     from sparse_train.tasks import read
 
     for task in (config.task, config.prune.calibration):
@@ -93,69 +64,151 @@ def require_data(config: RunConfig) -> None:
                             "name on the hub that you may read")
 
 
-def size_of(model) -> Size:
-    """Of a model with or without data."""
-    from sparse_train.models import family_of
+def summarise(config: RunConfig, parameters: "ParameterCounts") -> list[str]:
+    """Lines on parameters kept, steps and tokens."""
+    lines = [f"{parameters.total:,} parameters, {parameters.prunable:,} of them prunable"]
+    for level, num_kept in zip(config.prune.levels, parameters.kept, strict=True):
+        lines.append(f"{level.sparsity:.0%} sparse: {num_kept:,} prunable parameters kept, "
+                     f"{parameters.total - parameters.prunable + num_kept:,} in all")
+    if not config.dense.path:
+        lines.append(f"dense: {_steps_and_tokens(config.dense, config.task)}")
+    lines.append(f"each fine-tune: {_steps_and_tokens(config.finetune, config.task)}")
+    return lines
 
-    linears = family_of(model).prunable_linears(model).values()
-    return Size(sum(math.prod(p.shape) for p in model.parameters()),
-                sum(linear.in_features * linear.out_features for linear in linears))
+
+def _steps_and_tokens(train: TrainConfig, task: TaskConfig) -> str:
+    num_tokens = train.steps * train.batch_size * task.max_length
+    return f"{train.steps:,} steps of {train.batch_size} examples, at most {num_tokens:,} tokens"
 
 
-def _check_task(task: TaskConfig, shape, key: str) -> None:
+@dataclass(frozen=True)
+class _Split:
+    task: "Task"
+    name: str
+    """train or test."""
+
+
+def _read_first_examples(config: RunConfig, dry_run: bool, remarks: list[str]) -> list[_Split]:
+    """The splits that the run reads; each has been seen to have an example."""
+    from sparse_train.tasks import build_task
+
+    splits = []
+    for task_config, names in ((config.task, ("train", "test")), (config.prune.calibration, ("train",))):
+        if task_config is None:
+            continue
+        if dry_run and _may_be_elsewhere(task_config):
+            on_hub = ", so it is taken as a name on the hub" if may_be_hub_name(str(task_config.path)) else ""
+            remarks.append(f"data {task_config.path}: not on this machine{on_hub}; not looked at")
+            continue
+        task = build_task(task_config)
+        for name in names:
+            task.examples(name, 1)
+            splits.append(_Split(task, name))
+    return splits
+
+
+def _may_be_elsewhere(task: TaskConfig) -> bool:
+    """Whether data that is not here may be on the hub, or on the machine that the run is for."""
+    return task.path is not None and not Path(task.path).is_absolute() and not Path(task.path).exists()
+
+
+def _read_model_config(config: RunConfig, path: str | None, dry_run: bool, remarks: list[str]) -> "PretrainedConfig":
+    """Of the model to start from: of a folder after its names and shapes were checked, of the hub, or a new one."""
+    from sparse_train.models import describe, is_folder, open_model, read_config
+
+    if path is None:
+        return describe(config.model)
+    if is_folder(path):
+        model, _ = open_model(path)
+        return model.config
+    try:
+        return read_config(path)
+    except UserError as error:
+        if not dry_run:
+            raise
+        cause = error if hub_answers() else "the hub cannot be reached"
+        remarks.append(f"model {path}: {cause}; sizes are those of the config")
+        return describe(config.model)
+
+
+def _check_task(task: TaskConfig, model: "PretrainedConfig", key: str) -> None:
+    """Whether the model can do the task. `key` of the config: task or prune.calibration."""
     from sparse_train.models import family_of_type
 
-    kind, takes_audio = TASKS.load(task.name), family_of_type(shape.model_type).takes_audio
-    if kind.takes_audio != takes_audio:
-        audio = " or ".join(name for name, entry in FAMILIES.entries.items() if entry.audio_step_s)
-        raise UserError(f"{key}.name={task.name} has {'sound' if kind.takes_audio else 'text'} as its input, and a "
-                        f"{shape.model_type} model takes {'sound' if takes_audio else 'text'}; choose another task, or "
-                        f"{f'another model.family than {audio}' if takes_audio else f'model.family={audio}'}")
-    if shape.is_encoder_decoder and not kind.generates:
-        raise UserError(f"{key}.name={task.name} has no prompts, and the encoder of a {shape.model_type} model would "
+    kind, model_takes_audio = TASKS.load(task.name), family_of_type(model.model_type).takes_audio
+    if kind.takes_audio != model_takes_audio:
+        families = " or ".join(name for name, entry in FAMILIES.entries.items() if entry.audio_step_s)
+        remedy = f"another model.family than {families}" if model_takes_audio else f"model.family={families}"
+        raise UserError(f"{key}.name={task.name} has {_input(kind.takes_audio)} as its input, and a {model.model_type} "
+                        f"model takes {_input(model_takes_audio)}; choose another task, or {remedy}")
+    if model.is_encoder_decoder and not kind.generates:
+        raise UserError(f"{key}.name={task.name} has no prompts, and the encoder of a {model.model_type} model would "
                         "read nothing; choose another task, or a model without an encoder")
 
 
-def _check_lengths(config: RunConfig, shape, is_new: bool) -> None:
-    """Against the positions of the decoder, where it has a last one. A decoder that is also the encoder of its prompt
-    is not asked about task.max_length, which only bounds what most examples are far below."""
+def _input(is_audio: bool) -> str:
+    return "sound" if is_audio else "text"
+
+
+def _check_language(task: TaskConfig, model: "PretrainedConfig") -> None:
+    from sparse_train.models import family_of_type
+
+    if task.language is None and family_of_type(model.model_type).needs_language(model):
+        raise UserError("task.language is missing: the model knows many languages; give one, such as "
+                        "task.language=hindi")
+
+
+def _check_lengths(config: RunConfig, model: "PretrainedConfig", is_new: bool) -> None:
+    """Compare lengths with the number of the decoder's positions, where it is bounded.
+
+    task.max_length is compared only where there is an encoder: a decoder alone also holds the prompt, and the longest
+    examples are left out.
+    """
     from sparse_train.models import family_of_type
     from sparse_train.models.positions import decoder_positions
 
-    family = family_of_type(shape.model_type)
-    if not is_new and family.needs_language(shape) and config.task.language is None:
-        raise UserError("task.language is missing: the model knows many languages; give one, such as "
-                        "task.language=hindi")
-    positions = decoder_positions(shape)
+    positions, prefix = decoder_positions(model), 0
     if positions is None:
         return
-    prefix = 0
-    if shape.is_encoder_decoder:
-        prefix = 1 if is_new else family.prefix_length
+    if model.is_encoder_decoder:
+        prefix = 1 if is_new else family_of_type(model.model_type).prefix_length
     for key, count in (("evaluate.max_new_tokens", config.evaluate.max_new_tokens),
                        ("benchmark.new_tokens", config.benchmark.new_tokens)):
         if prefix + count > positions:
             raise UserError(f"{key}={count} and the {prefix} tokens that an answer starts from are more than the "
                             f"model's {positions} positions; give at most {positions - prefix}")
-    if shape.is_encoder_decoder and config.task.max_length > positions:
+    if model.is_encoder_decoder and config.task.max_length > positions:
         raise UserError(f"task.max_length={config.task.max_length} is more than the {positions} positions of the "
                         f"model's decoder; give at most {positions}")
 
 
-def numbers(config: RunConfig, size: Size) -> list[str]:
-    """Lines on steps, tokens and parameters kept."""
-    lines = [f"{size.num_parameters:,} parameters, {size.num_prunable:,} of them prunable"]
+def _check_examples_fit(config: RunConfig, path: str, data: list[_Split]) -> None:
+    """One that fits is enough; the stages leave the others out, count and name them."""
+    from sparse_train.models import load_processor
+    from sparse_train.tasks import scored_examples, training_examples
+
+    processor = load_processor(path, config.task.language)
+    new_tokens = max(config.evaluate.max_new_tokens, config.benchmark.new_tokens)
+    for split in data:
+        if split.name == "train":
+            training_examples(split.task, processor, 1)
+        else:
+            scored_examples(split.task, processor, EvaluateConfig(num_examples=1, max_new_tokens=new_tokens))
+
+
+def _check_patterns(config: RunConfig, model: "PreTrainedModel") -> None:
+    from sparse_train.models import family_of
+    from sparse_train.pruning import check_pattern
+
+    shapes = {name: (linear.out_features, linear.in_features)
+              for name, linear in family_of(model).prunable_linears(model).items()}
     for level in config.prune.levels:
-        kept = round((1 - level.sparsity) * size.num_prunable)
-        lines.append(f"{level.sparsity:.0%} sparse: {kept:,} prunable parameters kept, "
-                     f"{size.num_parameters - size.num_prunable + kept:,} in all")
-    if not config.dense.path:
-        lines.append(f"dense: {_work(config.dense, config)}")
-    lines.append(f"each fine-tune: {_work(config.finetune, config)}")
-    return lines
+        check_pattern(shapes, level)
 
 
-def _work(train: TrainConfig, config: RunConfig) -> str:
-    num_examples = train.steps * train.batch_size
-    return (f"{train.steps:,} steps of {train.batch_size} examples, at most "
-            f"{num_examples * config.task.max_length:,} tokens")
+def _check_features(config: RunConfig, model: "PreTrainedModel") -> None:
+    from sparse_train.models import family_of
+
+    for loss in config.finetune.losses.values():
+        if loss.feature_weight:
+            family_of(model).feature_points(model, loss.final_feature)

@@ -17,9 +17,9 @@ from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
 from sparse_train.launch.run.stages import Stage, log_folder, partial_folder
-from sparse_train.launch.submit.validate import Size, size_of
 from sparse_train.launch.worker.process_info import ProcessInfo
 from sparse_train.models import describe, empty_model, read_config
+from sparse_train.pruning.parameters import ParameterCounts, count_parameters
 
 _MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes per trained value
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -35,8 +35,9 @@ def check_ranks(process: ProcessInfo, config: RunConfig, stage: Stage) -> None:
     writers = [row["rank"] for row in table if row["local_rank"] == 0]
     dist.agree(lambda: _require_shared_folder(process, writers, config.path, log_folder(stage, config)))
     path = config.dense.path or config.model.path
-    size = size_of(empty_model(read_config(path) if path else describe(config.model)))
-    dist.agree(lambda: _require_space(process, config, stage, size, table))
+    model = empty_model(read_config(path) if path else describe(config.model))
+    counts = count_parameters(model, config.prune)
+    dist.agree(lambda: _require_space(process, config, stage, counts, table))
 
 
 def _own_row(process: ProcessInfo) -> dict[str, Any]:
@@ -124,12 +125,12 @@ def _require_shared_folder(process: ProcessInfo, writers: list[int], run: Path, 
             raise UserError(f"{problems[0]}; the run folder must be on storage that all nodes share")
 
 
-def _require_space(process: ProcessInfo, config: RunConfig, stage: Stage, size: Size,
+def _require_space(process: ProcessInfo, config: RunConfig, stage: Stage, counts: ParameterCounts,
                    table: list[dict[str, Any]]) -> None:
     train: TrainConfig = config.dense if stage.job == "dense" else config.finetune
-    trained = size.num_parameters
+    trained = counts.total
     if stage.job == "finetune":
-        trained -= round(config.prune.levels[stage.level].sparsity * size.num_prunable)
+        trained -= counts.prunable - counts.kept[stage.level]
     needed, free = checkpoint_bytes(train, trained), shutil.disk_usage(config.path).free
     # An attempt before this one has written some of them.
     free += sum(file.stat().st_size for file in (partial_folder(stage, config) / "checkpoints").glob("step-*/*"))
@@ -139,7 +140,7 @@ def _require_space(process: ProcessInfo, config: RunConfig, stage: Stage, size: 
     own = state_bytes(train, trained, process.num_ranks)
     if stage.job == "finetune" and config.finetune.losses[stage.id.rpartition("/")[2]].needs_teacher:
         precision = config.finetune.teacher.precision or train.precision
-        own += _BYTES[precision] * size.num_parameters // process.num_ranks
+        own += _BYTES[precision] * counts.total // process.num_ranks
     row = table[process.rank]
     if "free_device_memory" in row:
         free, where = row["free_device_memory"], f"{row['device']} of {process.host}"

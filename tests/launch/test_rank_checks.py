@@ -93,15 +93,15 @@ def test_checkpoints_of_an_earlier_attempt_are_room(tmp_path, monkeypatch):
     stage = find_stage(config, "finetune/ce")
     own = config.path / "finetune" / "ce.partial" / "checkpoints" / "step-00000002"
     own.mkdir(parents=True)
-    size = rank_checks.Size(1000, 0)
+    counts = rank_checks.ParameterCounts(1000, 0, (0,))
     needed = checkpoint_bytes(config.finetune, 1000)
     process = ProcessInfo(0, 1, 0, 1, "node0", ("node0",), Attempt("7", 1))
     table = [{"free_memory": 10**12, "device": "cpu"}]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, needed - 100))
     with pytest.raises(UserError, match="make room"):
-        rank_checks._require_space(process, config, stage, size, table)
+        rank_checks._require_space(process, config, stage, counts, table)
     (own / "rank-00000.safetensors").write_bytes(bytes(100))
-    rank_checks._require_space(process, config, stage, size, table)
+    rank_checks._require_space(process, config, stage, counts, table)
 
 
 def test_predicted_checkpoints():

@@ -91,7 +91,7 @@ def test_of_several_dense_models_one_that_fails_does_not_hold_the_others(swept, 
 
 
 def test_a_sweep_is_counted_without_running(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep.runner, "run", None)
+    monkeypatch.setattr(sweep.local, "run", None)
     assert main(["run", str(RECIPE), f"folder='{tmp_path}'", "sweep={seed: [1, 2]}", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "seed-1:" in shown and "seed-2:" in shown and "2 combinations, 2 dense models" in shown
