@@ -196,10 +196,11 @@ _HEAD = f"""# Types of models
 Written by `python -m tests.model_types`, and held by `tests/test_model_types.py` (`make test-slow`), from tiny models
 of every type that predicts text in transformers 5.23.
 
-*works*: of a folder that save_pretrained wrote, every parameter and buffer is to the bit what from_pretrained reads;
-pruned by magnitude, our sparse folder gives them again; from_pretrained reads our dense export, which has the names
-that save_pretrained gives. Whatever does not work is refused in the line shown, from the config and the names alone.
-What is pruned in a type outside the table of families is derived and told. Tasks feed text, and sound to Whisper.
+*works*: every parameter and buffer of a folder that save_pretrained wrote is read bit for bit as from_pretrained reads
+it; so are those of our sparse folder after pruning by magnitude; from_pretrained reads our dense export, which has the
+names that save_pretrained gives. A type that does not work is refused with the line shown, from its config and the
+names of its tensors alone.
+For a type outside the table of families, what is pruned is inferred and logged. Tasks feed text, and audio to Whisper.
 
 The last column is what transformers {OLDER} makes of the dense export: *same* logits, type *not known*, *no* (an error,
 or other logits: read it with transformers 5), *-* (nothing to compare).

@@ -128,7 +128,7 @@ def convert(converter: WeightConverter, group: str, inputs: Mapping[str, list[to
     """
     converter = deepcopy(converter)  # it collects tensors
     for pattern, tensors in inputs.items():
-        converter.collected_tensors[pattern] = tensors
+        converter.collected_tensors[pattern] = tensors  # type: ignore[assignment]  # the loader has futures
     model = SimpleNamespace(config=config, get_parameter=parameters.__getitem__)
     results = converter.convert(group, model=model, config=config)
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in results.items()}

@@ -14,7 +14,7 @@ from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
 
-_COUNTED, _MOST = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
+_COUNTED, _LARGEST_COUNT = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -22,16 +22,16 @@ def read_config(path: str | Path) -> PretrainedConfig:
     if not is_folder(path):
         hub_answers()
     with reading(path, "a model config", "give a folder with config.json or a hub name"):
-        given, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
-        _check_counts(path, given)
-        _check_quantised(path, given)
-        family_of_type(str(given.get("model_type"))).check_config(path, given)
+        config, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
+        _check_counts(path, config)
+        _check_quantised(path, config)
+        family_of_type(str(config.get("model_type"))).check_config(path, config)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def read_generation(path: str | Path) -> GenerationConfig:
-    """How a folder or hub name generates; where it has no file of that, what its config.json says, as from_pretrained
-    does. Raises UserError."""
+    """The generation config of a folder or hub name: of generation_config.json, else of config.json. Raises UserError.
+    """
     with reading(path, "generation_config.json"):
         generation = load_generation_config(path)
     model_tokens(generation, path)
@@ -39,7 +39,7 @@ def read_generation(path: str | Path) -> GenerationConfig:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Or a hub name. Raises UserError where `path` can be neither."""
+    """Whether `path` is a folder; otherwise it is a hub name. Raises UserError where it can be neither."""
     if Path(path).is_dir():
         return True
     if str(path).endswith(".gguf"):
@@ -52,27 +52,29 @@ def is_folder(path: str | Path) -> bool:
     return False
 
 
-def _check_counts(path, given: dict[str, Any]) -> None:
-    """transformers makes lists and modules of so many before any tensor is compared with them."""
-    for key, value in given.items():
+def _check_counts(path: str | Path, config: dict[str, Any]) -> None:
+    """transformers makes lists and modules of these lengths before a tensor's shape can refute them."""
+    for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(path, value)
-        elif key.endswith(_COUNTED) and isinstance(value, int) and value > _MOST:
-            raise UserError(f"{path}: its config.json has {key}={value:.0e}, more than the {_MOST:,} that "
+        elif key.endswith(_COUNTED) and isinstance(value, int) and value > _LARGEST_COUNT:
+            raise UserError(f"{path}: its config.json has {key}={value:.0e}, more than the {_LARGEST_COUNT:,} that "
                             "any model has; give a folder that is not damaged")
 
 
-def _check_quantised(path, given: dict[str, Any]) -> None:
-    for section in (given, given.get("text_config")):
-        if isinstance(section, dict) and (found := section.get("quantization_config")):
-            method = found.get("quant_method", "some method") if isinstance(found, dict) else found
+def _check_quantised(path: str | Path, config: dict[str, Any]) -> None:
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict) and (quantisation := section.get("quantization_config")):
+            method = quantisation
+            if isinstance(quantisation, dict):
+                method = quantisation.get("quant_method", "some method")
             raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; give "
                             "the checkpoint that it was made from, in fp32, bf16 or fp16")
 
 
 @contextmanager
 def reading(folder: str | Path, what: str, remedy: str = "") -> Iterator[None]:
-    """A net around transformers' loaders: whatever they raise becomes a UserError of one line that names the folder."""
+    """Around transformers' loaders: whatever they raise becomes a UserError of one line that names the folder."""
     try:
         yield
     except UserError:

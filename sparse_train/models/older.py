@@ -1,4 +1,4 @@
-"""What transformers 4 needs in a folder that transformers 5 wrote. Version 5 reads both ways of saying it the same."""
+"""Make a folder that transformers 5 wrote readable by transformers 4. Version 5 reads the result as before."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from sparse_train.artifacts import write_json
 
 _FAST = "TokenizersBackend"
+# Model type -> version 4's name for the theta of layers with sliding attention.
 _LOCAL = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq", "olmo3": "rope_theta",
           "modernbert-decoder": "local_rope_theta"}
 Named = tuple[str, torch.Tensor]
@@ -22,12 +23,12 @@ def add_older_keys(folder: Path) -> None:
     write_json(config, _with_older_names(json.loads(config.read_text(encoding="utf-8"))))
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
-        given = json.loads(tokenizer.read_text(encoding="utf-8"))
-        if given.get("tokenizer_class") == _FAST:
-            given["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(given.get("extra_special_tokens"), list):
-            given["additional_special_tokens"] = given.pop("extra_special_tokens")
-        write_json(tokenizer, given)
+        keys = json.loads(tokenizer.read_text(encoding="utf-8"))
+        if keys.get("tokenizer_class") == _FAST:
+            keys["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(keys.get("extra_special_tokens"), list):
+            keys["additional_special_tokens"] = keys.pop("extra_special_tokens")
+        write_json(tokenizer, keys)
 
 
 def with_head(model: PreTrainedModel, tensors: Iterable[Named]) -> Iterator[Named]:
@@ -41,40 +42,42 @@ def with_head(model: PreTrainedModel, tensors: Iterable[Named]) -> Iterator[Name
 
 
 def _is_unscaled(config: PretrainedConfig) -> bool:
-    """T5 1.1 and its like: version 4 scales the decoder's output where the head is tied, version 5 says both apart."""
+    """T5 1.1 and mT5: version 4 scales the decoder's output wherever the head is tied; in version 5 these are two keys.
+    """
     return config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
 
 
 def _with_older_names(config: dict[str, Any]) -> dict[str, Any]:
-    made = _with_rope({key: _with_older_names(value) if isinstance(value, dict) and "model_type" in value else value
+    keys = _with_rope({key: _with_older_names(value) if isinstance(value, dict) and "model_type" in value else value
                        for key, value in config.items()})
     model_type = config.get("model_type", "")
     if model_type in CONFIG_MAPPING:
         for older, newer in CONFIG_MAPPING[model_type].attribute_map.items():
-            if older == "num_experts" and newer in made:
-                made.setdefault(older, made[newer])
+            if older == "num_experts" and newer in keys:
+                keys.setdefault(older, keys[newer])
     if model_type == "mt5" or config.get("scale_decoder_outputs", True) is False:
-        made["tie_word_embeddings"] = False
-    return made
+        keys["tie_word_embeddings"] = False
+    return keys
 
 
 def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Version 4 does not know `rope_parameters`, and computes with its default theta."""
-    made = dict(config)
+    keys = dict(config)
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
-        return made
-    if "rope_theta" not in rope:  # an entry per kind of layer; of the types that have that, version 4 knows these
+        return keys
+    if "rope_theta" not in rope:  # an entry per kind of layer, which version 4 knows of the types in _LOCAL
         local = _LOCAL.get(config.get("model_type", ""))
         if local is None or set(rope) != {"full_attention", "sliding_attention"}:
-            return made
-        made[local] = rope["sliding_attention"]["rope_theta"]
+            return keys
+        keys[local] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-        made |= {"global_rope_theta": rope["rope_theta"]} if local == "local_rope_theta" else {}
-    made |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if local == "local_rope_theta":
+            keys["global_rope_theta"] = rope["rope_theta"]
+    keys |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if config.get("model_type") == "gpt_neox":
-        made |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+        keys |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
     if rope.get("rope_type", "default") != "default":
-        made["rope_scaling"] = {key: value for key, value in rope.items()
+        keys["rope_scaling"] = {key: value for key, value in rope.items()
                                 if key not in ("rope_theta", "partial_rotary_factor")}
-    return made
+    return keys

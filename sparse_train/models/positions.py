@@ -1,4 +1,4 @@
-"""How many positions a model has. The one place that knows what the families call them."""
+"""How many positions a model has, under whatever name its config gives them."""
 
 from transformers import PretrainedConfig
 
@@ -7,17 +7,20 @@ _ENCODER = ("max_encoder_position_embeddings", "max_position_embeddings")
 
 
 def decoder_positions(config: PretrainedConfig) -> int | None:
-    """Of the decoder, which a model without an encoder is: learned ones, those that rotary ones were trained up to, or
-    as long as MPT's table of ALiBi is. None where nothing ends: T5's relative ones, other families' ALiBi, recurrence.
+    """Of the decoder, or of a model without an encoder: learned positions, the length that rotary ones were trained
+    for, or that of MPT's table of ALiBi. None where it is unbounded: T5's relative positions, ALiBi of other families,
+    recurrence.
     """
     return _first(config.get_text_config(decoder=True), _DECODER)
 
 
 def encoder_positions(config: PretrainedConfig) -> int | None:
-    """Of an encoder of text. None where nothing ends, or where there is none: Whisper's takes a window of sound."""
+    """Of an encoder of text. None where it is unbounded or there is none: Whisper's encoder takes a window of audio."""
     return _first(config.get_text_config(encoder=True), _ENCODER) if config.is_encoder_decoder else None
 
 
 def _first(config: PretrainedConfig, names: tuple[str, ...]) -> int | None:
-    found = next((value for name in names if (value := getattr(config, name, None))), None)
-    return None if getattr(config, "alibi", False) or not found or found < 1 else found
+    if getattr(config, "alibi", False):
+        return None
+    sizes = [getattr(config, name, None) for name in names]
+    return next((size if size > 0 else None for size in sizes if size), None)

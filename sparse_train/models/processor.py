@@ -16,15 +16,15 @@ from sparse_train.models.positions import decoder_positions, encoder_positions
 class Processor:
     tokenizer: PreTrainedTokenizerBase
     decoder_prefix: tuple[int, ...] = ()
-    """What an encoder-decoder's decoder starts from; empty for models without an encoder."""
+    """Tokens that an encoder-decoder's answers start from; empty for models without an encoder."""
     features: WhisperFeatureExtractor | None = None
-    """Speech models: sound -> log-mel spectrogram of the model's window."""
+    """Speech models: audio -> log-mel spectrogram of the model's window."""
     positions: int | None = None
-    """Of the decoder, which a model without an encoder is; None where there is no last one."""
+    """Of the decoder, or of a model without an encoder; None: unbounded."""
     encoder_positions: int | None = None
     """Of an encoder of text."""
     num_embedded: int | None = None
-    """Token ids that the model has an embedding for."""
+    """Rows of the embedding: token ids that the model knows; None where its config does not say."""
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -42,7 +42,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig,
 def load_processor(path: str | Path, language: str | None = None) -> Processor:
     """Of a folder or hub name. A tokenizer without a padding token pads with its end-of-text token.
 
-    `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is none to read, or one
+    `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is no tokenizer, or one
     that does not fit the model.
     """
     config = read_config(path)
@@ -65,19 +65,21 @@ def load_processor(path: str | Path, language: str | None = None) -> Processor:
 
 
 def _decoder_prefix(path: str | Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """The start token, and the first one that some models are made to say, such as BART's beginning-of-text."""
-    named = model_tokens(read_generation(path), path)
+    """The start token, and the first token that some models must generate, such as BART's beginning-of-text."""
+    tokens = model_tokens(read_generation(path), path)
     start = config.decoder_start_token_id
-    first = [start] if start is not None else named.get("decoder_start_token_id", [])
+    first = [start] if start is not None else tokens.get("decoder_start_token_id", [])
     if not first:
         raise UserError(f"{path}: its config.json names no decoder_start_token_id, from which every answer starts; "
                         "name one")
-    return (*first, *named.get("forced_bos_token_id", []))
+    return (*first, *tokens.get("forced_bos_token_id", []))
 
 
 def _check_embedded(path: str | Path, processor: Processor) -> None:
-    """A token that is added and never used, such as one for images, may be beyond the embedding; a row that holds it
-    is left out."""
+    """Raises UserError where a token that texts use is beyond the embedding.
+
+    An added token that no text uses, such as one for images, may be; an example that has it is left out later.
+    """
     tokenizer = processor.tokenizer
     added = tokenizer.added_tokens_decoder.keys()
     used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *processor.decoder_prefix, *tokenizer.encode("a"),

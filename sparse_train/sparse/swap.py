@@ -1,12 +1,15 @@
 """Sparse layers put into a model and taken out of it."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import nn
 
 from sparse_train.sparse.bitmask import BitmaskTensor
 from sparse_train.sparse.linear import SparseLinear, sparse_linears
 from sparse_train.sparse.save import save_through_us
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -15,7 +18,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def sparsify(model: nn.Module, weights: Mapping[str, BitmaskTensor]) -> nn.Module:
+def sparsify(model: Model, weights: Mapping[str, BitmaskTensor]) -> Model:
     """Replace the linears named in `weights` by SparseLinears that hold them; returns `model`."""
     for name, weight in weights.items():
         linear = model.get_submodule(name)
@@ -26,7 +29,7 @@ def sparsify(model: nn.Module, weights: Mapping[str, BitmaskTensor]) -> nn.Modul
     return model
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: Model) -> Model:
     """Replace every SparseLinear by an `nn.Linear` with the zeros in place; returns `model`."""
     for name, sparse in sparse_linears(model).items():
         linear = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")

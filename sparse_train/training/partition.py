@@ -6,7 +6,7 @@ That rule is all that loading, checkpoints and memory planning need, so it can b
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from sparse_train.models import family_of
 
@@ -20,7 +20,7 @@ def part(numel: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return min(numel, size * rank), min(numel, size * (rank + 1))
 
 
-def sparse_sizes(model: nn.Module, sparsity: float) -> tuple[dict[str, int], dict[str, int]]:
+def sparse_sizes(model: PreTrainedModel, sparsity: float) -> tuple[dict[str, int], dict[str, int]]:
     """(trained parameter -> entries, sparse weight -> bytes of its bits) of a dense `model`, on the meta device too."""
     linears = family_of(model).prunable_linears(model)
     values, bits = {}, {}

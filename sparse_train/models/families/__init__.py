@@ -23,5 +23,5 @@ def family_of_type(model_type: str) -> Family:
 def family_of(model: PreTrainedModel) -> Family:
     """The table's entry, or one inferred from the modules of `model`, which is logged. Raises UserError where there is
     nothing to prune."""
-    # Layers made sparse change nothing of what is inferred: the names count.
+    # A sparse model infers to the same family as the dense one: SparseLinears count as linears.
     return registered_family(model.config.model_type) or infer(model)

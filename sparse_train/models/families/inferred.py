@@ -95,7 +95,7 @@ def _prunable_share(family: Family, model: nn.Module) -> float:
     """Of the blocks' parameters: the prunable ones. Experts in one tensor, for one, are not."""
     linears = family.prunable_linears(model)
     num_prunable = sum(linear.in_features * linear.out_features for linear in linears.values())
-    # A partitioned parameter is empty, and says how large it is.
+    # A parameter that ZeRO-3 has partitioned is empty; its ds_numel is the whole one's.
     num_others = sum(getattr(parameter, "ds_numel", parameter.numel())
                      for prefix, block in family.blocks(model).items()
                      for name, parameter in block.named_parameters(prefix)

@@ -11,7 +11,7 @@ from sparse_train.models.family import Family, Stack, decoder_sizes
 class Llama(Family):
     stacks = (Stack("model.layers", "model.norm"),)
     prunable = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    config_class: type[PretrainedConfig] = LlamaConfig
+    config_class: type[Any] = LlamaConfig
 
     def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         return self.config_class(**decoder_sizes(size), num_key_value_heads=size.n_kv_heads or size.n_heads, **tokens)

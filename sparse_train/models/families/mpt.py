@@ -45,7 +45,7 @@ class Mpt(Family):
     def split_attention(self, model: PreTrainedModel, exchange: HeadExchange) -> bool:
         for module in model.modules():
             if isinstance(module, MptAttention):
-                module.forward = types.MethodType(_split_forward(exchange), module)
+                module.forward = types.MethodType(_split_forward(exchange), module)  # type: ignore[method-assign]
         return True
 
 

@@ -17,10 +17,11 @@ class T5(Family):
 
     def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         ids = {name: token for name, token in tokens.items() if name != "bos_token_id"}
+        ids["decoder_start_token_id"] = tokens["pad_token_id"]
         # No dropout, as in the pretraining of T5 1.1: a new model here sees too little to overfit.
         return T5Config(d_model=size.d_model, d_kv=size.d_model // size.n_heads, d_ff=size.ffn_width,
                         num_layers=size.n_layers, num_heads=size.n_heads, dropout_rate=0.0,
-                        decoder_start_token_id=tokens["pad_token_id"], **self.ffn, **ids)
+                        **self.ffn, **ids)
 
 
 class GatedT5(T5):
