@@ -1,6 +1,7 @@
 """Every family: what is pruned, the calibration walk, features over one and two stacks; and families not known."""
 
 import logging
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import (
 from sparse_train.config import LossConfig, ModelConfig, PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import (
+    Family,
+    Stack,
     build_model,
     build_processor,
     family_of,
@@ -27,9 +30,10 @@ from sparse_train.models import (
     save_model,
 )
 from sparse_train.models.empty import from_config
-from sparse_train.models.families import inferred
+from sparse_train.models.families import inferred, registered_family
+from sparse_train.models.family import decoder_sizes
 from sparse_train.pruning import blockwise, prune
-from sparse_train.registry import FAMILIES, TASKS
+from sparse_train.registry import FAMILIES, TASKS, FamilyEntry, Registry
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example
 from sparse_train.tasks.batch import Batch, EncoderInput, collate
@@ -236,6 +240,39 @@ def test_an_unknown_family_is_derived_and_said(config, blocks, norm, share, capl
 def test_an_unknown_family_that_cannot_be_pruned_is_refused(config, reason):
     with pytest.raises(UserError, match=f"{config.model_type}.*{reason}.*supported are mpt"):
         family_of(from_config(config))
+
+
+class Phi(Family):
+    stacks = (Stack("model.layers", "model.final_layernorm"),)
+    prunable = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+
+    def new_config(self, size, tokens):
+        return PhiConfig(**decoder_sizes(size), **tokens)
+
+
+@pytest.fixture
+def phi_of_another_package(monkeypatch):
+    point = EntryPoint("phi", f"{__name__}:Phi", FAMILIES.group)
+    monkeypatch.setattr("sparse_train.registry.entry_points", lambda group: [point] if group == FAMILIES.group else [])
+    registry = Registry("family", FAMILIES.group, FamilyEntry, FAMILIES.entries)
+    monkeypatch.setitem(vars(FAMILIES), "entries", registry.entries)
+    registered_family.cache_clear()
+    yield
+    registered_family.cache_clear()
+
+
+def test_another_package_adds_a_family(phi_of_another_package, caplog):
+    model, processor = made("phi")
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(family_of(model), Phi)
+    assert not caplog.text
+    weights = prune(model, [collate(examples(processor), processor)], PruneConfig(sparsity=0.5))
+    assert len(weights) == 2 * len(Phi.prunable)
+
+
+def test_a_family_that_is_not_in_the_table_is_refused_with_the_names():
+    with pytest.raises(ValueError, match="there is no family phi; choose from: mpt, t5"):
+        ModelConfig(family="phi")
 
 
 def test_a_final_norm_that_a_model_of_the_table_lacks_is_said():
