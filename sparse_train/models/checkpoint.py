@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparse_train.compat.transformers import drop_expected
 from sparse_train.errors import UserError, first_line
 from sparse_train.hub import hub_answers, tensors_on_hub
-from sparse_train.models.config import is_folder, read_config, read_generation, reading
+from sparse_train.models.config import gguf_error, is_folder, read_config, read_generation, reading
 from sparse_train.models.empty import compute, empty_model, own_tensors
 from sparse_train.models.names import Match, Shape, Source, as_stored, match
 from sparse_train.models.older import add_older_keys, with_head
@@ -76,7 +76,7 @@ def fetch(path: str | Path) -> Path:
             cause = first_line(error) if answers else "the hub does not answer, and its cache does not hold it"
             raise UserError(f"cannot download {path}: {cause}; give a folder or a hub name") from error
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        is_folder(next(folder.glob("*.gguf")))  # refuses it, with what to do
+        raise gguf_error(next(folder.glob("*.gguf")))
     if not any(folder.glob("*.safetensors")) and (downloaded or any(folder.glob("*.bin"))):
         raise UserError(f"{path} has no weights in safetensors; pickled ones (*.bin) can execute code and are not "
                         "read: where you trust them, convert them by transformers' from_pretrained and save_pretrained")

@@ -43,13 +43,17 @@ def is_folder(path: str | Path) -> bool:
     if Path(path).is_dir():
         return True
     if str(path).endswith(".gguf"):
-        raise UserError(f"{path}: GGUF files are not read yet; convert it by transformers' from_pretrained(FOLDER, "
-                        "gguf_file=NAME) and save_pretrained, or give the checkpoint that it was made from")
+        raise gguf_error(path)
     if Path(path).exists():
         raise UserError(f"{path} is a file; give the checkpoint folder that it lies in")
     if not may_be_hub_name(str(path)):
         raise UserError(f"there is no folder {path}; give a checkpoint folder or a hub name such as mosaicml/mpt-7b")
     return False
+
+
+def gguf_error(path: str | Path) -> UserError:
+    return UserError(f"{path}: GGUF files are not read yet; convert it by transformers' from_pretrained(FOLDER, "
+                     "gguf_file=NAME) and save_pretrained, or give the checkpoint that it was made from")
 
 
 def _check_counts(path: str | Path, config: dict[str, Any]) -> None:
