@@ -9,6 +9,7 @@ fault it is. So a heartbeat carries the line that the main thread is at, and ran
 main thread makes no progress.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ from torch.distributed import TCPStore
 
 from sparse_train import dist
 
+log = logging.getLogger(__name__)
 _VERDICT = "silent"  # the store's key of the text that rank 0 sends to all ranks
 _MOST_NAMED = 8
 
@@ -122,7 +124,7 @@ class Heartbeat:
             self._position, self._moved, self.stall = position, now, ""
         elif not self.stall and now - self._moved > self._silence_s:
             self.stall = self._describe_stall()
-            print(self.stall, file=sys.stderr, flush=True)
+            log.warning("%s", self.stall)
 
     def _watch_rank_0(self) -> None:
         while not self._stopped.wait(self._interval_s):

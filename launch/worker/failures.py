@@ -1,9 +1,7 @@
 """Exceptions of a stage as endings: whose fault it was, and whether another attempt may succeed."""
 
-import contextlib
 import errno
-import sys
-import traceback
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +13,11 @@ from sparse_train.jobs.job import Stopped
 from sparse_train.launch.worker.attempts import Superseded
 from sparse_train.launch.worker.endings import Ending
 
+log = logging.getLogger(__name__)
+
 
 def run_to_ending(run_stage: Callable[[], None], rank: int, run: Path = Path()) -> Ending | None:
-    """Call `run_stage`, print what it raises, and return how it ended; None where another attempt has taken over.
+    """Call `run_stage`, log what it raises, and return how it ended; None where another attempt has taken over.
 
     `run`: the run's folder, for errors of a full disk that name no file.
     """
@@ -27,22 +27,17 @@ def run_to_ending(run_stage: Callable[[], None], rank: int, run: Path = Path()) 
     except Stopped:
         return Ending("stopped", "it was asked to stop, or its time ran out", rank)
     except UserError as error:
-        print_error(str(error))
+        log.error("%s", error)
         return Ending("mistake", str(error), rank)
     except Superseded as error:
-        print_error(str(error))
+        log.error("%s", error)
         return None
     except Exception as error:
-        print_error(traceback.format_exc())
+        log.exception("the stage failed")
         if line := storage.told(error, run):
-            print_error(line)
+            log.error("%s", line)
             return Ending("mistake", line, rank)
         return Ending("lost" if _is_transient(error) else "broken", _describe(error), rank)
-
-
-def print_error(text: str) -> None:
-    with contextlib.suppress(OSError):  # the log may be on the disk that is full
-        print(text, file=sys.stderr, flush=True)
 
 
 def _is_transient(error: Exception) -> bool:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparse_train import dist
+from sparse_train import dist, log
 from sparse_train.config import RunConfig
 from sparse_train.config.load import load_config
 from sparse_train.cpus import set_threads
@@ -49,6 +49,7 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
     `port`: of the rendezvous; None takes the process's own.
     """
     process = current_process()
+    log.set_up_rank(process.rank)
     config = read_run(Path(run_folder))
     cluster = load_config(ClusterConfig, config.path / CLUSTER)
     stage = find_stage(config, stage_id)

@@ -1,6 +1,7 @@
 """Join the ranks of a stage, and end this one when another falls silent."""
 
 import contextlib
+import logging
 import os
 import threading
 from datetime import timedelta
@@ -11,9 +12,9 @@ from sparse_train.cpus import set_threads
 from sparse_train.heartbeat import Heartbeat
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.worker.endings import EXIT_CODES, Ending, write_ending
-from sparse_train.launch.worker.failures import print_error
 from sparse_train.launch.worker.process_info import ProcessInfo
 
+log = logging.getLogger(__name__)
 _LAST_WORDS_S = 10
 
 
@@ -32,7 +33,7 @@ def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Pa
         timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_CODES["lost"],))
         timer.daemon = True
         timer.start()
-        print_error(f"giving up: {silence}")
+        log.error("giving up: %s", silence)
         if logs is not None:
             with contextlib.suppress(OSError):
                 write_ending(logs, process.attempt, Ending("lost", silence, process.rank))
