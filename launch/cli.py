@@ -5,6 +5,7 @@ another signal.
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparse_train import log
 from sparse_train.errors import StageFailed, UserError, is_of_a_path, printable, told_of
 from sparse_train.launch.monitor.status import add_commands as add_look_commands
 from sparse_train.launch.submit.bench import add_commands as add_bench_commands
@@ -37,6 +39,7 @@ def _answer(arguments: list[str] | None) -> int:
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII, a path that is not UTF-8
     options = _parse(arguments)
+    log.set_up_command_line(options.log_level)
     # Tables are as wide as they are where nobody's window cuts them.
     console = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
     complaints = Console(stderr=True, soft_wrap=True)
@@ -113,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, metavar="N",
                           help="128 unless given, or as many as the model has positions for")
     generate.set_defaults(command=_generate)
+
+    parser.set_defaults(log_level=logging.WARNING)
+    for each in (parser, *commands.choices.values()):
+        log.add_options(each)
     return parser
 
 

@@ -31,7 +31,7 @@ def _fill(folder):
             pass
 
 
-def test_a_full_disk_is_told_by_the_rank_and_by_the_launcher(small, capsys):
+def test_a_full_disk_is_told_by_the_rank_and_by_the_launcher(small, caplog):
     reserve_ending(small, Attempt("7", 0), 0)
     ending = run_to_ending(lambda: _fill(small), 0, small)
     assert ending.status == "mistake"
@@ -40,7 +40,7 @@ def test_a_full_disk_is_told_by_the_rank_and_by_the_launcher(small, capsys):
     write_ending(small, Attempt("7", 0), ending)
     told = read_ending(small, Attempt("7", 0), 1)
     assert told == ending and f"the file system {small} is full (0.0 MB left)" in told.message
-    assert told.message in capsys.readouterr().err
+    assert told.message in caplog.text
     # A rank that could not even begin leaves nothing; the launcher sees the disk.
     assert read_ending(small, Attempt("8", 0), 1).message == f"ended without a result; {small} is full"
 

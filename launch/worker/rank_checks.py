@@ -1,13 +1,14 @@
-"""A look around from every rank before a training starts: what would fail after hours is told in seconds, in one line.
+"""Checks run on every rank before training, so that problems which would surface hours later are reported in seconds.
 
-    ranks and devices, printed as a table; a sum over all ranks; the run folder, written and read on every node; free
-    disk for checkpoints; memory
+They log a table of ranks and devices and test a sum over all ranks, the run folder as each node sees it, free disk for
+checkpoints, and memory. Each problem is a UserError of one line.
 """
 
+import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -20,148 +21,188 @@ from sparse_train.launch.run.stages import Stage, log_folder, partial_folder
 from sparse_train.launch.worker.process_info import ProcessInfo
 from sparse_train.models import describe, empty_model, read_config
 from sparse_train.pruning.parameters import ParameterCounts, count_parameters
+from sparse_train.training.partition import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
 
-_MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes per trained value
-_BYTES = {"fp32": 4, "bf16": 2}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What one rank has. Memory in bytes."""
+
+    rank: int
+    host: str
+    local_rank: int
+    device: str
+    num_cpus: int
+    free_memory: int
+    """Of the node, for all of its ranks."""
+    gpu_name: str = ""
+    gpu_uuid: str = ""
+    free_gpu_memory: int | None = None
 
 
 def check_ranks(process: ProcessInfo, config: RunConfig, stage: Stage) -> None:
     """Collective. Raises UserError, the same on every rank."""
-    table = dist.gather_objects(_own_row(process))
+    ranks: list[RankInfo] = dist.gather_objects(_this_rank(process))
     if process.rank == 0:
-        print("\n".join(_lines(table)), flush=True)
-    dist.agree(lambda: _require_distinct_devices(table))
+        log.info("%s", _table(ranks))
+    dist.agree(lambda: _require_distinct_devices(ranks))
     dist.agree(_require_sum)
-    writers = [row["rank"] for row in table if row["local_rank"] == 0]
-    dist.agree(lambda: _require_shared_folder(process, writers, config.path, log_folder(stage, config)))
+    first_of_nodes = [info.rank for info in ranks if info.local_rank == 0]
+    _require_shared_folder(process, first_of_nodes, config.path, log_folder(stage, config))
     path = config.dense.path or config.model.path
     model = empty_model(read_config(path) if path else describe(config.model))
     counts = count_parameters(model, config.prune)
-    dist.agree(lambda: _require_space(process, config, stage, counts, table))
+    dist.agree(lambda: _require_disk(config, stage, counts))
+    dist.agree(lambda: _require_memory(process, config, stage, counts, ranks[process.rank]))
 
 
-def _own_row(process: ProcessInfo) -> dict[str, Any]:
+def _this_rank(process: ProcessInfo) -> RankInfo:
     device = dist.device()
-    row = {"rank": process.rank, "host": process.host, "local_rank": process.local_rank, "device": str(device),
-           "cpus": available_cpus(), "free_memory": _free_memory()}
+    name, uuid, free_gpu_memory = "", "", None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        row |= {"name": properties.name, "uuid": str(properties.uuid), "free_device_memory":
-                torch.cuda.mem_get_info(device)[0]}
-    return row
+        name, uuid, free_gpu_memory = properties.name, str(properties.uuid), torch.cuda.mem_get_info(device)[0]
+    return RankInfo(process.rank, process.host, process.local_rank, str(device), available_cpus(), _free_memory(), name,
+                    uuid, free_gpu_memory)
 
 
 def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes that this job may still take on its node: what is free there, within the job's own limits."""
-    found = [psutil.virtual_memory().available]
-    if asked := int(os.environ.get("SLURM_MEM_PER_NODE", 0)):
-        found.append(asked << 20)
+    bounds = [psutil.virtual_memory().available]
+    if megabytes := int(os.environ.get("SLURM_MEM_PER_NODE") or 0):
+        bounds.append(megabytes << 20)
     for line in own.read_text(encoding="utf-8").splitlines():
         _, kinds, name = line.split(":", 2)
-        if kinds not in ("", "memory"):
+        if kinds in ("", "memory"):  # of version 2 and 1
+            bounds += _free_below_limits(cgroups / kinds, name.lstrip("/"), kinds)
+    return max(0, min(bounds))
+
+
+def _free_below_limits(top: Path, name: str, kinds: str) -> list[int]:
+    """Of the control group `name` and those above it, as far as they have a limit."""
+    limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+    bounds = []
+    for group in (top / name, *(top / parent for parent in Path(name).parents)):
+        if not (group / limit).is_file():  # the top has none
             continue
-        top = cgroups / kinds
-        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-        folder = top / name.lstrip("/")
-        for level in (folder, *folder.parents):
-            # The whole tree has no limit, and v1's word for none is a number beyond any machine.
-            if (level / limit).is_file() and (most := (level / limit).read_text(encoding="utf-8").strip()) != "max":
-                stat = dict(line.split() for line in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
-                cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the first is v1's, of the tree
-                found.append(int(most) - int((level / used).read_text(encoding="utf-8")) + cache)
-            if level == top:
-                break
-    return max(0, min(found))
+        most = (group / limit).read_text(encoding="utf-8").strip()
+        if most != "max":  # version 1 has a number beyond any machine instead
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the former: version 1's, of the tree
+            bounds.append(int(most) - int((group / used).read_text(encoding="utf-8")) + cache)
+    return bounds
 
 
-def _lines(table: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{len(table)} ranks on {len({row['host'] for row in table})} nodes"]
-    for row in table:
-        device = row.get("name", "")
-        lines.append(f"rank {row['rank']:>4}  {row['host']} local {row['local_rank']}  {row['device']} {device}  "
-                     f"{row['cpus']} CPUs  {row['free_memory'] / 1e9:.1f} GB free")
-    return lines
+def _table(ranks: list[RankInfo]) -> str:
+    num_nodes = len({info.host for info in ranks})
+    lines = [f"{len(ranks)} rank{'s' * (len(ranks) > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"]
+    lines += [f"rank {info.rank:>4}  {info.host} local {info.local_rank}  {info.device} {info.gpu_name}  "
+              f"{info.num_cpus} CPUs  {info.free_memory / 1e9:.1f} GB free" for info in ranks]
+    return "\n".join(lines)
 
 
-def _require_distinct_devices(table: list[dict[str, Any]]) -> None:
-    taken: dict[str, int] = {}
-    for row in table:
-        if (uuid := row.get("uuid")) is None:
+def _require_distinct_devices(ranks: list[RankInfo]) -> None:
+    rank_of: dict[str, int] = {}
+    for info in ranks:
+        if not info.gpu_uuid:
             continue
-        if uuid in taken:
-            raise UserError(f"ranks {taken[uuid]} and {row['rank']} have the same GPU on {row['host']}; ask for as "
-                            "many gpus_per_node as ranks_per_node")
-        taken[uuid] = row["rank"]
+        if info.gpu_uuid in rank_of:
+            raise UserError(f"ranks {rank_of[info.gpu_uuid]} and {info.rank} have the same GPU on {info.host}; ask for "
+                            "as many gpus_per_node as ranks_per_node")
+        rank_of[info.gpu_uuid] = info.rank
 
 
 def _require_sum() -> None:
-    found = float(dist.sum_over_ranks(torch.tensor(float(dist.rank() + 1), device=dist.device())))
-    if found != (wanted := dist.world_size() * (dist.world_size() + 1) / 2):
-        raise UserError(f"a sum over all ranks is {found:g} and should be {wanted:g}; the network or its library is "
+    actual = float(dist.sum_over_ranks(torch.tensor(float(dist.rank() + 1), device=dist.device())))
+    expected = dist.world_size() * (dist.world_size() + 1) / 2
+    if actual != expected:
+        raise UserError(f"a sum over all ranks is {actual:g} and should be {expected:g}; the network or its library is "
                         "broken")
 
 
 def _require_shared_folder(process: ProcessInfo, writers: list[int], run: Path, logs: Path) -> None:
-    """One rank of each node, a writer, leaves a file there, and must see those of the others."""
+    """One rank of each node, a writer, leaves a file there, and must see those of the others. Collective."""
     folder = logs / f"preflight-{process.attempt}"
-
-    def write() -> str:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / str(process.rank)).touch()
-        except OSError as error:
-            return f"cannot write to {run} on {process.host}: {error.strerror}"
-        return ""
-
-    def look() -> str:
-        missing = [rank for rank in writers if not (folder / str(rank)).is_file()]
-        return f"{process.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""
-
-    for do in (write, look):
-        problems = [found for found in dist.gather_objects(do() if process.rank in writers else "") if found]
-        if do is look and process.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        if problems:
-            raise UserError(f"{problems[0]}; the run folder must be on storage that all nodes share")
+    is_writer = process.rank in writers
+    written = dist.gather_objects(_write_problem(process, folder, run) if is_writer else "")
+    _require_no_problem(written)
+    seen = dist.gather_objects(_read_problem(process, folder, run, writers) if is_writer else "")
+    if process.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    _require_no_problem(seen)
 
 
-def _require_space(process: ProcessInfo, config: RunConfig, stage: Stage, counts: ParameterCounts,
-                   table: list[dict[str, Any]]) -> None:
-    train: TrainConfig = config.dense if stage.job == "dense" else config.finetune
-    trained = counts.total
-    if stage.job == "finetune":
-        trained -= counts.prunable - counts.kept[stage.level]
-    needed, free = checkpoint_bytes(train, trained), shutil.disk_usage(config.path).free
-    # An attempt before this one has written some of them.
+def _write_problem(process: ProcessInfo, folder: Path, run: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / str(process.rank)).touch()
+    except OSError as error:
+        return f"cannot write to {run} on {process.host}: {error.strerror}"
+    return ""
+
+
+def _read_problem(process: ProcessInfo, folder: Path, run: Path, writers: list[int]) -> str:
+    missing = [rank for rank in writers if not (folder / str(rank)).is_file()]
+    return f"{process.host} does not see what rank {missing[0]} wrote to {run}" if missing else ""
+
+
+def _require_no_problem(problems: list[str]) -> None:
+    for problem in filter(None, problems):
+        raise UserError(f"{problem}; the run folder must be on storage that all nodes share")
+
+
+def _require_disk(config: RunConfig, stage: Stage, counts: ParameterCounts) -> None:
+    train = _train_config(config, stage)
+    needed, free = checkpoint_bytes(train, _num_trained(config, stage, counts)), shutil.disk_usage(config.path).free
+    # An earlier attempt has written some of them.
     free += sum(file.stat().st_size for file in (partial_folder(stage, config) / "checkpoints").glob("step-*/*"))
     if needed > free:
         raise UserError(f"the checkpoints of {stage.id} take {needed / 1e9:.1f} GB and {config.path} has "
                         f"{free / 1e9:.1f} GB free; make room, or give {stage.job}.checkpoints_kept=1")
-    own = state_bytes(train, trained, process.num_ranks)
+
+
+def _require_memory(process: ProcessInfo, config: RunConfig, stage: Stage, counts: ParameterCounts,
+                    info: RankInfo) -> None:
+    train, num_trained = _train_config(config, stage), _num_trained(config, stage, counts)
+    needed = state_bytes(train, num_trained, process.num_ranks)
     if stage.job == "finetune" and config.finetune.losses[stage.id.rpartition("/")[2]].needs_teacher:
         precision = config.finetune.teacher.precision or train.precision
-        own += _BYTES[precision] * counts.total // process.num_ranks
-    row = table[process.rank]
-    if "free_device_memory" in row:
-        free, where = row["free_device_memory"], f"{row['device']} of {process.host}"
-        own = own if not train.zero.offload_optimizer else own - (_MASTER + _MOMENTS) * trained // process.num_ranks
+        needed += WEIGHT_BYTES[precision] * counts.total // process.num_ranks
+    if info.free_gpu_memory is not None:
+        free, where = info.free_gpu_memory, f"{info.device} of {process.host}"
+        if train.zero.offload_optimizer:
+            needed -= (MASTER_BYTES + MOMENT_BYTES) * num_trained // process.num_ranks
     else:  # the ranks of a node share its memory
-        free, where = row["free_memory"] // process.ranks_on_node, f"{process.host}, for each of its ranks"
-    if own > free:
-        raise UserError(f"{stage.id} needs {own / 1e9:.1f} GB per rank for weights, gradients and optimizer alone; "
+        free, where = info.free_memory // process.ranks_on_node, f"{process.host}, for each of its ranks"
+    if needed > free:
+        raise UserError(f"{stage.id} needs {needed / 1e9:.1f} GB per rank for weights, gradients and optimizer alone; "
                         f"{where}, has {free / 1e9:.1f} GB free; use more ranks, a higher ZeRO stage, or "
                         f"{stage.job}.zero.offload_optimizer=true")
 
 
-def checkpoint_bytes(train: TrainConfig, trained: int) -> int:
+def _train_config(config: RunConfig, stage: Stage) -> TrainConfig:
+    return config.dense if stage.job == "dense" else config.finetune
+
+
+def _num_trained(config: RunConfig, stage: Stage, counts: ParameterCounts) -> int:
+    """Values that the stage trains."""
+    if stage.job == "dense":
+        return counts.total
+    return counts.total - counts.prunable + counts.kept[stage.level]
+
+
+def checkpoint_bytes(train: TrainConfig, num_trained: int) -> int:
     """Masters and moments of the kept checkpoints, one more while it is written, and the finished model."""
-    return (train.checkpoints_kept + 1) * (_MASTER + _MOMENTS) * trained + _MASTER * trained
+    return (train.checkpoints_kept + 1) * (MASTER_BYTES + MOMENT_BYTES) * num_trained + MASTER_BYTES * num_trained
 
 
-def state_bytes(train: TrainConfig, trained: int, num_ranks: int) -> int:
+def state_bytes(train: TrainConfig, num_trained: int, num_ranks: int) -> int:
     """Per rank: weights, gradients, masters and moments of the student under its ZeRO stage."""
-    share = {"optimizer": train.zero.stage >= 1, "gradient": train.zero.stage >= 2, "weight": train.zero.stage >= 3}
-    parts = {"optimizer": _MASTER + _MOMENTS, "gradient": _GRADIENT, "weight": _BYTES[train.precision]}
+    optimizer = MASTER_BYTES + MOMENT_BYTES
     if train.precision == "fp32" and train.zero.stage == 0:
-        parts["optimizer"] = _MOMENTS  # the weights are their own masters
-    return sum(size * trained // (num_ranks if share[name] else 1) for name, size in parts.items())
+        optimizer = MOMENT_BYTES  # the weights are their own masters
+    # (bytes per value, the ZeRO stage from which on ranks share them)
+    parts = ((optimizer, 1), (GRADIENT_BYTES, 2), (WEIGHT_BYTES[train.precision], 3))
+    return sum(size * num_trained // (num_ranks if train.zero.stage >= sharing else 1) for size, sharing in parts)

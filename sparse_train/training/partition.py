@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from sparse_train.models import family_of
 
-BYTES_PER_VALUE = {"fp32": 4 + 4 + 8 + 4, "bf16": 2 + 4 + 8 + 2}
-"""Parameter, fp32 master, two moments, gradient: what a rank holds per trained value between steps."""
+# Bytes per trained value.
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # fp32: the copy that is updated, two moments, gradients
 
 
 def part(numel: int, rank: int, num_ranks: int) -> tuple[int, int]:

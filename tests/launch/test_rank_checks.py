@@ -1,5 +1,6 @@
-"""The look around before a training: what would fail later is one line now, the same on every rank."""
+"""Checks between ranks before a training: each problem is one line, the same on every rank."""
 
+import dataclasses
 import shutil
 from collections import namedtuple
 
@@ -19,6 +20,11 @@ from tests.ranks import run_ranks
 _Usage = namedtuple("_Usage", "total used free")
 
 
+def _change_info(**changes):
+    this_rank = rank_checks._this_rank
+    rank_checks._this_rank = lambda process: dataclasses.replace(this_rank(process), **changes)
+
+
 def _look(folder, problem):
     """What check_ranks says on this rank, of a machine with a problem."""
     config = load_config(RunConfig, RECIPE, [f"folder='{folder}'"])
@@ -28,11 +34,9 @@ def _look(folder, problem):
     if problem == "disk" and dist.rank() == 1:
         shutil.disk_usage = lambda path: _Usage(10**9, 10**9, 1000)
     if problem == "memory":
-        own = rank_checks._own_row
-        rank_checks._own_row = lambda process: own(process) | {"free_memory": 1000}
+        _change_info(free_memory=1000)
     if problem == "gpu":
-        own = rank_checks._own_row
-        rank_checks._own_row = lambda process: own(process) | {"uuid": "same"}
+        _change_info(gpu_uuid="same")
     if problem == "folder" and dist.rank() == 1:
         config = config.model_copy(update={"folder": str(folder / "of this node alone")})
     if problem == "read-only" and dist.rank() == 1:
@@ -74,6 +78,8 @@ def test_free_memory_is_what_the_job_may_take(kinds, limit, used, stat, tmp_path
         (folder / used).write_text("20000\n")
         (folder / "memory.stat").write_text(stat)
     assert rank_checks._free_memory(tmp_path / "cgroup", own) == 31_000
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "")  # as some sites have it
+    assert rank_checks._free_memory(tmp_path / "cgroup", own) == 31_000
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
     assert rank_checks._free_memory(tmp_path / "none", own) == 1 << 20
 
@@ -95,13 +101,11 @@ def test_checkpoints_of_an_earlier_attempt_are_room(tmp_path, monkeypatch):
     own.mkdir(parents=True)
     counts = rank_checks.ParameterCounts(1000, 0, (0,))
     needed = checkpoint_bytes(config.finetune, 1000)
-    process = ProcessInfo(0, 1, 0, 1, "node0", ("node0",), Attempt("7", 1))
-    table = [{"free_memory": 10**12, "device": "cpu"}]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, needed - 100))
     with pytest.raises(UserError, match="make room"):
-        rank_checks._require_space(process, config, stage, counts, table)
+        rank_checks._require_disk(config, stage, counts)
     (own / "rank-00000.safetensors").write_bytes(bytes(100))
-    rank_checks._require_space(process, config, stage, counts, table)
+    rank_checks._require_disk(config, stage, counts)
 
 
 def test_predicted_checkpoints():

@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import MptConfig, MptForCausalLM
 
-from sparse_train.training.partition import BYTES_PER_VALUE, entries_per_rank, part, sparse_sizes
+from sparse_train.training.partition import (
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    WEIGHT_BYTES,
+    entries_per_rank,
+    part,
+    sparse_sizes,
+)
 
 
 def test_mpt_30b_over_1024_ranks_is_balanced_and_owned_once(capsys):
@@ -18,7 +26,8 @@ def test_mpt_30b_over_1024_ranks_is_balanced_and_owned_once(capsys):
     assert num_values.sum() == sum(values.values()) and num_bits.sum() == sum(bits.values())
     for owned in (num_values, num_bits):
         assert owned.max() <= 1.01 * owned.double().mean() and owned.min() >= 0.99 * owned.double().mean()
-    per_rank = num_values.max() * BYTES_PER_VALUE["bf16"] + num_bits.max()
+    bytes_per_value = WEIGHT_BYTES["bf16"] + MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES
+    per_rank = num_values.max() * bytes_per_value + num_bits.max()
     with capsys.disabled():
         print(f"\nMPT-30B at 75%, 1024 ranks: {num_values.max()} values and {num_bits.max()} bytes of bits per rank, "
               f"{per_rank / 1e6:.1f} MB of training state")
