@@ -15,7 +15,7 @@ from sparse_train.errors import UserError
 from sparse_train.models import build_model, build_processor
 from sparse_train.tasks import Example, build_task, generate, speech, training_examples
 from sparse_train.tasks.batch import collate, windows
-from sparse_train.tasks.speech import Decoded, normalise
+from sparse_train.tasks.speech import Sound, decoded, normalise
 from tests.models import tiny_tokenizer
 
 
@@ -234,13 +234,13 @@ def test_what_a_decoder_starts_from_takes_positions():
     assert not task.fits(example, several) and _task("dialtones", max_length=5).fits(example, several)
 
 
-def test_decoded_sounds_are_held_up_to_a_number_of_bytes():
-    held = Decoded(4 * 250)
-    for name in "abc":
-        held.put(name, np.zeros(100, np.float32))
-        held.get("a")
-    assert held.get("a") is not None and held.get("b") is None and held.get("c") is not None
-    assert held.num_bytes == 800
+def test_decoded_sounds_are_cached_up_to_a_number_of_bytes(monkeypatch):
+    decoded.clear()
+    sound, too_large = (Sound(name, lambda: _sound(1)) for name in "ab")
+    samples = sound(8000)
+    assert sound(8000) is samples and decoded.currsize == samples.nbytes and len(sound(4000)) == 4000
+    monkeypatch.setattr(decoded, "getsizeof", lambda samples: decoded.maxsize + 1)
+    assert np.array_equal(too_large(8000), samples) and too_large(8000) is not too_large(8000)
 
 
 def test_error_rates_with_and_without_normalisation():

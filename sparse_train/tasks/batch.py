@@ -40,8 +40,8 @@ class Batch:
     attend: torch.Tensor
     """(B, T) bool: True at real tokens."""
     labels: torch.Tensor
-    """(B, T) int64, -100 where nothing is asked. Without an encoder the answer's tokens and the end of text where they
-    stand; with one, what each position shall predict."""
+    """(B, T) int64, -100 where nothing is predicted. Without an encoder the answer's tokens and the end of text at
+    their own positions; with one, the token that each position predicts."""
     encoder: EncoderInput | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """(B, T) int64: what position t is to predict, -100 for nothing."""
+        """(B, T) int64: the token that position t predicts, -100 for none."""
         if self.encoder is not None:
             return self.labels
         return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
@@ -112,8 +112,8 @@ def _before_text(tokenizer) -> list[int]:
 def windows(example: Example, processor: Processor) -> list[Example]:
     """The example itself, or one per piece of a sound that is longer than the model's window.
 
-    A piece ends at the quietest 20 ms of the window's last fifth, where a word is least likely to be cut, and what is
-    left for the last one is at least 0.1 s.
+    A piece ends at the quietest 20 ms of the window's last fifth, where a word is least likely to be cut. The last
+    piece has at least 0.1 s.
     """
     if processor.features is None or example.sound is None:
         return [example]
@@ -121,7 +121,17 @@ def windows(example: Example, processor: Processor) -> list[Example]:
     sound = example.sound(rate)
     if len(sound) <= size:
         return [example]
-    return [replace(example, sound=lambda rate, part=part: part) for part in np.split(sound, _cuts(sound, size, rate))]
+    return [replace(example, sound=_Samples(part)) for part in np.split(sound, _cuts(sound, size, rate))]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """A piece of a decoded sound."""
+
+    samples: np.ndarray
+
+    def __call__(self, sampling_rate: int) -> np.ndarray:
+        return self.samples
 
 
 def fits_model(example: Example, processor: Processor, new_tokens: int = 0, longest: int | None = None) -> bool:
@@ -173,7 +183,8 @@ def encoder_input(examples: Sequence[Example], processor: Processor) -> EncoderI
     if processor.features is None:
         ids, attend = pad_rows([encode(example, processor)[0] for example in examples], processor)
         return EncoderInput(ids, attend)
-    return _spectrograms([example.sound(processor.features.sampling_rate) for example in examples], processor.features)
+    rate = processor.features.sampling_rate
+    return _spectrograms([example.sound(rate) for example in examples if example.sound], processor.features)
 
 
 def pad_rows(rows: Sequence[list[int]], processor: Processor,
@@ -191,8 +202,8 @@ def pad_rows(rows: Sequence[list[int]], processor: Processor,
 def _decoder_batch(rows: Sequence[tuple[list[int], list[int]]], processor: Processor) -> Batch:
     input_ids, attend = pad_rows([ids for ids, _ in rows], processor)
     labels = torch.full_like(input_ids, IGNORED)
-    for index, (_, wanted) in enumerate(rows):
-        labels[index, :len(wanted)] = torch.tensor(wanted)
+    for index, (_, row) in enumerate(rows):
+        labels[index, :len(row)] = torch.tensor(row)
     return Batch(input_ids, attend, labels)
 
 
@@ -208,6 +219,6 @@ def _spectrograms(sounds: Sequence[np.ndarray], features) -> EncoderInput:
         attend[row, :max(1, -(-len(sound) // (2 * features.hop_length)))] = True
     if not sounds:
         return EncoderInput(torch.zeros(1, features.feature_size, 2 * num_states), attend)
-    found = features(list(sounds), sampling_rate=features.sampling_rate, return_tensors="pt", padding="max_length",
-                     max_length=window)
-    return EncoderInput(found["input_features"], attend)
+    spectrograms = features(list(sounds), sampling_rate=features.sampling_rate, return_tensors="pt",
+                            padding="max_length", max_length=window)
+    return EncoderInput(spectrograms["input_features"], attend)

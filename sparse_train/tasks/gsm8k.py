@@ -21,7 +21,7 @@ from sparse_train.tasks import read
 from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
 
-# Both filters and what an exact match ignores, as the harness has them.
+# Both filters and what an exact match ignores, as in the harness.
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
@@ -36,28 +36,30 @@ class WordProblems(Task):
     score_settings = ("shots",)
 
     def problem(self, question: str, answer: str, split: str = "train") -> Example:
-        return self.filled(split, (_PROMPT, _ANSWER), {"question": question, "answer": answer})
+        return self.fill_templates(split, (_PROMPT, _ANSWER), {"question": question, "answer": answer})
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """exact_match (the number after ####), exact_match_flexible (the last number), and how many shots."""
         for sample in samples:
-            # What a model says after it asks itself a new question does not count.
-            said, wanted = sample["prediction"].partition(_NEXT)[0], _plain(sample["answer"].strip())
-            sample["correct"] = final_number(said) == wanted
-            sample["correct_flexible"] = last_number(said) == wanted
+            # What a model generates after it asks itself a new question does not count.
+            prediction, answer = sample["prediction"].partition(_NEXT)[0], _plain(sample["answer"].strip())
+            sample["correct"] = final_number(prediction) == answer
+            sample["correct_flexible"] = last_number(prediction) == answer
         return {"exact_match": sum(sample["correct"] for sample in samples) / len(samples),
                 "exact_match_flexible": sum(sample["correct_flexible"] for sample in samples) / len(samples),
                 "shots": self.config.shots}
 
 
 def final_number(text: str) -> str | None:
-    found = _STRICT.search(text)
-    return _plain(found.group(1)) if found else None
+    """The number after ####; None where there is none."""
+    match = _STRICT.search(text)
+    return _plain(match.group(1)) if match else None
 
 
 def last_number(text: str) -> str | None:
-    found = _FLEXIBLE.findall(text)
-    return _plain("".join(found[-1])) if found else None  # one of the two groups is empty
+    """The last number; None where there is none."""
+    matches = _FLEXIBLE.findall(text)
+    return _plain("".join(matches[-1])) if matches else None  # one of the two groups is empty
 
 
 def _plain(number: str) -> str:
@@ -72,18 +74,18 @@ class Gsm8k(WordProblems):
         self._path = read.local(config, "a folder with train.jsonl[.gz] and test.jsonl[.gz]")
 
     def read(self, split: str) -> Sequence[Example]:
-        solved = ""
+        shots = ""
         if split == "test" and self.config.shots:
-            shown = [self.problem(*pair, split) for pair in self._pairs("train")[:self.config.shots]]
-            solved = "".join(f"{example.prompt}{example.answer}\n\n" for example in shown)
-        return [replace(example, prompt=solved + example.prompt) for example in
+            solved = [self.problem(*pair, split) for pair in self._pairs("train")[:self.config.shots]]
+            shots = "".join(f"{example.prompt}{example.answer}\n\n" for example in solved)
+        return [replace(example, prompt=shots + example.prompt) for example in
                 (self.problem(*pair, split) for pair in self._pairs(split))]
 
     def _pairs(self, split: str) -> list[tuple[str, str]]:
         config, name = self.config, self.config.split_name(split)
         if self._path is None:
-            rows = read.placed(read.hub_rows(config, name, config.subset or "main"), config, name)
-            return read.usable(rows, lambda numbered: _columns(numbered[1]), config)
+            hub_rows = read.numbered(read.hub_rows(config, name, config.subset or "main"), config, name)
+            return read.usable(hub_rows, lambda pair: _columns(pair[1]), config)
         files = read.split_files(self._path, name, "jsonl")
         if not files:
             raise UserError(f"task.path={config.path} holds no {name}.jsonl and no {name}.jsonl.gz")

@@ -1,4 +1,4 @@
-"""Rows from outside: files, archives, the hub. What cannot be used is counted and named, and too much of it an error.
+"""Rows from outside: files, archives, the hub. Unusable rows are counted and named; too many of them are an error.
 
 Nothing is unpickled or executed: text, JSON, audio bytes.
 """
@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -30,7 +30,8 @@ _LONGEST_ROW = 2**24
 # Text and JSON shrink to a tenth or a fiftieth; what unpacks to more than this was made to fill the memory.
 _UNPACKED, _UNPACKED_PER_BYTE = 2**26, 250
 T = TypeVar("T")
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
+Anywhere = TypeVar("Anywhere", Path, zipfile.Path)
+_OPEN: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open}
 # All that reading a damaged file or archive raises.
 DAMAGED = (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
            RuntimeError)
@@ -43,7 +44,7 @@ class Unusable(ValueError):
 class Rows(Sequence):
     """make(rows[i]) for i in `order`, made when asked for: millions of examples need no memory."""
 
-    def __init__(self, rows: Sequence, order: Sequence[int], make: Callable[[Any], Any] = lambda row: row):
+    def __init__(self, rows: Sequence, order: Sequence[int] | np.ndarray, make: Callable[[Any], Any] = lambda row: row):
         self._rows, self._order, self._make = rows, np.asarray(order, dtype=np.int64), make
 
     def __len__(self) -> int:
@@ -57,21 +58,23 @@ class Rows(Sequence):
 
 def usable(rows: Iterable[tuple[str, Any]], make: Callable[[Any], T], config: TaskConfig) -> list[T]:
     """`make(row)` of each (place, row), those left out that raise Unusable. Raises UserError above max_bad_share."""
-    found, bad, total = [], [], 0
+    examples: list[T] = []
+    bad: list[str] = []
+    total = 0
     for place, row in rows:
         total += 1
         try:
-            found.append(make(row))
+            examples.append(make(row))
         except Unusable as error:
             if len(bad) <= _NAMED:
                 bad.append(f"{place}: {error}")
-    num_bad = total - len(found)
+    num_bad = total - len(examples)
     if num_bad > config.max_bad_share * total:
         raise UserError(f"task.path={config.path}: {num_bad} of {total} rows cannot be used, more than "
                         f"task.max_bad_share={config.max_bad_share:g}: {some(bad)}")
     if bad:
         log.warning("%s: %d of %d rows left out: %s", config.path, num_bad, total, some(bad))
-    return found
+    return examples
 
 
 def some(named: Sequence[str]) -> str:
@@ -94,7 +97,7 @@ def shuffled(examples: Sequence[T], key: Callable[[T], str]) -> list[T]:
 
 
 def local(config: TaskConfig, what: str) -> Path | None:
-    """task.path where it is a file or folder, None where it is to be asked of the hub. Raises UserError."""
+    """task.path where it is a file or folder, None where it may be a name on the hub. Raises UserError."""
     if config.path is None:
         raise UserError(f"task.path is missing; task {config.name} needs {what}, or a hub name")
     path = Path(config.path)
@@ -106,7 +109,7 @@ def local(config: TaskConfig, what: str) -> Path | None:
 
 
 def hub_rows(config: TaskConfig, split: str, subset: str | None = None, undecoded: str | None = None) -> Sequence[dict]:
-    """Rows of a hub data set, which stay on disk; `undecoded`: an audio column to leave as bytes."""
+    """Rows of a hub data set, which stay on disk. The audio column `undecoded` stays encoded bytes."""
     import datasets
 
     with _hub_errors(config):
@@ -136,20 +139,22 @@ def _hub_errors(config: TaskConfig) -> Iterator[None]:
                         f"{line}") from error
 
 
-def placed(rows: Iterable[dict], config: TaskConfig, split: str) -> Iterator[tuple[str, tuple[int, dict]]]:
+def numbered(rows: Iterable[dict], config: TaskConfig, split: str) -> Iterator[tuple[str, tuple[int, dict]]]:
     """(place, (index, row)) of hub rows."""
     return ((f"{config.path} {split} {index}", (index, row)) for index, row in enumerate(rows))
 
 
-def split_files(folder: Path, name: str, *endings: str) -> list[Path]:
+def split_files(folder: Anywhere, name: str, *endings: str) -> list[Anywhere]:
     """folder/SPLIT.ENDING, packed or not, of each split that `name` joins by +; none where one of them is missing."""
-    found = [next((file for ending in endings for packed in ("", *_OPEN)
-                   if (file := folder / f"{split}.{ending}{packed}").is_file()), None) for split in name.split("+")]
-    return [] if None in found else found
+    files = []
+    for split in name.split("+"):
+        candidates = [folder / f"{split}.{ending}{packed}" for ending in endings for packed in ("", *_OPEN)]
+        files += [file for file in candidates if file.is_file()][:1]
+    return files if len(files) == len(name.split("+")) else []
 
 
 def rows(file: Path | zipfile.Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of a file with a row per line; blank lines, such as a last one, are none."""
+    """(place, line) of a file with a row per line; blank lines, such as a last one, are skipped."""
     return ((place, line) for place, line in lines(file, _LONGEST_ROW) if line.strip(" "))
 
 
@@ -159,18 +164,18 @@ def lines(file: Path | zipfile.Path, longest: int = sys.maxsize) -> Iterator[tup
     Raises UserError for a line of more than `longest` characters and for what unpacks to far more than text does.
     """
     try:
-        if file.suffix == ".zip":
+        if isinstance(file, Path) and file.suffix == ".zip":
             file = _only_text(file)
-        left = _UNPACKED + _UNPACKED_PER_BYTE * _stored_size(file)
+        remaining = _UNPACKED + _UNPACKED_PER_BYTE * _stored_size(file)
         # The mark that some editors put in front of UTF-8 is not part of the first column.
         with (file.open("rb") as stored, _OPEN.get(file.suffix, contextlib.nullcontext)(stored) as unpacked,
               io.TextIOWrapper(unpacked, "utf-8-sig") as opened):
             for number in itertools.count(1):
-                line = opened.readline(min(longest, left) + 2)
+                line = opened.readline(min(longest, remaining) + 2)
                 if not line:
                     return
-                left -= len(line)
-                if left < 0:
+                remaining -= len(line)
+                if remaining < 0:
                     raise UserError(f"{file} unpacks to more than {_UNPACKED_PER_BYTE} times its size, which text does "
                                     "not; unpack it yourself if it is what you want to train on")
                 line = line.rstrip("\n")
@@ -181,7 +186,7 @@ def lines(file: Path | zipfile.Path, longest: int = sys.maxsize) -> Iterator[tup
         raise UserError(f"cannot read {file}: {error}") from error
 
 
-def _only_text(file: Path | zipfile.Path) -> zipfile.Path:
+def _only_text(file: Path) -> zipfile.Path:
     archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if name.endswith((".txt", ".tsv", ".jsonl"))
              and not is_litter(PurePath(name)) and not PurePath(name).name.startswith("_")]
@@ -191,11 +196,20 @@ def _only_text(file: Path | zipfile.Path) -> zipfile.Path:
 
 
 def _stored_size(file: Path | zipfile.Path) -> int:
-    return file.root.getinfo(file.at).compress_size if isinstance(file, zipfile.Path) else file.stat().st_size
+    return file.stat().st_size if isinstance(file, Path) else _archive(file).getinfo(file.at).compress_size
+
+
+def unpacked_size(file: Path | zipfile.Path) -> int:
+    return file.stat().st_size if isinstance(file, Path) else _archive(file).getinfo(file.at).file_size
+
+
+def _archive(file: zipfile.Path) -> zipfile.ZipFile:
+    return cast(zipfile.ZipFile, file.root)  # typeshed has a class of zipfile's own
 
 
 def is_litter(path: PurePath) -> bool:
-    """What systems and editors leave beside data: dot files and __MACOSX; `path` relative to the data's folder."""
+    """Files that systems and editors leave beside data: dot files and __MACOSX. `path` is relative to the data's
+    folder."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
@@ -221,7 +235,7 @@ def text_of(row: Any, column: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON may spell and the command line make of bytes, and no tokenizer takes."""
+    """False where a lone surrogate is in it, which JSON and the command line can produce and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,8 +11,8 @@ from sparse_train.tasks.batch import Example, fits_model
 from sparse_train.tasks.task import Task
 
 log = logging.getLogger(__name__)
-_LIKE_THE_REST = 100
-_TRIED = 1000  # examples of an endless task, before none is taken to fit
+_NUM_CHECKED = 100  # examples of an endless task that stand for the rest
+_MAX_UNFIT = 1000  # examples of an endless task, after which none is expected to fit
 
 
 def training_examples(task: Task, processor: Processor,
@@ -23,8 +23,8 @@ def training_examples(task: Task, processor: Processor,
     """
     if task.endless and num_examples is None:
         examples = task.examples("train")
-        # They are made when a step asks for them, so none can be left out; the first ones tell how long they get.
-        if not all(fits_model(example, processor) for example in examples[:_LIKE_THE_REST]):
+        # They are generated in the step that uses them, so none can be left out; the first ones show how long they get.
+        if not all(fits_model(example, processor) for example in examples[:_NUM_CHECKED]):
             raise UserError(f"training examples of task.name={task.config.name} do not fit the model "
                             f"({_bounds(processor)}); give it more positions (model.max_seq_len), or give "
                             "finetune.num_examples and dense.num_examples, so that those are left out")
@@ -52,10 +52,10 @@ def scored_examples(task: Task, processor: Processor, spec: EvaluateConfig) -> t
 
 def _bounds(processor: Processor) -> str:
     features = processor.features
-    named = ((processor.positions, "{} positions"), (processor.encoder_positions, "{} in its encoder"),
-             (features and f"{features.n_samples / features.sampling_rate:g}", "a window of {} s"),
-             (processor.num_embedded, "{} embedded token ids"))
-    return ", ".join(text.format(value) for value, text in named if value)
+    bounds = ((processor.positions, "{} positions"), (processor.encoder_positions, "{} in its encoder"),
+              (features and f"{features.n_samples / features.sampling_rate:g}", "a window of {} s"),
+              (processor.num_embedded, "{} embedded token ids"))
+    return ", ".join(text.format(value) for value, text in bounds if value)
 
 
 def _fitting(task: Task, split: str, num_examples: int | None, fits: Callable[[Example], bool], why: str,
@@ -64,17 +64,17 @@ def _fitting(task: Task, split: str, num_examples: int | None, fits: Callable[[E
     kept: list[int] = []
     left_out: list[str] = []
     for index, example in enumerate(examples):
-        if len(kept) == num_examples or (task.endless and not kept and index == _TRIED):
+        if len(kept) == num_examples or (task.endless and not kept and index == _MAX_UNFIT):
             break
         if fits(example):
             kept.append(index)
         else:
             left_out.append(f"{example.prompt}{example.answer}"[:40])
     kind = {"train": "training"}.get(split, split)
-    told = (f"{len(left_out)} of the first {len(kept) + len(left_out)} {kind} examples {why}: "
-            f"{read.some([*map(repr, left_out)])}")
+    summary = (f"{len(left_out)} of the first {len(kept) + len(left_out)} {kind} examples {why}: "
+               f"{read.some([*map(repr, left_out)])}")
     if not kept:
-        raise UserError(f"no {kind} example is left: {told}; {remedy}")
+        raise UserError(f"no {kind} example is left: {summary}; {remedy}")
     if left_out:
-        log.warning("%s", told)
+        log.warning("%s", summary)
     return read.Rows(examples, kept), len(left_out)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+import cachetools
 import jiwer
 import numpy as np
 import soundfile
@@ -33,6 +34,9 @@ from sparse_train.tasks.task import Task
 
 log = logging.getLogger(__name__)
 _FLOATS = ("FLOAT", "DOUBLE")  # what can spell NaN and Inf
+# Per process: two hours at 16 kHz, so that a small data set stays decoded.
+decoded: cachetools.LRUCache[tuple["Sound", int], np.ndarray] = cachetools.LRUCache(
+    512 * 2**20, getsizeof=lambda samples: samples.nbytes)
 _LOUDEST = 2.0**31  # full scale is 1, or that of some integers; squares of much more leave float32
 _MOST_SAMPLES = 2**28  # over four hours at 16 kHz
 _MOST_BYTES = 2**30  # of an encoded clip
@@ -46,12 +50,12 @@ class Transcribing(Task):
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """wer and cer as they stand; wer_normalised and cer_normalised without case, punctuation and marks of form."""
-        found = [sample["prediction"].strip() for sample in samples]
-        wanted = [sample["answer"].strip() for sample in samples]
-        plain_found, plain_wanted = [normalise(text) for text in found], [normalise(text) for text in wanted]
-        return {"wer": jiwer.wer(wanted, found), "cer": jiwer.cer(wanted, found),
-                "wer_normalised": jiwer.wer(plain_wanted, plain_found),
-                "cer_normalised": jiwer.cer(plain_wanted, plain_found)}
+        answers = [sample["answer"].strip() for sample in samples]
+        predictions = [sample["prediction"].strip() for sample in samples]
+        plain_answers, plain_predictions = list(map(normalise, answers)), list(map(normalise, predictions))
+        return {"wer": jiwer.wer(answers, predictions), "cer": jiwer.cer(answers, predictions),
+                "wer_normalised": jiwer.wer(plain_answers, plain_predictions),
+                "cer_normalised": jiwer.cer(plain_answers, plain_predictions)}
 
 
 def normalise(text: str) -> str:
@@ -73,11 +77,12 @@ class Speech(Transcribing):
         config, name = self.config, self.config.split_name(split)
         if self._path is None:
             rows = read.hub_rows(config, name, undecoded="audio")
-            found = read.usable(read.placed(rows, config, name), lambda numbered: _hub_clip(rows, *numbered), config)
-            return read.shuffled(found, lambda example: example.answer)
+            places = read.numbered(rows, config, name)
+            examples = read.usable(places, lambda numbered: _hub_clip(rows, *numbered), config)
+            return read.shuffled(examples, lambda example: example.answer)
         clips = _Clips(self._path)
-        found = read.usable(self._rows(clips.root, split, name), clips.example, config)
-        return read.shuffled(found, lambda example: example.sound.name)
+        named = read.usable(self._rows(clips.root, split, name), clips.named_example, config)
+        return [example for _, example in read.shuffled(named, lambda pair: pair[0])]
 
     def _rows(self, root: Path | zipfile.Path, split: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
         """(place, row) of the split."""
@@ -91,12 +96,15 @@ class Speech(Transcribing):
         known = {part for both in ("train", "test") for part in self.config.split_name(both).split("+")}
         others: collections.Counter[str] = collections.Counter()
         for place, row in _table(index):
-            given = row.get("split")
-            if given and given not in known:
-                others[given] += 1
-            elif given in name.split("+") if given else (
-                    read.in_test(row.get("file") or row.get("path", ""), self.config.test_share) == (split == "test")):
+            row_split = row.get("split")
+            if not row_split:
+                is_test = read.in_test(row.get("file") or row.get("path", ""), self.config.test_share)
+                if is_test == (split == "test"):
+                    yield place, row
+            elif row_split in name.split("+"):
                 yield place, row
+            elif row_split not in known:
+                others[row_split] += 1
         if others:
             log.warning("%s: rows of splits that neither task.train_split nor task.test_split names are left out: %s",
                         index, ", ".join(f"{other} {count}" for other, count in others.items()))
@@ -111,20 +119,20 @@ def _table(file: Path | zipfile.Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 class Sound:
-    """Encoded audio that is decoded when asked, to mono at a sampling rate."""
+    """Encoded audio that is decoded on demand, to mono at a sampling rate. Raises read.Unusable where it is damaged."""
 
     def __init__(self, name: str, encoded: Callable[[], bytes]):
         self.name, self._encoded = name, encoded
         try:
             data = encoded()
-            with soundfile.SoundFile(io.BytesIO(data)) as opened:
-                num_samples = opened.frames
-                if num_samples * opened.channels > _MOST_SAMPLES:
+            with soundfile.SoundFile(io.BytesIO(data)) as file:
+                num_samples = file.frames
+                if num_samples * file.channels > _MOST_SAMPLES:
                     raise read.Unusable(f"{name} has {num_samples:,} samples, more than {_MOST_SAMPLES:,}; split it")
-                is_finite = opened.subtype not in _FLOATS or all(
-                    (np.abs(block) <= _LOUDEST).all() for block in opened.blocks(2**16, dtype="float32"))
-                opened.seek(max(0, num_samples - 1))
-                is_whole = len(opened.read(1)) == 1 and not _is_cut(data)
+                is_finite = file.subtype not in _FLOATS or all(
+                    (np.abs(block) <= _LOUDEST).all() for block in file.blocks(2**16, dtype="float32"))
+                file.seek(max(0, num_samples - 1))
+                is_whole = len(file.read(1)) == 1 and not _is_cut(data)
         except (soundfile.SoundFileError, *read.DAMAGED) as error:
             raise read.Unusable(f"{name} does not decode as audio") from error
         if not is_finite:
@@ -134,45 +142,21 @@ class Sound:
         if not is_whole:
             raise read.Unusable(f"{name} is shorter than it declares")
 
+    @cachetools.cached(decoded)
     def __call__(self, sampling_rate: int) -> np.ndarray:
         """(samples,) float32. Raises UserError where it does not decode."""
-        held = _decoded.get((self, sampling_rate))
-        if held is None:
-            try:
-                samples, rate = soundfile.read(io.BytesIO(self._encoded()), dtype="float32", always_2d=True)
-            except (soundfile.SoundFileError, *read.DAMAGED) as error:
-                raise UserError(f"{self.name} does not decode as audio: {error}; repair it or take it out") from error
-            held = soxr.resample(samples.mean(1), rate, sampling_rate).astype(np.float32)
-            _decoded.put((self, sampling_rate), held)
-        return held
-
-
-class Decoded:
-    """The sounds asked for last, as many as `most_bytes` hold."""
-
-    def __init__(self, most_bytes: int):
-        self._most_bytes, self.num_bytes = most_bytes, 0
-        self._held: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
-
-    def get(self, key: Any) -> np.ndarray | None:
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
-
-    def put(self, key: Any, samples: np.ndarray) -> None:
-        self._held[key] = samples
-        self.num_bytes += samples.nbytes
-        while self.num_bytes > self._most_bytes:
-            self.num_bytes -= self._held.popitem(last=False)[1].nbytes
-
-
-_decoded = Decoded(512 * 2**20)  # per process: two hours at 16 kHz, so that a small data set stays decoded
+        try:
+            samples, rate = soundfile.read(io.BytesIO(self._encoded()), dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, *read.DAMAGED) as error:
+            raise UserError(f"{self.name} does not decode as audio: {error}; repair it or take it out") from error
+        return soxr.resample(samples.mean(1), rate, sampling_rate).astype(np.float32)
 
 
 def _is_cut(data: bytes) -> bool:
-    """WAV and AIFF say how long they are; libsndfile reads what is there and says nothing."""
-    order = {b"RIFF": "little", b"FORM": "big"}.get(data[:4])
-    declared = int.from_bytes(data[4:8], order) if order else 0
+    """WAV and AIFF declare their length, and libsndfile reads a shorter file without an error."""
+    if data[:4] not in (b"RIFF", b"FORM"):
+        return False
+    declared = int.from_bytes(data[4:8], "little" if data[:4] == b"RIFF" else "big")
     # One byte less is a missing pad; all ones are written by a stream that does not know yet.
     return len(data) + 1 < declared + 8 and declared != 0xFFFFFFFF
 
@@ -190,21 +174,23 @@ class _Clips:
             archive = _opened(file)
             self._archives |= dict.fromkeys(archive.namelist(), archive)
 
-    def example(self, row: dict[str, str]) -> Example:
+    def named_example(self, row: dict[str, str]) -> tuple[str, Example]:
+        """(the clip's name, the example)."""
         if "sentence" in row:
-            return Example("", read.text_of(row, "sentence").lower(), self._sound(f"clips/{read.text_of(row, 'path')}"))
-        return Example("", read.text_of(row, "text"), self._sound(read.text_of(row, "file")))
+            text, name = read.text_of(row, "sentence").lower(), f"clips/{read.text_of(row, 'path')}"
+        else:
+            text, name = read.text_of(row, "text"), read.text_of(row, "file")
+        return name, Example("", text, self._sound(name))
 
     def _sound(self, name: str) -> Sound:
         if archive := self._archives.get(name):
             _check_size(name, archive.getinfo(name).file_size)
             return Sound(name, functools.partial(archive.read, name))
         file = self.root / name
-        outside = isinstance(file, Path) and not file.resolve().is_relative_to(self.root.resolve())
-        if outside or not file.is_file():
+        is_outside = isinstance(self.root, Path) and not Path(file).resolve().is_relative_to(self.root.resolve())
+        if is_outside or not file.is_file():
             raise read.Unusable(f"there is no {name}")
-        _check_size(name, self.root.root.getinfo(file.at).file_size if isinstance(file, zipfile.Path)
-                    else file.stat().st_size)
+        _check_size(name, read.unpacked_size(file))
         return Sound(name, file.read_bytes)
 
 

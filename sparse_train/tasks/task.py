@@ -1,4 +1,4 @@
-"""What every task shares: batches, generation, the score."""
+"""The base class of tasks: examples, batches, the score."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from sparse_train.tasks.decoding import generate
 class Score:
     metrics: dict[str, Any]
     samples: list[dict[str, Any]]
-    """prompt, answer, prediction and what the task adds; in the order of the examples."""
+    """prompt, answer, prediction and the keys that measure() adds; in the order of the examples."""
 
 
 class Task(ABC):
@@ -50,7 +50,7 @@ class Task(ABC):
         """All examples of "train" or "test"."""
 
     def examples(self, split: str, num_examples: int | None = None) -> Sequence[Example]:
-        """The first `num_examples` (None: all) of "train" or "test", which is read when it is first asked for.
+        """The first `num_examples` (None: all) of "train" or "test", which is read on first use.
 
         Raises UserError where the data cannot be read or has none.
         """
@@ -61,7 +61,7 @@ class Task(ABC):
                                 f"({self.config.split_name(split)}) and, for data without splits, task.test_share")
         return self._splits[split][:num_examples]
 
-    def filled(self, split: str, defaults: tuple[str, str], columns: dict[str, str]) -> Example:
+    def fill_templates(self, split: str, defaults: tuple[str, str], columns: dict[str, str]) -> Example:
         """The config's templates of prompt and answer, or `defaults`, with {column} replaced. Raises UserError."""
         key = "test_prompt" if split == "test" and self.config.test_prompt else "prompt"
         return Example(read.fill(getattr(self.config, key) or defaults[0], key, columns),
@@ -69,7 +69,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Metrics of samples with answer and prediction; may add to the samples what was found of each."""
+        """Metrics of samples with answer and prediction; may add keys to each sample."""
 
     def batch(self, examples: Sequence[Example], processor: Processor) -> Batch:
         return collate(examples, processor)
@@ -113,7 +113,7 @@ class Task(ABC):
                       "perplexity": perplexity, "num_examples": len(samples)}, samples)
 
 
-def _cross_entropy(model, batch: Batch) -> torch.Tensor:
+def _cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """(2,) float64: the sum over target tokens and their number."""
     logits, targets = model(**batch.inputs(), use_cache=False).logits, batch.targets
     loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum",

@@ -28,44 +28,48 @@ class Text(Task):
         self._path = read.local(config, "a text file or a folder of them")
 
     def read(self, split: str) -> Sequence[Example]:
-        paragraphs, is_given = self._paragraphs(split)
+        paragraphs, has_splits = self._paragraphs(split)
         return [Example("", piece) for piece in read.shuffled(list(self._pieces(paragraphs)), str)
-                if is_given or read.in_test(piece, self.config.test_share) == (split == "test")]
+                if has_splits or read.in_test(piece, self.config.test_share) == (split == "test")]
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
 
     def _pieces(self, paragraphs: Iterable[str]) -> Iterator[str]:
         """Paragraphs joined up to a length; longer ones are cut."""
-        largest, held = self.config.max_length * _CHARACTERS_PER_TOKEN, ""
+        size, piece = self.config.max_length * _CHARACTERS_PER_TOKEN, ""
         for paragraph in paragraphs:
-            if held and len(held) + len(paragraph) + 2 > largest:
-                yield held
-                held = ""
-            held = f"{held}\n\n{paragraph}" if held else paragraph
-            whole = range(0, len(held) - largest, largest)
-            yield from (held[start:start + largest] for start in whole)
-            held = held[len(whole) * largest:]
-        if held:
-            yield held
+            if piece and len(piece) + len(paragraph) + 2 > size:
+                yield piece
+                piece = ""
+            piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+            starts = range(0, len(piece) - size, size)  # the rest is cut once, so that a long line costs linear time
+            yield from (piece[start:start + size] for start in starts)
+            piece = piece[len(starts) * size:]
+        if piece:
+            yield piece
 
     def _paragraphs(self, split: str) -> tuple[Iterable[str], bool]:
         """(those of the split, True), or (those of all the data, False) where it has no splits."""
         path, config = self._path, self.config
         if path is None:
-            is_given = set(config.test_split.split("+")) <= set(read.hub_splits(config))
-            name = config.split_name(split) if is_given else config.train_split
-            rows = read.placed(read.hub_rows(config, name), config, name)
-            return filter(None, read.usable(rows, lambda numbered: _text(numbered[1]), config)), is_given
-        given = {part: read.split_files(path, config.split_name(part), "txt", "md") for part in ("train", "test")}
-        is_given = all(given.values())
-        files = given[split] if is_given else [path] if path.is_file() else [
-            file for file in sorted(path.rglob("*"))
-            if {".txt", ".md"} & set(file.suffixes) and file.is_file() and not read.is_litter(file.relative_to(path))]
+            has_splits = set(config.test_split.split("+")) <= set(read.hub_splits(config))
+            name = config.split_name(split) if has_splits else config.train_split
+            rows = read.numbered(read.hub_rows(config, name), config, name)
+            return filter(None, read.usable(rows, lambda pair: _text(pair[1]), config)), has_splits
+        of_split = {part: read.split_files(path, config.split_name(part), "txt", "md") for part in ("train", "test")}
+        has_splits = all(of_split.values())
+        if has_splits:
+            files = of_split[split]
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [file for file in sorted(path.rglob("*")) if {".txt", ".md"} & set(file.suffixes)
+                     and file.is_file() and not read.is_litter(file.relative_to(path))]
         for file in files:
             if file != path and not file.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"{file} is a link out of task.path={path}; put a copy there, or take it away")
-        return itertools.chain.from_iterable(map(_file_paragraphs, files)), is_given
+        return itertools.chain.from_iterable(map(_file_paragraphs, files)), has_splits
 
 
 def _text(row: dict) -> str:
@@ -77,12 +81,12 @@ def _text(row: dict) -> str:
 
 
 def _file_paragraphs(file: Path) -> Iterator[str]:
-    held: list[str] = []
+    paragraph: list[str] = []
     for _, line in read.lines(file):
         if line.strip():
-            held.append(line.strip())
-        elif held:
-            yield " ".join(held)
-            held = []
-    if held:
-        yield " ".join(held)
+            paragraph.append(line.strip())
+        elif paragraph:
+            yield " ".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield " ".join(paragraph)

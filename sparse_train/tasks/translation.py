@@ -26,18 +26,18 @@ class Translating(Task):
     score_settings = ("bleu_signature",)
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """bleu (0..100), chrf, and bleu_signature, which says how."""
-        found = [sample["prediction"].strip() for sample in samples]
-        wanted = [[sample["answer"].strip() for sample in samples]]
-        bleu = sacrebleu.BLEU()
-        return {"bleu": bleu.corpus_score(found, wanted).score, "chrf": sacrebleu.corpus_chrf(found, wanted).score,
+        """bleu and chrf (0..100); bleu_signature, which names sacreBLEU's settings and version."""
+        predictions = [sample["prediction"].strip() for sample in samples]
+        references = [[sample["answer"].strip() for sample in samples]]
+        bleu, chrf = sacrebleu.BLEU(), sacrebleu.corpus_chrf(predictions, references)
+        return {"bleu": bleu.corpus_score(predictions, references).score, "chrf": chrf.score,
                 "bleu_signature": str(bleu.get_signature())}
 
     def pair(self, source: str, target: str, split: str = "train") -> Example:
         """The paper's prefix, T5's own: "translate English to German: "."""
         names = [_NAMES.get(name, name) for name in self.config.languages]
         default = f"translate {names[0]} to {names[1]}: {{source}}"
-        return self.filled(split, (default, "{target}"), {"source": source, "target": target})
+        return self.fill_templates(split, (default, "{target}"), {"source": source, "target": target})
 
 
 class Translation(Translating):
@@ -70,7 +70,7 @@ class Translation(Translating):
             index, row = numbered
             return read.text_hash("\t".join(self._columns(row.get("translation")))) << 32 | index
 
-        keys = sorted(read.usable(read.placed(rows, self.config, name), key, self.config))
+        keys = sorted(read.usable(read.numbered(rows, self.config, name), key, self.config))
         return read.Rows(rows, [key & 0xFFFFFFFF for key in keys],
                          lambda row: self.pair(*self._columns(row["translation"]), split))
 
@@ -83,6 +83,6 @@ class Translation(Translating):
 
         return read.usable(read.rows(file), parse, self.config)
 
-    def _columns(self, row: dict) -> tuple[str, str]:
+    def _columns(self, row: Any) -> tuple[str, str]:
         source, target = self.config.languages
         return read.text_of(row, source), read.text_of(row, target)
