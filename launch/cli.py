@@ -16,7 +16,9 @@ from rich.console import Console
 
 from sparse_train import log
 from sparse_train.errors import StageFailed, UserError, is_of_a_path, printable, told_of
-from sparse_train.launch.monitor.status import add_commands as add_look_commands
+from sparse_train.launch.monitor.cancel import add_cancel
+from sparse_train.launch.monitor.logs import add_logs
+from sparse_train.launch.monitor.status import add_status
 from sparse_train.launch.submit.bench import add_commands as add_bench_commands
 
 
@@ -101,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
                      "slurm/train.sbatch")
     run.set_defaults(command=_run)
 
-    add_look_commands(commands)
+    add_status(commands)
+    add_logs(commands)
+    add_cancel(commands)
 
     inspect = commands.add_parser("inspect", help="tensors, shapes, sparsity and bytes of a checkpoint folder")
     inspect.add_argument("folder", type=Path, metavar="FOLDER")

@@ -1,6 +1,11 @@
 """Private interfaces of other libraries still do what sparse_train/compat uses them for."""
 
+import shutil
+import time
+
+import psutil
 import pytest
+import submitit
 import torch
 import transformers
 from transformers import (
@@ -13,6 +18,7 @@ from transformers import (
     ViTConfig,
 )
 
+from sparse_train.compat import submitit as submitit_compat
 from sparse_train.compat import transformers as compat
 from sparse_train.models.empty import from_config
 from tests.models import tiny_mpt
@@ -110,3 +116,26 @@ def test_a_folder_without_generation_config_generates_as_its_config_says(has_fil
     if has_file:
         transformers.GenerationConfig(eos_token_id=6).save_pretrained(tmp_path)
     assert compat.load_generation_config(tmp_path).eos_token_id == (6 if has_file else 5)
+
+
+def test_submitit_is_the_release_that_compat_names():
+    assert f"submitit {submitit.__version__}." in submitit_compat.__doc__
+
+
+def test_the_process_of_a_local_job_can_be_watched_and_ended(tmp_path):
+    executor = submitit.LocalExecutor(tmp_path)
+    executor.update_parameters(timeout_min=1)
+    process = submitit_compat.local_process(executor.submit(time.sleep, 60))
+    assert process.poll() is None and psutil.pid_exists(process.pid)
+    process.kill()
+    assert process.wait(20) != 0
+
+
+@pytest.mark.parametrize("num_jobs, array", [(1, False), (3, True)])
+def test_a_batch_file_is_known_before_it_is_submitted(num_jobs, array, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")  # submitit refuses a machine without srun
+    executor = submitit.SlurmExecutor(tmp_path)
+    executor.update_parameters(job_name="a name", time=30)
+    text = submitit_compat.batch_text(executor, num_jobs)
+    assert text.startswith("#!/bin/bash") and "#SBATCH --time=30" in text and "submitit.core._submit" in text
+    assert ("#SBATCH --array=0-2" in text) == array

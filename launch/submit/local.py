@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparse_train import artifacts
+from sparse_train.compat.submitit import local_process
 from sparse_train.config import RunConfig
 from sparse_train.config.load import dump_config
 from sparse_train.errors import StageFailed, UserError
@@ -255,7 +256,7 @@ def _watch(stage: Stage, config: RunConfig, job: "submitit.Job", console: Consol
         console.print(f"{stage.id:<22} started", highlight=False)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(stage.id, total=None, note="")
-        while job._process.poll() is None:
+        while local_process(job).poll() is None:
             if state := read_progress(stage, config):
                 bars.update(bar, completed=state["done"], total=state["total"], note=state["note"])
             if not console.is_terminal and time.monotonic() - told > _LINE_S:
@@ -267,7 +268,7 @@ def _watch(stage: Stage, config: RunConfig, job: "submitit.Job", console: Consol
 
 def stop_processes(job: "submitit.Job", patience_s: float = STOP_PATIENCE_S) -> None:
     """Let the ranks save; what still runs after the patience, or at a second Ctrl-C, is killed."""
-    process = job._process  # submitit's cancel() sends SIGINT and kills a second later, in the middle of a save
+    process = local_process(job)
     everyone = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + patience_s

@@ -18,6 +18,7 @@ import submitit
 from rich.console import Console
 
 from sparse_train import artifacts
+from sparse_train.compat.submitit import batch_text
 from sparse_train.config import RunConfig
 from sparse_train.errors import StageFailed, UserError
 from sparse_train.launch.run.cluster import ClusterConfig
@@ -167,13 +168,6 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
 def _root(runs: Sequence[RunConfig]) -> Path:
     """The folder of the run, or of the sweep."""
     return (runs[0].path if len(runs) == 1 else runs[0].path.parent).absolute()
-
-
-def batch_text(executor: submitit.SlurmExecutor, num_runs: int) -> str:
-    """The batch file that the executor will submit."""
-    if num_runs > 1:
-        executor.parameters["map_count"] = num_runs
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def _submit(executor: submitit.SlurmExecutor, stage: Stage, runs: Sequence[RunConfig]) -> list[str]:

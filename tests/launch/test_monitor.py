@@ -14,8 +14,9 @@ from sparse_train.config import RunConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
+from sparse_train.launch.monitor import logs as monitor_logs
 from sparse_train.launch.monitor import status
-from sparse_train.launch.monitor.status import look_at, read_files
+from sparse_train.launch.monitor.state import State, read_files, read_status
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.slurm_queue import read_jobs
 from sparse_train.launch.run.stages import build_stages, log_folder, progress_file, sources
@@ -54,16 +55,16 @@ def slurm(monkeypatch):
 
 
 def _states(config):
-    return {found.stage.id: found.state for found in look_at([read_files(config)], Console())[0]}
+    return {found.stage.id: found.text for found in read_status([read_files(config)], Console())[0]}
 
 
 def test_all_runs_are_one_question(slurm, tmp_path):
     asked, answers = slurm
     runs = [_run(tmp_path, "a", jobs=["dense"]), _run(tmp_path, "b", jobs=["prune"])]
     answers["squeue"] = ["10|RUNNING|None|node1", "11|PENDING|Priority|"]
-    found = look_at([read_files(config) for config in runs], Console())
-    assert found[0][0].state == "running" and found[0][0].nodes == "node1"
-    assert found[1][0].state == "not done yet" and found[1][1].state == "waiting (Priority)"
+    found = read_status([read_files(config) for config in runs], Console())
+    assert found[0][0].state is State.RUNNING and found[0][0].nodes == "node1"
+    assert found[1][0].text == "not done yet" and found[1][1].text == "waiting (Priority)"
     assert len(asked) == 1 and asked[0][4] == "10,11"
 
 
@@ -88,8 +89,8 @@ def test_following_a_log_goes_on_while_the_result_to_be_replaced_stands(tmp_path
             file.write("step 2\n")
         os.utime(result / artifacts.DONE, (1, 1))  # the new one
 
-    monkeypatch.setattr(status, "_is_at_work", lambda *_: True)
-    monkeypatch.setattr(status.time, "sleep", work)
+    monkeypatch.setattr(monitor_logs, "_is_at_work", lambda *_: True)
+    monkeypatch.setattr(monitor_logs.time, "sleep", work)
     assert main(["logs", str(config.path), "dense", "-f"]) == 0
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
@@ -107,19 +108,20 @@ def test_a_finished_stage_that_will_run_again_shows_why_and_no_old_progress(slur
     dense = build_stages(config)[0]
     progress_file(dense, config).parent.mkdir(parents=True)
     progress_file(dense, config).write_text('{"done": 3, "total": 6, "note": "loss 1", "seconds_left": 9}')
-    assert look_at([read_files(config)], Console())[0][0].cells()[1] == "not done yet, 3/6 loss 1"
+    assert status._cells(read_status([read_files(config)], Console())[0][0])[1] == "not done yet, 3/6 loss 1"
     (config.path / "dense").mkdir()
     (config.path / "dense" / "result").touch()
     artifacts.sign(config.path / "dense", {"stage": "dense", "sources": sources(dense, config)})
     changed = config.model_copy(update={"seed": config.seed + 1})
-    assert look_at([read_files(changed)], Console())[0][0].cells()[1] == f"seed: {config.seed} -> {changed.seed}"
+    shown = status._cells(read_status([read_files(changed)], Console())[0][0])
+    assert shown[1] == f"seed: {config.seed} -> {changed.seed}"
 
 
 def test_one_job_may_stand_in_two_runs(slurm, tmp_path):
     """Such as a copied folder."""
     slurm[1]["squeue"] = ["10|RUNNING|None|node1"]
     runs = [read_files(_run(tmp_path, name, jobs=["dense"])) for name in "ab"]
-    assert [looks[0].state for looks in look_at(runs, Console())] == ["running", "running"]
+    assert [statuses[0].state for statuses in read_status(runs, Console())] == [State.RUNNING] * 2
 
 
 def test_runs_are_listed_where_there_is_no_slurm_and_others_are_broken(monkeypatch, tmp_path, capsys):

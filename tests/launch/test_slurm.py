@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_train.compat.submitit import batch_text
 from sparse_train.config import RunConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
@@ -16,7 +17,7 @@ from sparse_train.launch.run import slurm_queue
 from sparse_train.launch.run.cluster import ClusterConfig, load_cluster
 from sparse_train.launch.run.stages import build_stages
 from sparse_train.launch.submit import slurm
-from sparse_train.launch.submit.slurm import batch_text, make_executor
+from sparse_train.launch.submit.slurm import make_executor
 
 _GOLDEN = Path(__file__).with_name("golden")
 _CONFIG = load_config(RunConfig, Path(__file__).parents[2] / "configs" / "demo.yaml", ["folder=/shared/runs"])

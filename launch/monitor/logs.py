@@ -1,0 +1,89 @@
+"""sparse-train logs: print what a rank of a stage wrote, and follow it."""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from sparse_train import artifacts
+from sparse_train.config import RunConfig
+from sparse_train.errors import UserError
+from sparse_train.launch.monitor.state import reason_to_run
+from sparse_train.launch.run.lock import find_launcher
+from sparse_train.launch.run.slurm_queue import job_states, output_folder, read_jobs
+from sparse_train.launch.run.stages import Stage, find_stage, log_folder, read_run
+from sparse_train.launch.worker.endings import rank_log
+
+_POLL_S, _QUEUE_POLL_S = 0.5, 10.0  # between looks at the file, and questions to SLURM
+
+
+def add_logs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    logs = commands.add_parser("logs", help="what a stage printed")
+    logs.add_argument("run", type=Path, metavar="RUN")
+    logs.add_argument("stage", metavar="STAGE", help="such as finetune/squarehead")
+    logs.add_argument("--rank", type=int, default=0, metavar="R")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing until the stage ends")
+    logs.set_defaults(command=_logs)
+
+
+def _logs(options: argparse.Namespace, console: Console) -> None:
+    config = read_run(options.run)
+    stage = find_stage(config, options.stage)
+    file = _log_file(config, stage, options.rank)
+    following = _Following(config, stage) if options.follow else None
+    with open(file, errors="replace", encoding="utf-8") as lines:
+        while True:
+            # Before reading: what is written until the end is still read.
+            at_work = following is not None and following.is_at_work()
+            for line in lines:
+                sys.stdout.write(line)
+            sys.stdout.flush()
+            if not at_work:
+                return
+            time.sleep(_POLL_S)
+
+
+class _Following:
+    """Whether a stage is still at work, without asking SLURM at each look."""
+
+    def __init__(self, config: RunConfig, stage: Stage):
+        self._config, self._stage = config, stage
+        # A result that --replace is to replace stays until the new one is there.
+        self._earlier = _signed_at(config, stage)
+        self._at_work = reason_to_run(stage, config) != "current"
+        self._next_question = time.monotonic()
+
+    def is_at_work(self) -> bool:
+        if self._at_work and _signed_at(self._config, self._stage) not in (None, self._earlier):
+            self._at_work = False
+        elif self._at_work and time.monotonic() >= self._next_question:
+            self._at_work = _is_at_work(self._config, self._stage)
+            self._next_question = time.monotonic() + _QUEUE_POLL_S
+        return self._at_work
+
+
+def _signed_at(config: RunConfig, stage: Stage) -> int | None:
+    """In nanoseconds since the epoch; None where there is no result."""
+    with contextlib.suppress(OSError):
+        return (config.path / stage.id / artifacts.DONE).stat().st_mtime_ns
+    return None
+
+
+def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
+    """Of the newest job."""
+    if job := read_jobs(config.path).get(stage.id):
+        file = rank_log(output_folder(config, stage, job), job, rank)
+        files = [file] if file.is_file() else []
+    else:
+        files = sorted(log_folder(stage, config).glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise UserError(f"{config.path} has no log of {stage.id} rank {rank}; it has not run yet, or has fewer ranks")
+    return files[-1]
+
+
+def _is_at_work(config: RunConfig, stage: Stage) -> bool:
+    state = job_states(read_jobs(config.path)).get(stage.id)
+    return state.is_active if state else find_launcher(config.path) is not None

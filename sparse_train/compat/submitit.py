@@ -1,0 +1,22 @@
+"""Private interfaces of submitit, a function each. Tested with submitit 1.5.4."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which takes long to import, and looking at runs can do without
+    import subprocess
+
+    import submitit
+
+
+def local_process(job: "submitit.Job") -> "subprocess.Popen[bytes]":
+    """The process that started the tasks of a job on this machine. The public cancel() sends SIGINT and kills a second
+    later, in the middle of a save; polling and signals of our own need the process itself."""
+    return job._process
+
+
+def batch_text(executor: "submitit.SlurmExecutor", num_jobs: int) -> str:
+    """The batch file that `executor` will submit for so many jobs, an array where there are several. In public it is
+    only written at submission, and a dry run submits nothing."""
+    if num_jobs > 1:
+        executor.parameters["map_count"] = num_jobs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
