@@ -8,25 +8,33 @@
 """
 
 import base64
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from rich.console import Console
 
 from sparse_train import artifacts
-from sparse_train.bench.plots import plot_accuracy
 from sparse_train.bench.tables import SPEED_HEADER, notes, print_measured, speed_cells
+from sparse_train.extras import require
 from sparse_train.jobs.job import Job
 from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
-
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
+from sparse_train.tasks import Task
 
 _RUNTIME = ("runtime: each token as generate computes it, new ones by the sparse kernels; int8: weights and "
             "activations have 8 bits in every product of a sparse weight")
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    """Lines below the table."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -59,57 +67,71 @@ def _collect(job: Job) -> dict[str, Any]:
                         if (manifest := artifacts.read_manifest(Path(path)))}}
 
 
-def _score_rows(model, loss, engine, sparsity, metrics):
+def _score_rows(model: str, loss: str, engine: str, sparsity: float, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"model": model, "loss": loss, "engine": engine, "sparsity": round(sparsity, 4), "metric": metric,
              "value": value} for metric, value in metrics.items()]
 
 
 def _plot(path: Path, data: dict[str, Any]) -> None:
+    require("plots")
+    from sparse_train.bench.plots import plot_accuracy
+
     exact = [row for row in data["scores"] if row["metric"] == data["metric"]]
     value = {row["engine"]: row["value"] for row in exact if row["engine"].startswith("runtime")}
     dense = next(row["value"] for row in exact if row["loss"] == "dense")
     speeds = [{"label": f"{row['engine']} {row['precision']}", "speedup": row["speedup"],
                "value": dense if row["engine"] == "torch" else value[f"runtime {row['precision']}"]}
               for row in data["speed"] if row["what"] == "decode" and row["model"] == data["run"]]
-    plot_accuracy(path, data["metric"].replace("_", " "), [row for row in exact if row["engine"] == "fp32"], speeds)
+    plot_accuracy(path, _words(data["metric"]), [row for row in exact if row["engine"] == "fp32"], speeds)
 
 
-def _tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, header, rows, line below) of the score and size tables, as text."""
+def _tables(data: dict[str, Any]) -> list[Table]:
+    """The score and size tables."""
+    return [_score_table(data), _size_table(data)]
+
+
+def _score_table(data: dict[str, Any]) -> Table:
     task = TASKS.load(data["task"])
-    found: dict[tuple, dict[str, Any]] = {}
+    by_model: dict[tuple[str, str, float], dict[str, Any]] = {}
     for row in data["scores"]:
-        found.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
-    shown = (task.metric, *task.extra_metrics)
-    settings = next(iter(found.values()))  # the same for all
-    scores = [[loss, engine, f"{sparsity:.2f}", *(_number(m[name], 3) for name in shown),
-               _number(m["cross_entropy"], 4), str(m["num_examples"])] for (loss, engine, sparsity), m in found.items()]
+        by_model.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
+    columns = (task.metric, *task.extra_metrics)
+    rows = [[loss, engine, f"{sparsity:.2f}", *(_number(metrics[name], 3) for name in columns),
+             _number(metrics["cross_entropy"], 4), str(metrics["num_examples"])]
+            for (loss, engine, sparsity), metrics in by_model.items()]
+    settings = next(iter(by_model.values()))  # the same for all
+    notes = _teacher_note(task, [row for row in data["scores"] if row["metric"] == task.metric])
+    notes += [f"{_words(name)}: {settings[name]}" for name in task.score_settings]
+    if any(engine.startswith("runtime") for _, engine, _ in by_model):
+        notes.append(_RUNTIME)
+    if num_left_out := settings.get("num_left_out"):
+        notes.append(f"{num_left_out} test examples that do not fit the model are left out")
+    header = ["model", "computed in", "sparsity", *map(_words, columns), "cross-entropy", "examples"]
+    return Table("Scores on unseen examples", header, rows, "\n".join(notes))
+
+
+def _size_table(data: dict[str, Any]) -> Table:
     dense = data["num_bytes"]["dense"]
-    sizes = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
-    told = _beaten(task, [row for row in data["scores"] if row["metric"] == task.metric])
-    told += [f"{name.replace('_', ' ')}: {settings[name]}" for name in task.score_settings]
-    if any(engine.startswith("runtime") for _, engine, _ in found):
-        told.append(_RUNTIME)
-    if left_out := settings.get("num_left_out"):
-        told.append(f"{left_out} test examples that do not fit the model are left out")
-    return [
-        ("Scores on unseen examples", ["model", "computed in", "sparsity", *(name.replace("_", " ") for name in shown),
-                                       "cross-entropy", "examples"], scores, "\n".join(told)),
-        (f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], sizes, ""),
-    ]
+    rows = [[name, f"{size:,}", f"{size / dense:.3f}"] for name, size in data["num_bytes"].items()]
+    return Table(f"Size of the {data['compressed_loss']} model's files", ["folder", "bytes", "of dense"], rows)
 
 
-def _beaten(task, rows: list[dict[str, Any]]) -> list[str]:
-    """A line where the teacher has less to teach than its students know."""
-    (dense, *students) = [row for row in rows if row["engine"] == "fp32" and row["value"] is not None] or [None]
-    if dense is None or dense["loss"] != "dense" or not students:
+def _teacher_note(task: type[Task], rows: list[dict[str, Any]]) -> list[str]:
+    """A line where the dense model, the teacher, scores worse than a student."""
+    scored = [row for row in rows if row["engine"] == "fp32" and row["value"] is not None]
+    if len(scored) < 2 or scored[0]["loss"] != "dense":
         return []
+    dense, *students = scored
     pick_best = max if task.higher_is_better else min
     best = pick_best(students, key=lambda row: row["value"])
     if pick_best(dense["value"], best["value"]) == dense["value"]:
         return []
     return [f"the dense model, the teacher, is worse at the task ({_number(dense['value'], 3)}) than {best['loss']} "
             f"({_number(best['value'], 3)}); where that is more than chance, train it longer or give a better one"]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -122,10 +144,10 @@ def print_tables(path: Path, console: Console) -> None:
     data = artifacts.read_json(path)
     if data["about"]:
         console.print(data["about"] + "\n", highlight=False, markup=False)
-    for title, header, rows, below in _tables(data):
-        console.print(title, style="bold")
-        print_table(console, header, rows)
-        console.print(below + "\n" if below else "", highlight=False, markup=False)
+    for table in _tables(data):
+        console.print(table.title, style="bold")
+        print_table(console, table.header, table.rows)
+        console.print(table.note + "\n" if table.note else "", highlight=False, markup=False)
     console.print("[bold]Batch-1 speed[/] " + _machine_line(data))
     print_measured(console, SPEED_HEADER, map(speed_cells, data["speed"]), _backends(data), num_left=3)
 
@@ -135,31 +157,20 @@ def _backends(data: dict[str, Any]) -> list[str]:
 
 
 def _machine_line(data: dict[str, Any]) -> str:
-    told = []
+    descriptions = []
     for machine in data["machines"]:
         what = machine["device"]
         if "threads" in machine:
             what += f", {machine['threads']} threads, {machine['backend']} kernels"
-        told.append(f"{what}, streaming read {machine['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s")
-    return f"({'; '.join(told)})"
+        descriptions.append(f"{what}, streaming read {machine['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s")
+    return f"({'; '.join(descriptions)})"
 
 
 def _page(data: dict[str, Any], picture: Path) -> str:
     speeds = [speed_cells(row) for row in data["speed"]]
-    tables = [*_tables(data), (f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, speeds,
-                               "; ".join(notes(speeds, _backends(data))))]
-    image = base64.b64encode(picture.read_bytes()).decode()
-    body = "".join(_html_table(*table) for table in tables)
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(data['run'])}</title>"
-            f"<style>{_STYLE}</style><h1>{escape(data['run'])}: {escape(data['task'])}, "
-            f"{data['scores'][-1]['sparsity']:.0%} sparse</h1><p>{escape(data['about'])}</p>"
-            f"<img alt='accuracy against sparsity and speed' "
-            f"src='data:image/png;base64,{image}'>{body}</html>\n")
-
-
-def _html_table(title: str, header: list[str], rows: list[list[str]], below: str) -> str:
-    def line(tag, cells):
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return (f"<h2>{escape(title)}</h2><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
-            + (f"<p style='white-space:pre-line'>{escape(below)}</p>" if below else ""))
+    tables = [*_tables(data), Table(f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, speeds,
+                                    "; ".join(notes(speeds, _backends(data))))]
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                   trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return templates.get_template("report.html.jinja").render(
+        data=data, tables=tables, picture=base64.b64encode(picture.read_bytes()).decode())

@@ -31,12 +31,13 @@ def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
              ["chrf", "30.000", "bleu signature: nrefs:1|case:mixed"]),
             ("speech", "wer", {"cer": 0.25, "wer_normalised": 0.4, "cer_normalised": 0.2, "cross_entropy": None},
              ["cer normalised", "0.250", "0.400", "-"])):
-        data = _data(task, metric, **{metric: 0.5, "num_left_out": 3, **metrics})
+        data = _data(task, metric, **{metric: 0.5, "num_left_out": 3, **metrics}) | {"about": "<b> & more"}
         (tmp_path / "report.json").write_text(json.dumps(data))
         (tmp_path / "picture.png").write_bytes(b"")
         console = Console(record=True, width=160)
         print_tables(tmp_path / "report.json", console)
         shown, page = console.export_text(), _page(data, tmp_path / "picture.png")
+        assert "<b> & more" in shown and "&lt;b&gt; &amp; more" in page
         told += ["3 test examples that do not fit the model are left out"]
         assert all(text in shown and text in page for text in told), shown
 

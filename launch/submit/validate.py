@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
+from sparse_train.extras import require
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
 from sparse_train.registry import FAMILIES, TASKS
 
@@ -34,6 +35,7 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
     from sparse_train.models import check_on_hub, empty_model, is_folder
     from sparse_train.pruning.parameters import count_parameters
 
+    require("plots")  # of the report, the last stage
     remarks: list[str] = []
     data = _read_first_examples(config, dry_run, remarks)
     path = config.dense.path or config.model.path

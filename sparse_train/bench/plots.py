@@ -7,7 +7,10 @@ from matplotlib.figure import Figure
 
 
 def plot_accuracy(path: Path, metric: str, scores: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> None:
-    """`scores`: loss, sparsity, value (of `metric`). `speeds`: label, speedup, value. Writes a PNG."""
+    """Write a PNG of two scatter plots to `path`.
+
+    `scores` have loss, sparsity and value (of `metric`); `speeds` have label, speedup and value.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for row in scores:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -44,7 +44,7 @@ def _generate(model: PreTrainedModel, processor: Processor, examples: Sequence[E
     with _without_settings(model):
         # Whisper's own generate() adds timestamps and windows; here a clip is one window.
         inputs: dict[str, Any] = {**prompts.to(model.device).inputs(), "generation_config": settings}
-        ids = GenerationMixin.generate(model, **inputs)
+        ids = GenerationMixin.generate(cast(Any, model), **inputs)
     return tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1]:], skip_special_tokens=True)
 
 

@@ -30,7 +30,6 @@ _LONGEST_ROW = 2**24
 # Text and JSON shrink to a tenth or a fiftieth; what unpacks to more than this was made to fill the memory.
 _UNPACKED, _UNPACKED_PER_BYTE = 2**26, 250
 T = TypeVar("T")
-Anywhere = TypeVar("Anywhere", Path, zipfile.Path)
 _OPEN: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open}
 # All that reading a damaged file or archive raises.
 DAMAGED = (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
@@ -144,8 +143,10 @@ def numbered(rows: Iterable[dict], config: TaskConfig, split: str) -> Iterator[t
     return ((f"{config.path} {split} {index}", (index, row)) for index, row in enumerate(rows))
 
 
-def split_files(folder: Anywhere, name: str, *endings: str) -> list[Anywhere]:
-    """folder/SPLIT.ENDING, packed or not, of each split that `name` joins by +; none where one of them is missing."""
+def split_files(folder: Path | zipfile.Path, name: str, *endings: str) -> list[Any]:
+    """folder/SPLIT.ENDING, packed or not, of each split that `name` joins by +; none where one of them is missing.
+
+    They are of the type of `folder`."""
     files = []
     for split in name.split("+"):
         candidates = [folder / f"{split}.{ending}{packed}" for ending in endings for packed in ("", *_OPEN)]

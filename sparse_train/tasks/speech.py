@@ -187,7 +187,8 @@ class _Clips:
             _check_size(name, archive.getinfo(name).file_size)
             return Sound(name, functools.partial(archive.read, name))
         file = self.root / name
-        is_outside = isinstance(self.root, Path) and not Path(file).resolve().is_relative_to(self.root.resolve())
+        is_outside = (isinstance(file, Path) and isinstance(self.root, Path)
+                      and not file.resolve().is_relative_to(self.root.resolve()))
         if is_outside or not file.is_file():
             raise read.Unusable(f"there is no {name}")
         _check_size(name, read.unpacked_size(file))

@@ -60,6 +60,7 @@ def test_no_generic_name_lands_in_site_packages_and_recipes_are_inside(wheel):
     recipes = {str(file.relative_to(_TOP)) for file in (_TOP / "configs").rglob("*.yaml")}
     assert {name.removeprefix("sparse_train/") for name in names if name.endswith(".yaml")} == recipes
     assert any(name.startswith("sparse_train/kernels/_native.") for name in names)
+    assert {"sparse_train/py.typed", "sparse_train/jobs/report.html.jinja"} <= set(names)
 
 
 def test_the_demo_runs_by_its_name(command):
