@@ -15,7 +15,7 @@ from sparse_train.models.positions import decoder_positions, encoder_positions
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example, generate
-from tests.test_families import made
+from tests.models import tiny_model
 
 _TASTE = {"do_sample": True, "temperature": 0.3, "num_return_sequences": 3, "repetition_penalty": 1.9, "num_beams": 4,
           "no_repeat_ngram_size": 2, "min_new_tokens": 9, "max_length": 3, "max_time": 0.0, "forced_eos_token_id": 5,
@@ -31,7 +31,7 @@ def _describe(folder, **settings):
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_folders_taste_changes_no_answer_and_stays_in_what_is_written(family, tmp_path):
-    model, processor = made(family)
+    model, processor = tiny_model(family)
     examples = [Example("Question: Tom has 3 eggs\nAnswer:", ""), Example("12", "")]
     save_model(tmp_path / "plain", model, processor)
     save_model(tmp_path / "taste", model, processor)
@@ -46,7 +46,7 @@ def test_a_folders_taste_changes_no_answer_and_stays_in_what_is_written(family, 
 
 
 def test_what_belongs_to_the_model_is_taken_from_its_folder(tmp_path):
-    model, processor = made("llama")
+    model, processor = tiny_model("llama")
     save_model(tmp_path, model, processor)
     question = "Question: Tom has 3 eggs"
     prompt = torch.tensor([processor.tokenizer.encode(question)])
@@ -66,7 +66,7 @@ def test_what_belongs_to_the_model_is_taken_from_its_folder(tmp_path):
 
 def test_an_answer_starts_with_the_token_that_the_model_is_made_to_say(tmp_path):
     """BART's beginning-of-text: in training, where it was missing, as in generation."""
-    model, processor = made("t5")
+    model, processor = tiny_model("t5")
     save_model(tmp_path, model, processor)
     assert load_processor(tmp_path).decoder_prefix == processor.decoder_prefix
     _describe(tmp_path, forced_bos_token_id=7)
@@ -89,7 +89,7 @@ def test_positions_of_families():
 
 
 def test_more_tokens_than_positions_are_refused_with_the_number_that_fits(tmp_path):
-    model, processor = made("mpt")
+    model, processor = tiny_model("mpt")
     save_model(tmp_path, model, processor)
     runtime = load(tmp_path)
     most = runtime.processor.positions - len(processor.tokenizer.encode("Tom has 3 eggs"))
@@ -102,7 +102,7 @@ def test_more_tokens_than_positions_are_refused_with_the_number_that_fits(tmp_pa
 
 
 def test_nothing_of_a_models_settings_is_lost_by_answering():
-    model, processor = made("llama")
+    model, processor = tiny_model("llama")
     model.generation_config = kept = GenerationConfig(repetition_penalty=1.5)
     generate(model, processor, [Example("Tom", "")], EvaluateConfig(max_new_tokens=2))
     assert model.generation_config is kept and kept.repetition_penalty == 1.5

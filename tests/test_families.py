@@ -21,8 +21,6 @@ from sparse_train.errors import UserError
 from sparse_train.models import (
     Family,
     Stack,
-    build_model,
-    build_processor,
     family_of,
     family_of_type,
     load_model,
@@ -35,62 +33,44 @@ from sparse_train.models.family import decoder_sizes
 from sparse_train.pruning import blockwise, prune
 from sparse_train.registry import FAMILIES, TASKS, FamilyEntry, Registry
 from sparse_train.sparse import sparsify
-from sparse_train.tasks import Example
 from sparse_train.tasks.batch import Batch, EncoderInput, collate
 from sparse_train.training.features import Tap
-from tests.models import tiny_tokenizer
+from tests.models import tiny_examples, tiny_model
 
 # Weights pruned in one block of each stack.
 _NUM_PRUNABLE = {"mpt": [4], "t5": [6, 10], "t5-gated": [7, 11], "whisper": [6, 10], "llama": [7], "mistral": [7],
                  "qwen3": [7], "olmo2": [7], "gpt_neox": [4], "opt": [6]}
 
 
-def made(family, **more):
-    torch.manual_seed(0)
-    config = ModelConfig(family=family, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, window_seconds=0.4, **more)
-    processor = build_processor(config, tiny_tokenizer())
-    return build_model(config, processor).eval(), processor
-
-
-def examples(processor):
-    import numpy as np
-    draw = np.random.default_rng(0)
-    found = []
-    for index, text in enumerate(("one two", "three", "four five six seven", "8")):
-        sound = draw.standard_normal(1600 + 800 * index).astype(np.float32)
-        found.append(Example(f"Say {text}", f" {text} 1 2", (lambda rate, s=sound: s) if processor.features else None))
-    return found
-
-
 def test_the_table_and_the_families_agree():
     assert FAMILIES.entries.keys() == _NUM_PRUNABLE.keys()
     for name, entry in FAMILIES.entries.items():
-        family, config = FAMILIES.load(name)(), made(name)[0].config
+        family, config = FAMILIES.load(name)(), tiny_model(name)[0].config
         assert family.takes_audio == (entry.audio_step_s is not None)
         assert type(family_of_type(config.model_type)) in type(family).__mro__  # a variant is a subclass
         assert TASKS.load(entry.task).takes_audio == family.takes_audio
         if entry.has_kv_heads:
-            assert made(name, n_kv_heads=2)[0].config.num_key_value_heads == 2
+            assert tiny_model(name, n_kv_heads=2)[0].config.num_key_value_heads == 2
         if entry.has_ffn_width:
-            assert made(name, d_ff=48)[0].num_parameters() < made(name)[0].num_parameters()
+            assert tiny_model(name, d_ff=48)[0].num_parameters() < tiny_model(name)[0].num_parameters()
 
 
 @pytest.mark.parametrize("family", _NUM_PRUNABLE)
 def test_a_family_prunes_its_blocks_and_nothing_else(family):
-    model, _ = made(family)
-    found, linears = family_of(model), family_of(model).prunable_linears(model)
-    per_block = [sum(name.startswith(f"{stack.blocks}.0.") for name in linears) for stack in found.stacks]
+    model, _ = tiny_model(family)
+    stacks, linears = family_of(model).stacks, family_of(model).prunable_linears(model)
+    per_block = [sum(name.startswith(f"{stack.blocks}.0.") for name in linears) for stack in stacks]
     assert per_block == _NUM_PRUNABLE[family]
     inside = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-              and any(name.startswith(f"{stack.blocks}.") for stack in found.stacks)}
+              and any(name.startswith(f"{stack.blocks}.") for stack in stacks)}
     assert inside == set(linears)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 @pytest.mark.parametrize("family", _NUM_PRUNABLE)
 def test_every_family_is_pruned_saved_and_read(family, method, tmp_path):
-    model, processor = made(family)
-    batches = [collate(examples(processor)[:3], processor), collate(examples(processor)[3:], processor)]
+    model, processor = tiny_model(family)
+    batches = [collate(tiny_examples(processor)[:3], processor), collate(tiny_examples(processor)[3:], processor)]
     weights = prune(model, batches, PruneConfig(method=method, sparsity=0.5))
     for name, weight in weights.items():
         assert weight.sparsity == pytest.approx(0.5, abs=1e-3), name
@@ -100,7 +80,7 @@ def test_every_family_is_pruned_saved_and_read(family, method, tmp_path):
     torch.testing.assert_close(again(**batches[0].inputs()).logits, dense_logits, rtol=1e-4, atol=1e-5)
     read = load_processor(tmp_path)
     assert read.decoder_prefix == processor.decoder_prefix
-    other = collate(examples(processor)[:3], read)
+    other = collate(tiny_examples(processor)[:3], read)
     for key, value in batches[0].inputs().items():
         assert torch.equal(other.inputs()[key], value)
 
@@ -127,63 +107,63 @@ def _is_cross(name):
 
 def _of_a_forward_pass(model, batch):
     """The same sums from the inputs in one forward pass of `model`."""
-    found, handles = {}, []
+    sums, handles = {}, []
     for name, linear in family_of(model).prunable_linears(model).items():
         side = "encoder" if _is_cross(name) or name.startswith(("encoder", "model.encoder")) else "decoder"
 
         def hook(module, args, name=name, side=side):
             real = args[0].view(*batch.attends[side].shape, -1)[batch.attends[side]]
-            found[name] = 2 * real.T @ real
+            sums[name] = 2 * real.T @ real
         handles.append(linear.register_forward_pre_hook(hook))
     with torch.no_grad():
         model(**batch.inputs())
     for handle in handles:
         handle.remove()
-    return found
+    return sums
 
 
-def _agree(found, wanted, names):
+def _agree(sums, expected, names):
     assert names
     for name in names:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3,
+        torch.testing.assert_close(sums[name], expected[name], rtol=1e-3, atol=1e-3,
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper", "mpt", "gpt_neox", "opt", "llama", "olmo2"])
 def test_calibration_sees_what_a_forward_pass_of_the_pruned_model_shows(family):
     """The Hessians' inputs: nothing of padding, cross-attention's from the encoder; in a model that prunes nothing."""
-    model, processor = made(family)
-    batch = collate(examples(processor), processor)
-    wanted = _of_a_forward_pass(model, batch)
-    _agree(_calibrated(model, batch, 0.0), wanted, list(wanted))
+    model, processor = tiny_model(family)
+    batch = collate(tiny_examples(processor), processor)
+    expected = _of_a_forward_pass(model, batch)
+    _agree(_calibrated(model, batch, 0.0), expected, list(expected))
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_calibration_of_the_decoder_sees_the_pruned_encoder(family):
-    (model, processor), (after, _) = made(family), made(family)
+    (model, processor), (after, _) = tiny_model(family), tiny_model(family)
     for parameter in [*model.parameters(), *after.parameters()]:
         if parameter.ndim > 1:
             parameter.data.mul_(4)  # a new Whisper's blocks add so little that pruning them would not show
-    batch = collate(examples(processor), processor)
+    batch = collate(tiny_examples(processor), processor)
     dense = _of_a_forward_pass(model, batch)
-    found = _calibrated(model, batch, 0.5)
+    sums = _calibrated(model, batch, 0.5)
     encoder, decoder = (stack.blocks for stack in family_of(model).stacks)
     # The dense model with the pruned encoder: what the decoder's first block meets before it is pruned itself.
     after.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(encoder)},
                           strict=False)
-    wanted = _of_a_forward_pass(after, batch)
-    first = [name for name in found if name.startswith(f"{decoder}.0.")]
-    _agree(found, wanted, first + [name for name in found if _is_cross(name)])
-    assert all((wanted[name] - dense[name]).norm() > 0.01 * dense[name].norm() for name in first if _is_cross(name))
+    expected = _of_a_forward_pass(after, batch)
+    first = [name for name in sums if name.startswith(f"{decoder}.0.")]
+    _agree(sums, expected, first + [name for name in sums if _is_cross(name)])
+    assert all((expected[name] - dense[name]).norm() > 0.01 * dense[name].norm() for name in first if _is_cross(name))
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_features_of_both_stacks_have_their_own_padding(family):
-    model, processor = made(family)
+    model, processor = tiny_model(family)
     points = family_of(model).feature_points(model)
     assert [(point.side, point.block) for point in points] == [
         ("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
-    batch, shapes = collate(examples(processor), processor), {}
+    batch, shapes = collate(tiny_examples(processor), processor), {}
     with Tap([point.module for point in points], lambda i, x: shapes.__setitem__(i, x.shape[:2])), torch.no_grad():
         model(**batch.inputs())
     for index, point in enumerate(points):
@@ -209,18 +189,18 @@ _TWO_STACKS = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder
     (BartConfig(**_TWO_STACKS), "model.encoder.layers", None, 96),
     (MarianConfig(**_TWO_STACKS), "model.encoder.layers", None, 96),
 ], ids=lambda value: getattr(value, "model_type", ""))
-def test_an_unknown_family_is_derived_and_said(config, blocks, norm, share, caplog, monkeypatch):
+def test_an_unknown_family_is_inferred_and_logged(config, blocks, norm, share, caplog, monkeypatch):
     monkeypatch.setattr(inferred, "_inferred", {})
     torch.manual_seed(0)
     model = from_config(config).eval()
     with caplog.at_level(logging.WARNING):
-        found = family_of(model)
-    assert (found.stacks[0].blocks, found.stacks[0].final_norm) == (blocks, norm)
+        family = family_of(model)
+    assert (family.stacks[0].blocks, family.stacks[0].final_norm) == (blocks, norm)
     assert blocks in caplog.text and f", {share}% of the blocks' parameters" in caplog.text
-    assert len(found.feature_points(model)) == 2 * len(found.stacks)
+    assert len(family.feature_points(model)) == 2 * len(family.stacks)
     if norm is None:
         with pytest.raises(UserError, match=f"{config.model_type} model has no norm behind {blocks}; use"):
-            found.feature_points(model, "norm")
+            family.feature_points(model, "norm")
     ids = torch.randint(3, 50, (2, 6))
     attend = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     batch = Batch(ids, attend, ids, EncoderInput(ids, attend) if config.is_encoder_decoder else None)
@@ -262,11 +242,11 @@ def phi_of_another_package(monkeypatch):
 
 
 def test_another_package_adds_a_family(phi_of_another_package, caplog):
-    model, processor = made("phi")
+    model, processor = tiny_model("phi")
     with caplog.at_level(logging.WARNING):
         assert isinstance(family_of(model), Phi)
     assert not caplog.text
-    weights = prune(model, [collate(examples(processor), processor)], PruneConfig(sparsity=0.5))
+    weights = prune(model, [collate(tiny_examples(processor), processor)], PruneConfig(sparsity=0.5))
     assert len(weights) == 2 * len(Phi.prunable)
 
 
@@ -283,15 +263,15 @@ def test_a_final_norm_that_a_model_of_the_table_lacks_is_said():
         family_of(model).feature_points(model, "norm")
 
 
-@pytest.mark.parametrize("given, told", [
+@pytest.mark.parametrize("size, message", [
     ({"family": "mpt", "n_kv_heads": 2}, "n_kv_heads=2: mpt has as many heads of keys as n_heads=4"),
     ({"family": "t5", "n_kv_heads": 2}, "n_kv_heads=2: t5 has as many"),
     ({"family": "llama", "n_kv_heads": 3}, "n_kv_heads=3 must divide n_heads=4"),
     ({"family": "whisper", "window_seconds": 0.05}, "window_seconds=0.05: .* give a multiple, such as 0.04"),
     ({"family": "whisper", "window_seconds": 0.001}, "such as 0.02"),
 ])
-def test_a_size_that_no_model_has_is_refused(given, told):
-    with pytest.raises(ValueError, match=told):
-        ModelConfig(**given)
+def test_a_size_that_no_model_has_is_refused(size, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**size)
     assert ModelConfig(family="llama", n_kv_heads=2).n_kv_heads == 2
     assert ModelConfig(family="whisper", window_seconds=0.58).window_seconds == 0.58

@@ -17,7 +17,7 @@ from sparse_train.launch.cli import main
 from sparse_train.models import save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
-from tests.test_families import made
+from tests.models import tiny_model
 
 _DEEP = 100_000
 _SECONDS, _BYTES = 20, 8 << 30
@@ -142,13 +142,13 @@ _RECIPES = {"t5": "configs/numbers/demo.yaml", "whisper": "configs/dialtones/dem
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    model, processor = made("llama")
+    model, processor = tiny_model("llama")
     model.config.max_position_embeddings = 512  # room for the demo's examples
     save_model(folder / "dense", model, processor)
     model = sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
     export_sparse(model, processor, "int8", folder / "sparse")
     for family in _OTHERS:
-        model, processor = made(family)
+        model, processor = tiny_model(family)
         model.config.max_seq_len = 512
         save_model(folder / family, model, processor)
     return folder

@@ -15,12 +15,12 @@ from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
 from sparse_train.tasks.batch import collate
 from tests.model_types import built
-from tests.test_families import examples, made
+from tests.models import tiny_examples, tiny_model
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "whisper"])
 def test_a_model_without_data_has_its_computed_buffers(family, tmp_path):
-    model, processor = made(family)
+    model, processor = tiny_model(family)
     save_model(tmp_path, model, processor)
     skeleton, _ = open_model(tmp_path)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
@@ -30,11 +30,11 @@ def test_a_model_without_data_has_its_computed_buffers(family, tmp_path):
 
 def _saved(family, folder, change=lambda tensors: None):
     """A model in a folder, and the tensors of the folder changed; (model, one batch)."""
-    model, processor = made(family)
+    model, processor = tiny_model(family)
     save_model(folder, model, processor)
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors) or tensors, folder / "model.safetensors", {"format": "pt"})
-    return model, collate(examples(processor), processor)
+    return model, collate(tiny_examples(processor), processor)
 
 
 def _set(folder, file, **facts):
@@ -47,9 +47,9 @@ _READERS = {"load_model": load_model, "runtime": lambda folder: load(folder).mod
 
 def test_a_head_that_is_stored_beside_the_embedding_is_its_own(tmp_path):
     """T5 v1.1 and Flan-T5, whose config says that it is the embedding."""
-    model, processor = made("t5-gated")
+    model, processor = tiny_model("t5-gated")
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
-    batch = collate(examples(processor), processor)
+    batch = collate(tiny_examples(processor), processor)
     save_model(tmp_path / "dense", model, processor)
     expected = {"dense": model(**batch.inputs()).logits}
     weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
@@ -111,7 +111,7 @@ def test_a_folder_that_does_not_fit_its_config_is_refused_in_one_line(read, tmp_
 
 @pytest.mark.parametrize("read", [load_model, open_model, load])
 def test_a_sparse_folder_that_does_not_fit_its_config_is_refused(read, tmp_path):
-    model, processor = made("llama")
+    model, processor = tiny_model("llama")
     weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
     model = sparsify(model, weights)
     save_model(tmp_path, model, processor, [*own_tensors(model).items(), ("model.extra.weight", torch.zeros(2))])
@@ -124,7 +124,7 @@ def test_a_sparse_folder_that_does_not_fit_its_config_is_refused(read, tmp_path)
 
 
 def test_how_a_model_generates_is_kept_whichever_way_it_is_read(tmp_path):
-    model, processor = made("whisper")
+    model, processor = tiny_model("whisper")
     save_model(tmp_path / "dense", model, processor)
     published = {"suppress_tokens": [1, 2], "begin_suppress_tokens": [5], "lang_to_id": {"<|hi|>": 7},
                  "no_repeat_ngram_size": 3}
@@ -142,7 +142,7 @@ def test_how_a_model_generates_is_kept_whichever_way_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
 def test_pickled_weights_are_refused_with_what_to_do(where, tmp_path, monkeypatch):
-    model, processor = made("llama")
+    model, processor = tiny_model("llama")
     save_model(tmp_path, model, processor)
     (tmp_path / "model.safetensors").unlink()
     path = tmp_path
@@ -261,7 +261,7 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path, monkeypatch
 
 def test_a_stale_index_is_not_believed(tmp_path):
     """As from_pretrained chooses: the single file, where there is one."""
-    model, processor = made("llama")
+    model, processor = tiny_model("llama")
     save_model(tmp_path, model, processor)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": dict.fromkeys(own_tensors(model), "model-00001-of-00002.safetensors")}))
@@ -283,7 +283,7 @@ def test_a_path_that_is_not_there_is_told_as_a_path(path, told):
 
 def test_save_pretrained_of_a_sparse_model_writes_our_format(tmp_path):
     """As the Trainer calls it; of a dense model of the same class it is what it was."""
-    model, processor = made("t5")
+    model, processor = tiny_model("t5")
     model.save_pretrained(tmp_path / "dense")
     model = sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
     torch.save(model, tmp_path / "whole.pt")

@@ -18,9 +18,8 @@ from sparse_train.sparse import sparse_linears
 from sparse_train.training import audit, load_student, load_teacher
 from sparse_train.training.engine import FrozenBits, build_student, build_teacher, gathered_tensors
 from tests.model_types import built
-from tests.models import tiny_tokenizer
+from tests.models import tiny_model, tiny_tokenizer
 from tests.ranks import run_ranks
-from tests.test_families import made
 from tests.training.plain import Float64, assert_as_exact
 from tests.training.test_parity import _models
 
@@ -52,7 +51,7 @@ def _load_each(path):
 def test_what_lies_otherwise_in_the_file_is_sliced_too(tmp_path):
     """A head of its own beside the embedding; other names (GPT-NeoX); experts one by one; positions that are computed
     (Marian's)."""
-    model, processor = made("t5-gated")
+    model, processor = tiny_model("t5-gated")
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
     save_model(tmp_path / "t5", model, processor)
     models = {"t5": model}
