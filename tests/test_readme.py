@@ -1,6 +1,8 @@
 """What the README names is there: every folder of its tree, every file, every command and option."""
 
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,21 @@ from sparse_train.launch.cli import main
 
 TOP = Path(__file__).parents[1]
 TEXT = (TOP / "README.md").read_text()
+
+
+def _doors():
+    """(module of a room, name that the tree says to import from it)."""
+    parent = ""
+    for line in TEXT.partition("## The tree\n")[2].splitlines():
+        if match := re.match(r" {4}(\S+)/ ", line):
+            parent = {"launch": "sparse_train.launch", "sparse_train": "sparse_train"}.get(match[1], "")
+        elif match := re.match(r" {6}(\S+)/ .*\| (.*)", line):
+            yield from ((f"{parent}.{match[1]}", name) for name in match[2].split(", "))
+
+
+@pytest.mark.parametrize(("room", "name"), _doors())
+def test_a_door_is_there(room, name):
+    assert hasattr(import_module(room), name) or find_spec(f"{room}.{name}")
 
 
 def _tree():
@@ -24,7 +41,8 @@ def test_the_tree_is_the_tree():
     named = set(_tree())
     assert {"jobs", "launch", "configs", "sparse_train", "tests", "slurm", "docs"} <= named
     assert all((TOP / name).is_dir() for name in named)
-    rooms = {f"sparse_train/{path.parent.name}" for path in (TOP / "sparse_train").glob("*/__init__.py")}
+    rooms = {f"{top}/{path.parent.name}" for top in ("sparse_train", "launch")
+             for path in (TOP / top).glob("*/__init__.py")}
     assert rooms <= named
 
 
