@@ -5,6 +5,7 @@
 On the CPU with the kernels of the compressed models, on a GPU with weights that are expanded there.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from sparse_train.cpus import cpu_name
 from sparse_train.errors import UserError
 from sparse_train.inference import load
 from sparse_train.jobs.job import Job
+from sparse_train.jobs.stage import Kind
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
-    spec = job.config.benchmark
-    machine, rows = _on_gpu(job) if spec.devices[job.level] == "gpu" else _on_cpu(job)
+    machine, rows = _on_gpu(job) if job.stage.device == "gpu" else _on_cpu(job)
     artifacts.write_json(job.out / "rows.json", {"machine": machine, "rows": rows})
     return machine
 
@@ -33,17 +34,17 @@ def run(job: Job) -> dict[str, Any]:
 def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     spec, name = job.config.benchmark, job.config.name
     bandwidth = kernels.read_bandwidth()
-    rows = layer_rows(name, _own_weights(job), spec.repeats, bandwidth, _stage(job, 0, "own layers"))
-    sparsity, compress = rows[-1]["sparsity"], job.inputs["compress"]
-    runtimes = {("torch", "fp32", 0.0): load(job.inputs["dense"])}
+    rows = layer_rows(name, _own_weights(job), spec.repeats, bandwidth, job.progress_of_part(0, 3, "own layers"))
+    sparsity, compress = rows[-1]["sparsity"], Path(job.path_of(Kind.COMPRESS))
+    runtimes = {("torch", "fp32", 0.0): load(job.path_of(Kind.DENSE))}
     for precision in job.config.compress.precisions:
         if precision != "bf16":  # computed in fp32, so it would be the same row twice
             runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
     rows += decode_rows(name, runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
-                        _stage(job, 1, "decode"))
+                        job.progress_of_part(1, 3, "decode"))
     if spec.reference_layers == "mpt-7b":
         rows += layer_rows("mpt-7b block", _reference_weights(job), spec.repeats, bandwidth,
-                           _stage(job, 2, "mpt-7b block"))
+                           job.progress_of_part(2, 3, "mpt-7b block"))
     return {"device": cpu_name(), "threads": torch.get_num_threads(),
             "backend": kernels.backend(), "read_bandwidth_bytes_per_second": bandwidth}, rows
 
@@ -54,18 +55,19 @@ def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise UserError(f"benchmark.devices={list(spec.devices)}: this process sees no GPU; on a cluster give the "
                         "stage one, cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out")
     bandwidth = device_bandwidth(device)
-    rows = device_layer_rows(name, _own_weights(job), spec.repeats, bandwidth, device, _stage(job, 0, "own layers"))
-    rows += device_decode_rows(name, job.inputs["dense"], job.input_of("finetune"), rows[-1]["sparsity"],
+    rows = device_layer_rows(name, _own_weights(job), spec.repeats, bandwidth, device,
+                             job.progress_of_part(0, 3, "own layers"))
+    rows += device_decode_rows(name, job.path_of(Kind.DENSE), job.path_of(Kind.FINETUNE), rows[-1]["sparsity"],
                                _example(job), spec.new_tokens, spec.repeats, bandwidth, device,
-                               _stage(job, 1, "decode"))
+                               job.progress_of_part(1, 3, "decode"))
     if spec.reference_layers == "mpt-7b":
         rows += device_layer_rows("mpt-7b block (gpu)", _reference_weights(job), spec.repeats, bandwidth, device,
-                                  _stage(job, 2, "mpt-7b block"))
+                                  job.progress_of_part(2, 3, "mpt-7b block"))
     return {"device": torch.cuda.get_device_name(device), "read_bandwidth_bytes_per_second": bandwidth}, rows
 
 
 def _own_weights(job: Job):
-    return [linear.weight for linear in sparse_linears(load_model(job.input_of("finetune"))).values()]
+    return [linear.weight for linear in sparse_linears(load_model(job.path_of(Kind.FINETUNE))).values()]
 
 
 def _reference_weights(job: Job):
@@ -74,10 +76,6 @@ def _reference_weights(job: Job):
 
 def _example(job: Job):
     config = job.config
-    processor = load_processor(job.inputs["dense"], config.task.language)
+    processor = load_processor(job.path_of(Kind.DENSE), config.task.language)
     spec = EvaluateConfig(num_examples=1, max_new_tokens=config.benchmark.new_tokens)
     return scored_examples(build_task(config.task), processor, spec)[0][0]
-
-
-def _stage(job: Job, index: int, note: str):
-    return lambda done, total: job.progress(index * total + done, 3 * total, note)

@@ -17,8 +17,8 @@ from sparse_train.tasks import build_task, scored_examples
 
 def run(job: Job) -> dict[str, Any]:
     config = job.config
-    ((stage, source),) = job.inputs.items()
-    model, processor = load_model(source), load_processor(source, config.task.language)
+    (source,) = job.inputs
+    model, processor = load_model(source.path), load_processor(source.path, config.task.language)
     weights = {name: linear.weight for name, linear in sparse_linears(model).items()}
     task = build_task(config.task)
     examples, num_left_out = scored_examples(task, processor, config.evaluate)
@@ -28,16 +28,14 @@ def run(job: Job) -> dict[str, Any]:
         export_sparse(model, processor, precision, folder)
         # The runtime that will answer is the one that is scored: whatever the batch, answers are made token by token by
         # the kernels that `generate` runs, and a prompt's products are those of the same codes.
-        score = task.score(
-            load(folder).model, processor, examples, config.evaluate,
-            lambda done, total, index=index, precision=precision: job.progress(
-                index * total + done, len(config.compress.precisions) * total, precision))
+        score = task.score(load(folder).model, processor, examples, config.evaluate,
+                           job.progress_of_part(index, len(config.compress.precisions), precision))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}
     export_dense(model, processor, job.out / "dense")
     wrong = unpruned_zeros(job.out / "dense", weights)
     if wrong:
         raise RuntimeError(f"the dense export differs from the sparse weights in {', '.join(wrong)}")
-    metrics = {"loss": stage.rpartition("/")[2], "scores": scores, "num_bytes": _num_bytes(job)}
+    metrics = {"loss": source.stage.model_name, "scores": scores, "num_bytes": _num_bytes(job)}
     artifacts.write_json(job.out / "scores.json", metrics)
     return metrics
 

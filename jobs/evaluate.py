@@ -13,23 +13,20 @@ from sparse_train.tasks import build_task, scored_examples
 
 def run(job: Job) -> dict[str, Any]:
     spec, task = job.config.evaluate, build_task(job.config.task)
-    processor = load_processor(next(iter(job.inputs.values())), job.config.task.language)  # the same for all
+    processor = load_processor(job.inputs[0].path, job.config.task.language)  # the same for all
     examples, num_left_out = scored_examples(task, processor, spec)
     found = []
-    for index, (stage, folder) in enumerate(job.inputs.items()):
-        model = load_model(folder)
+    for index, source in enumerate(job.inputs):
+        stage, model = source.stage, load_model(source.path)
         linears = sparse_linears(model).values()
         num_weights = sum(linear.in_features * linear.out_features for linear in linears)
         sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
         # Batches of many tokens are what dense matrix products are for; the score does not depend on it.
-        score = task.score(
-            densify(model).to(dist.device()), processor, examples, spec,
-            lambda done, total, index=index, stage=stage: job.progress(
-                index * total + done, len(job.inputs) * total, stage))
-        name = "one-shot" if stage.startswith("prune") else stage.rpartition("/")[2]
-        found.append({"stage": stage, "loss": name, "sparsity": sparsity,
+        score = task.score(densify(model).to(dist.device()), processor, examples, spec,
+                           job.progress_of_part(index, len(job.inputs), stage.id))
+        found.append({"stage": stage.id, "loss": stage.model_name, "sparsity": sparsity,
                       "metrics": score.metrics | {"num_left_out": num_left_out}})
-        with open(job.out / f"{stage.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
+        with open(job.out / f"{stage.id.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
     write_json(job.out / "scores.json", found)
     return {row["stage"]: row["metrics"] for row in found}

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sparse_train import dist
 from sparse_train.config import LossConfig, TeacherConfig, TrainConfig
 from sparse_train.jobs.job import Job, Stopped
+from sparse_train.jobs.stage import Kind
 from sparse_train.models import Processor, load_processor, own_tensors, save_model
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, training_examples
@@ -19,11 +20,11 @@ from sparse_train.training.order import Order
 
 
 def run(job: Job) -> dict[str, Any]:
-    loss = job.config.finetune.losses[job.loss]
+    loss = job.stage.loss_config(job.config)
     config = job.config.finetune
-    student = load_student(job.input_of("prune"), config)
-    teacher = load_teacher(job.inputs["dense"], config, config.teacher) if loss.needs_teacher else None
-    processor = load_processor(job.input_of("prune"), job.config.task.language)
+    student = load_student(job.path_of(Kind.PRUNE), config)
+    teacher = load_teacher(job.path_of(Kind.DENSE), config, config.teacher) if loss.needs_teacher else None
+    processor = load_processor(job.path_of(Kind.PRUNE), job.config.task.language)
     return fine_tune(job, student, teacher, processor, config, loss, config.teacher)
 
 
@@ -35,7 +36,7 @@ def fine_tune(job: Job, student: PreTrainedModel, teacher: nn.Module | None, pro
     examples, num_left_out = training_examples(task, processor, config.num_examples)
     tracker = None
     if dist.rank() == 0:
-        tracker = Tracker(job.out, run.path, job.stage,
+        tracker = Tracker(job.out, run.path, job.stage.id, job.stage.kind,
                           {**run.model_dump(mode="json"), "sparsity_of_layer": _sparsity_of_layers(student)},
                           run.tracking.wandb)
     outcome = train(

@@ -1,39 +1,48 @@
-"""What a stage is given to work with."""
+"""What a stage works with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_train.config import RunConfig
+from sparse_train.jobs.stage import Kind, Stage
+
+
+@dataclass(frozen=True)
+class Input:
+    """The result of a finished stage."""
+
+    stage: Stage
+    path: Path | str
+    """Its folder; of an external dense model perhaps a name on the hub."""
 
 
 @dataclass(frozen=True)
 class Job:
     config: RunConfig
+    stage: Stage
     out: Path
-    """The folder to write; it is published under the stage's name when `run` returns."""
-    inputs: dict[str, Path | str]
-    """Finished stages by their ids, such as dense or finetune/squarehead; dense may be a hub name."""
+    """The folder to write; it is published under the stage's id when `run` returns."""
+    inputs: tuple[Input, ...]
+    """In the order of stage.inputs."""
     progress: Callable[[int, int, str], None]
-    stage: str
-    """Its id, such as finetune/squarehead."""
-    level: int = 0
-    """prune: which of config.prune.levels; benchmark: which of config.benchmark.devices."""
     deadline: float | None = None
     """When the process will be ended, in seconds since the epoch; known to rank 0."""
     guard: Callable[[], None] = lambda: None
     """Raises when a newer attempt is at work on the stage; to be called before files change that it may use."""
 
-    @property
-    def loss(self) -> str:
-        """finetune: which of config.finetune.losses."""
-        return self.stage.rpartition("/")[2]
-
-    def input_of(self, kind: str) -> Path | str:
-        """The one input whose stage is `kind`, such as prune."""
-        (path,) = (path for stage, path in self.inputs.items() if stage.partition("/")[0] == kind)
+    def path_of(self, kind: Kind) -> Path | str:
+        """The path of the one input of that kind."""
+        (path,) = (source.path for source in self.inputs if source.stage.kind is kind)
         return path
+
+    def progress_of_part(self, index: int, count: int, note: str) -> Callable[[int, int], None]:
+        """`progress` for part `index` of `count` that take as long as each other."""
+        return lambda done, total: self.progress(index * total + done, count * total, note)
 
 
 class Stopped(BaseException):
-    """A stop signal or the deadline ended the stage early; run it again to go on. No library shall swallow it."""
+    """A stop signal or the deadline ended the stage early; run it again to go on.
+
+    A BaseException, so that no library's `except Exception` swallows it.
+    """

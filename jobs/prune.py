@@ -14,9 +14,9 @@ from sparse_train.tasks import build_task, training_examples
 
 
 def run(job: Job) -> dict[str, Any]:
-    spec = job.config.prune.levels[job.level]
-    ((_, source),) = job.inputs.items()
-    processor, model = load_processor(source, job.config.task.language), load_model(source)
+    spec = job.config.prune.levels[job.stage.level]
+    (source,) = job.inputs
+    processor, model = load_processor(source.path, job.config.task.language), load_model(source.path)
     earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
     model = densify(model).to(dist.device())
     task = build_task(spec.calibration or job.config.task)

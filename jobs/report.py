@@ -20,6 +20,7 @@ from sparse_train import artifacts
 from sparse_train.bench.tables import SPEED_HEADER, notes, print_measured, speed_cells
 from sparse_train.extras import require
 from sparse_train.jobs.job import Job
+from sparse_train.jobs.stage import Kind
 from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
 from sparse_train.tasks import Task
@@ -46,25 +47,25 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _collect(job: Job) -> dict[str, Any]:
-    config, inputs = job.config, job.inputs
-    scores = []
-    for row in artifacts.read_json(inputs["evaluate"] / "scores.json"):
+    config, scores = job.config, []
+    evaluated = artifacts.read_json(Path(job.path_of(Kind.EVALUATE)) / "scores.json")
+    for row in evaluated:
         scores += _score_rows(config.name, row["loss"], "fp32", row["sparsity"], row["metrics"])
-        if row["loss"] == config.compressed_loss:
-            sparsity = row["sparsity"]  # in the end that of the last level, which is compressed
-    compressed = artifacts.read_json(inputs["compress"] / "scores.json")
+    # In a chain, that of the last level.
+    sparsity = next(row["sparsity"] for row in reversed(evaluated) if row["loss"] == config.compressed_loss)
+    compressed = artifacts.read_json(Path(job.path_of(Kind.COMPRESS)) / "scores.json")
     for precision, metrics in compressed["scores"].items():
         scores += _score_rows(config.name, compressed["loss"], f"runtime {precision}", sparsity, metrics)
-    benchmarks = [artifacts.read_json(path / "rows.json") for stage, path in inputs.items()
-                  if stage.partition("/")[0] == "benchmark"]
+    benchmarks = [artifacts.read_json(Path(source.path) / "rows.json") for source in job.inputs
+                  if source.stage.kind is Kind.BENCHMARK]
     return {"run": config.name, "about": config.about, "task": config.task.name,
             "metric": TASKS.load(config.task.name).metric, "prune": config.prune.model_dump(mode="json"),
             "finetune": {"num_examples": config.finetune.num_examples, "steps": config.finetune.steps},
             "compressed_loss": compressed["loss"], "scores": scores,
             "speed": [row for benchmark in benchmarks for row in benchmark["rows"]],
             "machines": [benchmark["machine"] for benchmark in benchmarks], "num_bytes": compressed["num_bytes"],
-            "seconds": {stage: manifest["seconds"] for stage, path in inputs.items()
-                        if (manifest := artifacts.read_manifest(Path(path)))}}
+            "seconds": {source.stage.id: manifest["seconds"] for source in job.inputs
+                        if (manifest := artifacts.read_manifest(Path(source.path)))}}
 
 
 def _score_rows(model: str, loss: str, engine: str, sparsity: float, metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options, console: Console) -> int:
     from sparse_train.config.load import load_points
+    from sparse_train.jobs.stage import Kind
     from sparse_train.launch.run.cluster import UNDER, ClusterConfig, load_cluster
     from sparse_train.launch.run.recipes import find_recipe
     from sparse_train.launch.run.slurm_queue import require_idle
@@ -175,7 +176,7 @@ def _run(options, console: Console) -> int:
     require_idle(config.path)
     local.run(config, cluster, names, console, options.replace)
     report = config.path / "report" / "report.json"
-    if planned[-1][0].id == "report":
+    if planned[-1][0].kind is Kind.REPORT:
         from sparse_train.jobs.report import print_tables
 
         print_tables(report, console)

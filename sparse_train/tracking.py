@@ -33,15 +33,15 @@ _LOG_INTERVAL_S = 10  # between lines of progress in the log
 class Tracker:
     """Appends one line per logged step to `folder`/metrics.jsonl, and sends it to wandb when that is configured.
 
-    `stage` is its id in the run whose folder is `run`. When wandb fails, one warning is logged and training continues
+    `stage` is its id in the run whose folder is `run`, `kind` what it does. When wandb fails, one warning is logged and training continues
     without it.
     """
 
-    def __init__(self, folder: Path, run: Path, stage: str, config: dict[str, Any] | None = None,
+    def __init__(self, folder: Path, run: Path, stage: str, kind: str, config: dict[str, Any] | None = None,
                  wandb: WandbConfig | None = None):
         self.path = folder / "metrics.jsonl"
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._wandb = _WandbRun(folder, run, stage, config, wandb) if wandb else None
+        self._wandb = _WandbRun(folder, run, stage, kind, config, wandb) if wandb else None
 
     def rewind(self, step: int) -> None:
         """Drop lines after `step`: a resumed job writes them again."""
@@ -68,9 +68,9 @@ class Tracker:
             self._wandb.close()
 
 
-def log_results(run: Path, stage: str, metrics: dict[str, Any], config: WandbConfig) -> None:
+def log_results(run: Path, stage: str, kind: str, metrics: dict[str, Any], config: WandbConfig) -> None:
     """Send a finished stage to wandb: `metrics` as its summary, its tables (scores.json, rows.json) and pictures."""
-    folder, wandb_run = run / stage, _WandbRun(run / "logs" / stage, run, stage, None, config)
+    folder, wandb_run = run / stage, _WandbRun(run / "logs" / stage, run, stage, kind, None, config)
     wandb_run.log(_flatten({key: value for key, value in metrics.items() if isinstance(value, (int, float, dict))}))
     for file in sorted(folder.glob("*.json")):
         data = read_json(file)
@@ -85,10 +85,11 @@ def log_results(run: Path, stage: str, metrics: dict[str, Any], config: WandbCon
 class _WandbRun:
     """One wandb run. Its errors never stop training: the first is logged, then wandb is disabled."""
 
-    def __init__(self, folder: Path, run: Path, stage: str, config: dict[str, Any] | None, wandb: WandbConfig):
+    def __init__(self, folder: Path, run: Path, stage: str, kind: str, config: dict[str, Any] | None,
+                 wandb: WandbConfig):
         self._run: Run | None = None
         with self._disabled_by_errors():
-            self._run = _start_wandb(folder, run, stage, config, wandb)
+            self._run = _start_wandb(folder, run, stage, kind, config, wandb)
 
     def log(self, metrics: dict[str, Any]) -> None:
         if self._run:
@@ -130,7 +131,8 @@ class _WandbRun:
             self._run = None
 
 
-def _start_wandb(folder: Path, run: Path, stage: str, config: dict[str, Any] | None, spec: WandbConfig) -> "Run":
+def _start_wandb(folder: Path, run: Path, stage: str, kind: str, config: dict[str, Any] | None,
+                 spec: WandbConfig) -> "Run":
     try:
         import wandb
     except ModuleNotFoundError:
@@ -138,7 +140,7 @@ def _start_wandb(folder: Path, run: Path, stage: str, config: dict[str, Any] | N
         raise
     wandb_run = wandb.init(
         project=spec.project, entity=spec.entity, mode=spec.mode, id=_wandb_id(folder), resume="allow",
-        name=f"{run.name}/{stage}", group=run.name, job_type=stage.partition("/")[0], dir=str(run), config=config)
+        name=f"{run.name}/{stage}", group=run.name, job_type=kind, dir=str(run), config=config)
     wandb_run.define_metric("*", step_metric="global_step")
     return wandb_run
 

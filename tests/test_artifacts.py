@@ -75,13 +75,13 @@ def test_a_broken_json_file_is_a_clear_line(text, tmp_path):
 
 
 def test_rewinding_drops_later_steps_and_half_lines(tmp_path):
-    tracker = Tracker(tmp_path, tmp_path, "dense")
+    tracker = Tracker(tmp_path, tmp_path, "dense", "dense")
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
     tracker.close()
     with open(tracker.path, "a") as file:
         file.write('{"step": 4, "lo')
-    again = Tracker(tmp_path, tmp_path, "dense")
+    again = Tracker(tmp_path, tmp_path, "dense", "dense")
     again.rewind(2)
     again.log(3, {"loss": 0.5})
     again.close()
@@ -112,7 +112,7 @@ def _told(calls, name):
 @pytest.mark.parametrize("fail_at", ["init", "define_metric", "log", "finish"])
 def test_a_failing_wandb_is_left_out_and_metrics_go_on(fail_at, tmp_path, monkeypatch):
     calls = _fake_wandb(monkeypatch, fail_at)
-    tracker = Tracker(tmp_path, tmp_path, "dense", {}, WandbConfig())
+    tracker = Tracker(tmp_path, tmp_path, "dense", "dense", {}, WandbConfig())
     tracker.log(1, {"loss": 1.0})
     tracker.log(2, {"loss": 0.5})
     tracker.close()
@@ -122,14 +122,14 @@ def test_a_failing_wandb_is_left_out_and_metrics_go_on(fail_at, tmp_path, monkey
 
 def test_wandb_gets_one_run_per_stage_with_a_step_of_our_own(tmp_path, monkeypatch):
     calls, run = _fake_wandb(monkeypatch, None), tmp_path / "demo"
-    tracker = Tracker(tmp_path, run, "finetune/ce", {"a": 1}, WandbConfig(mode="offline"))
+    tracker = Tracker(tmp_path, run, "finetune/ce", "finetune", {"a": 1}, WandbConfig(mode="offline"))
     tracker.log(7, {"loss": 1.0, "squarehead": {"0": 0.25}, "nodes": {"0": {"memory_gb": 2.0}}})
     given = calls[0][2]
     assert (given["name"], given["group"], given["job_type"], given["mode"], given["dir"]) == \
         ("demo/finetune/ce", "demo", "finetune", "offline", str(run))
     assert calls[1][1:] == (("*",), {"step_metric": "global_step"})
     assert calls[2][1:] == (({"global_step": 7, "loss": 1.0, "squarehead/0": 0.25, "nodes/0/memory_gb": 2.0},), {})
-    Tracker(tmp_path, run, "finetune/ce", {}, WandbConfig())
+    Tracker(tmp_path, run, "finetune/ce", "finetune", {}, WandbConfig())
     again = [kwargs for name, _, kwargs in calls if name == "init"][1]
     assert again["id"] == given["id"] and again["resume"] == "allow"
 
@@ -141,7 +141,7 @@ def test_wandb_gets_tables_and_pictures_of_a_finished_stage(tmp_path, monkeypatc
     artifacts.write_json(stage / "rows.json", {"machine": {}, "rows": [{"a": 1}, {"a": 2, "b": {"c": 3}}]})
     artifacts.write_json(stage / "other.json", {"no": "rows"})
     (stage / "plot.png").touch()
-    log_results(tmp_path / "demo", "benchmark", {"bandwidth": 3.0, "names": ["x"]}, WandbConfig())
+    log_results(tmp_path / "demo", "benchmark", "benchmark", {"bandwidth": 3.0, "names": ["x"]}, WandbConfig())
     assert _told(calls, "log") == [{"bandwidth": 3.0}, {"rows": (["a", "b/c"], [[1, None], [2, 3]])},
                                    {"plot": str(stage / "plot.png")}]
     assert calls[-1][0] == "finish"
@@ -151,7 +151,7 @@ def test_wandb_itself_offline_and_where_the_key_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_API_KEY", key := "k" * 40)
     for step in (1, 2):  # two attempts
-        tracker = Tracker(tmp_path, tmp_path, "dense", {}, WandbConfig(mode="offline"))
+        tracker = Tracker(tmp_path, tmp_path, "dense", "dense", {}, WandbConfig(mode="offline"))
         tracker.log(step, {"loss": 1.0})
         tracker.close()
     folders = list(tmp_path.glob("wandb/offline-run-*"))

@@ -28,7 +28,7 @@ def test_a_path_that_is_there_holds_from_every_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_recipe_loads_and_its_graph_resolves(path):
     config = load_config(RunConfig, path)
-    assert [stage.job for stage in build_stages(config)][-1] == "report"
+    assert [stage.kind for stage in build_stages(config)][-1] == "report"
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
@@ -174,7 +174,8 @@ def test_what_a_file_says_about_its_run_is_not_said_of_another(tmp_path):
 
 def test_which_loss_is_compressed_does_not_depend_on_their_order(tmp_path):
     def sources(config):
-        return {stage.job: stage.inputs for stage in build_stages(config) if stage.job in ("compress", "benchmark")}
+        return {stage.kind: tuple(source.id for source in stage.inputs) for stage in build_stages(config)
+                if stage.kind in ("compress", "benchmark")}
 
     claim = load_config(RunConfig, CONFIGS / "claim" / "arithmetic.yaml")
     more = load_config(RunConfig, _DEMO, ["finetune.losses.kd.logit_weight=1"])

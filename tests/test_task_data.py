@@ -13,7 +13,8 @@ import pytest
 from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs import prune as prune_job
-from sparse_train.jobs.job import Job
+from sparse_train.jobs.job import Input, Job
+from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.models import build_model, build_processor, save_model
 from sparse_train.tasks import build_task, build_tokenizer, read
 
@@ -193,9 +194,11 @@ def test_calibration_may_have_a_task_of_its_own(tmp_path, monkeypatch):
         return real(model, given, *rest)
 
     monkeypatch.setattr(prune_job, "prune", seen)
+    dense = Stage(Kind.DENSE, "dense", external=str(tmp_path / "dense"))
+    stage, source = Stage(Kind.PRUNE, "prune", inputs=(dense,)), Input(dense, tmp_path / "dense")
     for calibration in (None, {"name": "text", "path": str(tmp_path), "max_length": 100}):
         config = RunConfig(prune={"sparsity": 0.5, "num_calibration": 4, "calibration": calibration})
-        prune_job.run(Job(config, tmp_path / "out", {"dense": tmp_path / "dense"}, lambda *_: None, "prune"))
+        prune_job.run(Job(config, stage, tmp_path / "out", (source,), lambda *_: None))
         texts = [tokenizer.decode(row) for batch in given for row in batch.input_ids]
         assert len(texts) == 4 and all(("Question" in text) == (calibration is None) for text in texts)
 

@@ -11,10 +11,11 @@ from rich.console import Console
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
+from sparse_train.jobs.stage import Stage
 from sparse_train.launch.monitor.state import reason_to_run
 from sparse_train.launch.run.lock import find_launcher
 from sparse_train.launch.run.slurm_queue import job_states, output_folder, read_jobs
-from sparse_train.launch.run.stages import Stage, find_stage, log_folder, read_run
+from sparse_train.launch.run.stages import find_stage, log_folder, read_run
 from sparse_train.launch.worker.endings import rank_log
 
 _POLL_S, _QUEUE_POLL_S = 0.5, 10.0  # between looks at the file, and questions to SLURM

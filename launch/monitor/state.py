@@ -11,10 +11,10 @@ from rich.console import Console
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError, told_of
+from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.lock import find_launcher
 from sparse_train.launch.run.slurm_queue import JobState, job_states, read_jobs
 from sparse_train.launch.run.stages import (
-    Stage,
     build_stages,
     is_dense_of_sweep,
     log_folder,
@@ -165,10 +165,10 @@ def _judge_job(config: RunConfig, stage: Stage, reason: str, job: JobState, reco
 
 def _missing_input(stage: Stage, unfinished: list[str]) -> str:
     """An input that did not finish; "" where there is none."""
-    for name in stage.inputs:
-        if name in unfinished:
-            return name
-    for path in map(Path, stage.external.values()):  # such as the dense model of a sweep, which another run makes
+    for source in stage.inputs:
+        if source.id in unfinished:
+            return source.id
+        path = Path(source.external or "")  # such as the dense model of a sweep, which another run makes
         if path.is_absolute() and not path.is_dir():
             return "/".join(path.parts[-2:])
     return ""

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from sparse_train.config import Positive, Section
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
+from sparse_train.jobs.stage import Stage, kind_of
 from sparse_train.launch.run.recipes import CONFIGS
-from sparse_train.launch.run.stages import JOBS
 
 CLUSTER, UNDER = "cluster.yaml", "cluster."
 _SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",
@@ -97,9 +97,8 @@ class ClusterConfig(Resources):
     @field_validator("stages")
     @classmethod
     def _stages_exist(cls, stages):
-        for stage in stages:
-            if stage.partition("/")[0] not in JOBS:
-                raise ValueError(f"there is no stage {stage}; choose from: {', '.join(JOBS)}")
+        for name in stages:
+            kind_of(name)
         return stages
 
     @field_validator("environment")
@@ -123,19 +122,19 @@ class ClusterConfig(Resources):
                 raise ValueError(f"{key}={getattr(self, key)}: this machine has no such thing; use --on slurm")
         return self
 
-    def resources(self, stage: str, distributed: bool) -> Resources:
-        """Of a stage by id: the most exact entry of `stages` over the common ones. One process when not distributed."""
+    def resources(self, stage: Stage) -> Resources:
+        """The most exact entry of `stages` over the common ones. One process when not distributed."""
         found = {key: getattr(self, key) for key in Resources.model_fields}
-        if not distributed:
+        if not stage.is_distributed:
             found |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": found["gpus_per_node"] and 1}
-        for name in dict.fromkeys((stage.partition("/")[0], stage)):
+        for name in dict.fromkeys((stage.kind.value, stage.id)):
             if own := self.stages.get(name):
                 given = {key: getattr(own, key) for key in own.model_fields_set}
                 found |= given | {"sbatch": {**found["sbatch"], **own.sbatch}}
         resources = Resources.model_validate(found)
-        if not distributed and resources.ranks > 1:
-            raise UserError(f"stages.{stage}: {resources.ranks} ranks, but this stage is one process; leave nodes and "
-                            "ranks_per_node out")
+        if not stage.is_distributed and resources.ranks > 1:
+            raise UserError(f"stages.{stage.id}: {resources.ranks} ranks, but this stage is one process; leave nodes "
+                            "and ranks_per_node out")
         return resources
 
     def visible_gpus(self, num_ranks: int) -> int:

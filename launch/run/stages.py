@@ -8,7 +8,6 @@ A key that the manifest does not know counts as its default, so a release that a
 import contextlib
 import json
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,11 @@ from sparse_train import artifacts
 from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
 from sparse_train.config.load import load_frozen
 from sparse_train.errors import UserError
+from sparse_train.jobs.job import Input
+from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.registry import TASKS
 
 CONFIG, JOB_FILE = "config.yaml", "job"
-JOBS = ("dense", "prune", "finetune", "evaluate", "compress", "benchmark", "report")
-
-
-@dataclass(frozen=True)
-class Stage:
-    id: str
-    """Its folder below the run's, such as finetune/squarehead, or finetune/75/squarehead in a chain."""
-    reads: tuple[str, ...]
-    """Keys and sections of the config that its result depends on, dotted."""
-    inputs: tuple[str, ...] = ()
-    """Ids of stages."""
-    distributed: bool = False
-    """Runs on all ranks of the cluster config; otherwise on one."""
-    external: dict[str, str] = field(default_factory=dict)
-    """Inputs from outside the run: id -> folder or hub name."""
-
-    level: int = 0
-    """prune, finetune: which of config.prune.levels; benchmark: which of config.benchmark.devices."""
-
-    @property
-    def job(self) -> str:
-        """The module of `jobs` that does it, and the name it is selected by."""
-        return self.id.partition("/")[0]
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -52,8 +30,8 @@ def read_run(folder: Path) -> RunConfig:
     return load_frozen(folder / CONFIG).model_copy(update={"folder": str(folder.parent), "name": folder.name})
 
 
-def find_stage(config: RunConfig, name: str) -> "Stage":
-    """By its id, or by its job where there is one. Raises UserError."""
+def find_stage(config: RunConfig, name: str) -> Stage:
+    """By its id, or by its kind where there is one of it. Raises UserError."""
     found = select(build_stages(config), [name])
     exact = [stage for stage in found if stage.id == name] or found
     if len(exact) > 1:
@@ -63,31 +41,25 @@ def find_stage(config: RunConfig, name: str) -> "Stage":
 
 def build_stages(config: RunConfig) -> list[Stage]:
     """In the order in which they run."""
-    external = {"dense": config.dense.path} if config.dense.path else {}
-    dense = () if external else ("dense",)
-    stages = [] if external else [
-        Stage("dense", ("seed", *_training_data(config.task), "model.path" if config.model.path else "model",
-                        *_training("dense")), distributed=True)]
-    chain, one_shots, tuned = _chain(config, dense, external)
-    stages += chain
+    dense = Stage(Kind.DENSE, "dense", (
+        "seed", *_training_data(config.task), "model.path" if config.model.path else "model", *_training("dense")),
+        external=config.dense.path)
+    chain = _chain(config, dense)
+    one_shots = [stage for stage in chain if stage.kind is Kind.PRUNE and stage.loss is None]
+    tuned = [stage for stage in chain if stage.kind is Kind.FINETUNE]
     # In a chain, that of the last level.
-    last = next(stage for stage in reversed(tuned) if stage.rpartition("/")[2] == config.compressed_loss)
+    last = next(stage for stage in reversed(tuned) if stage.loss == config.compressed_loss)
+    data = _of(TaskConfig, "task", "max_bad_share")
+    evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
+    compress = Stage(Kind.COMPRESS, "compress", (*data, "evaluate", "compress.precisions"), (last,))
     devices = config.benchmark.devices
-    scoring = (*_of(TaskConfig, "task", "max_bad_share"), "evaluate")
-    benchmarks = [Stage(f"benchmark/{device}" if len(devices) > 1 else "benchmark",
-                        ("name", *scoring[:-1], "benchmark", "prune.sparsity", "compress.precisions"),
-                        (*dense, last, "compress"), external=external, level=index)
-                  for index, device in enumerate(devices)]
-    stages += [
-        Stage("evaluate", scoring, (*dense, *one_shots, *tuned), external=external),
-        Stage("compress", (*scoring, "compress.precisions"), (last,)),
-        *benchmarks,
-        Stage("report", ("name", "about", "task.name", "prune", "finetune.num_examples", "finetune.steps",
-               "compress.loss"),
-              (*dense, *(stage.id for stage in chain), "evaluate", "compress", *(stage.id for stage in benchmarks)),
-              external=external),
-    ]
-    return stages
+    benchmarks = [Stage(Kind.BENCHMARK, f"benchmark/{device}" if len(devices) > 1 else "benchmark",
+                        ("name", *data, "benchmark", "prune.sparsity", "compress.precisions"),
+                        (dense, last, compress), device=device) for device in devices]
+    report = Stage(Kind.REPORT, "report", (
+        "name", "about", "task.name", "prune", "finetune.num_examples", "finetune.steps", "compress.loss"),
+        (dense, *chain, evaluate, compress, *benchmarks))
+    return [*([] if dense.external else [dense]), *chain, evaluate, compress, *benchmarks, report]
 
 
 def _of(section: type[Section], name: str, *without: str) -> tuple[str, ...]:
@@ -116,41 +88,38 @@ def _pruning(config: RunConfig) -> tuple[str, ...]:
             "task.language")
 
 
-def _chain(config: RunConfig, dense, external) -> tuple[list[Stage], list[str], list[str]]:
-    """(prune and finetune stages, ids of those pruned from dense, ids of the fine-tunes).
+def _chain(config: RunConfig, dense: Stage) -> list[Stage]:
+    """The stages that prune and fine-tune.
 
     Every level has its one-shot model, pruned from dense; from the second level on each loss prunes its own last one.
     """
-    levels, losses = config.prune.levels, list(config.finetune.losses)
-    pruning = _pruning(config)
-    stages: list[Stage] = []
-    one_shots, tuned = [], {}
-    found = []
+    pruning, training = _pruning(config), ("seed", *_training_data(config.task), *_training("finetune"))
+    levels, stages = config.prune.levels, []
+    tuned: dict[str, Stage] = {}
     for index, level in enumerate(levels):
         below = f"/{100 * level.sparsity:g}" if len(levels) > 1 else ""
-        one_shots.append(f"prune{below}/one-shot" if below else "prune")
-        stages.append(Stage(one_shots[-1], pruning, dense, external=external, level=index))
-        for name in losses:
-            pruned = one_shots[-1]
+        one_shot = Stage(Kind.PRUNE, f"prune{below}/one-shot" if below else "prune", pruning, (dense,), level=index)
+        stages.append(one_shot)
+        for name, loss in config.finetune.losses.items():
+            pruned = one_shot
             if index:
-                pruned = f"prune{below}/{name}"
-                stages.append(Stage(pruned, pruning, (tuned[name],), level=index))
-            tuned[name] = f"finetune{below}/{name}"
-            found.append(tuned[name])
-            teacher = ("finetune.teacher.precision",) if config.finetune.losses[name].needs_teacher else ()
-            stages.append(Stage(tuned[name], ("seed", *_training_data(config.task), *_training("finetune"),
-                                              f"finetune.losses.{name}", *teacher),
-                                (*dense, pruned), distributed=True, external=external, level=index))
-    return stages, one_shots, found
+                pruned = Stage(Kind.PRUNE, f"prune{below}/{name}", pruning, (tuned[name],), loss=name, level=index)
+                stages.append(pruned)
+            teacher = ("finetune.teacher.precision",) if loss.needs_teacher else ()
+            tuned[name] = Stage(Kind.FINETUNE, f"finetune{below}/{name}",
+                                (*training, f"finetune.losses.{name}", *teacher), (dense, pruned), loss=name,
+                                level=index)
+            stages.append(tuned[name])
+    return stages
 
 
 def select(stages: list[Stage], names: list[str]) -> list[Stage]:
-    """The stages whose job or id is named; all when none is."""
-    known = list(dict.fromkeys(name for stage in stages for name in (stage.job, stage.id)))
+    """The stages whose kind or id is in `names`; all when it is empty. Raises UserError."""
+    known = list(dict.fromkeys(name for stage in stages for name in (stage.kind.value, stage.id)))
     for name in names:
         if name not in known:
             raise UserError(f"there is no stage {name} in this run; choose from: {', '.join(known)}")
-    return [stage for stage in stages if not names or stage.job in names or stage.id in names]
+    return [stage for stage in stages if not names or stage.kind in names or stage.id in names]
 
 
 def sources(stage: Stage, config: RunConfig) -> dict[str, dict[str, Any]] | None:
@@ -159,11 +128,11 @@ def sources(stage: Stage, config: RunConfig) -> dict[str, dict[str, Any]] | None
     None while an input is not finished.
     """
     inputs = {name: _fingerprint(path) for name, path in _outside(stage, config).items()}
-    for name in stage.inputs:
-        manifest = artifacts.read_manifest(config.path / name)
+    for source in stage.upstream:
+        manifest = artifacts.read_manifest(config.path / source.id)
         if manifest is None:
             return None
-        inputs[name] = artifacts.digest(manifest["files"])
+        inputs[source.id] = artifacts.digest(manifest["files"])
     seen = _seen_by(stage, config)
     return {"config": {key: _plain(_value(seen, key)) for key in stage.reads}, "inputs": inputs}
 
@@ -209,12 +178,12 @@ def _short(value: Any) -> str:
 
 
 def _seen_by(stage: Stage, config: RunConfig) -> RunConfig:
-    """Of what the config has a list, the stage sees its own."""
-    if stage.job == "prune":
+    """Of what the config has a list, the stage sees one item."""
+    if stage.kind is Kind.PRUNE:
         return config.model_copy(update={"prune": config.prune.levels[stage.level]})
-    if stage.job == "benchmark":
-        own = config.benchmark.model_copy(update={"devices": (config.benchmark.devices[stage.level],)})
-        return config.model_copy(update={"benchmark": own})
+    if stage.kind is Kind.BENCHMARK:
+        benchmark = config.benchmark.model_copy(update={"devices": (stage.device,)})
+        return config.model_copy(update={"benchmark": benchmark})
     return config
 
 
@@ -247,14 +216,15 @@ def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:
     calibration = config.prune.calibration
     named = {"task.path": config.task.path, "model.path": config.model.path,
              "prune.calibration.path": calibration and calibration.path}
-    return {**stage.external, **{key: path for key, path in named.items() if path and any(
+    external = {source.id: source.external for source in stage.inputs if source.external}
+    return {**external, **{key: path for key, path in named.items() if path and any(
         key.startswith(part) for part in stage.reads)}}
 
 
 def dense_of_sweep(config: RunConfig) -> RunConfig:
     """The run that makes the dense model of `config`, a run of a sweep, and of all who agree with it on how that is
     made."""
-    dense = next(stage for stage in build_stages(config) if stage.id == "dense")
+    dense = find_stage(config, Kind.DENSE)
     # Without what is at its default, so that a release that adds keys finds the models of an older one.
     given = config.model_dump(mode="json", exclude_defaults=True)
     keys = {key: found for key in dense.reads if (found := _at(given, key)) is not None}
@@ -273,9 +243,9 @@ def is_dense_of_sweep(config: RunConfig) -> bool:
     return not config.dense.path and config.name == dense_of_sweep(config).name
 
 
-def input_paths(stage: Stage, config: RunConfig) -> dict[str, Path | str]:
-    """dense first, then in the order of the graph."""
-    return {**stage.external, **{name: config.path / name for name in stage.inputs}}
+def read_inputs(stage: Stage, config: RunConfig) -> tuple[Input, ...]:
+    """Dense first, then in the order of the graph."""
+    return tuple(Input(source, source.external or config.path / source.id) for source in stage.inputs)
 
 
 def partial_folder(stage: Stage, config: RunConfig) -> Path:

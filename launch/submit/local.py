@@ -18,12 +18,12 @@ from sparse_train.compat.submitit import local_process
 from sparse_train.config import RunConfig
 from sparse_train.config.load import dump_config
 from sparse_train.errors import StageFailed, UserError
+from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
 from sparse_train.launch.run.lock import locked, require_own_run
 from sparse_train.launch.run.stages import (
     CONFIG,
     JOB_FILE,
-    Stage,
     build_stages,
     is_current,
     log_folder,
@@ -48,7 +48,7 @@ def plan(config: RunConfig, names: list[str]) -> list[tuple[Stage, str]]:
     """(stage, why it will run or "current") for each selected stage."""
     stages, found, stale = select(build_stages(config), names), [], set()
     for stage in stages:
-        behind = [name for name in stage.inputs if name in stale]
+        behind = [source.id for source in stage.upstream if source.id in stale]
         manifest = artifacts.read_manifest(config.path / stage.id)
         if behind:
             reason = f"{behind[0]} will be new"
@@ -84,7 +84,7 @@ def replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
                                     "it; give name=OTHER for a run of its own")
             for folder in (config.path / stage.id, partial_folder(stage, config)):
                 artifacts.require_own(folder, stage.id)
-            if stage.job == "report":  # seconds of work on what the others measured; nothing of it is lost
+            if stage.kind is Kind.REPORT:  # seconds of work on what the others measured; nothing of it is lost
                 continue
             if artifacts.read_manifest(config.path / stage.id) or (config.path / stage.id).exists():
                 lost = f"{stage.id} ({reason})"
@@ -114,7 +114,7 @@ def require_inputs(config: RunConfig, names: list[str]) -> None:
     selected = select(build_stages(config), names)
     reasons = {stage.id: reason for stage, reason in plan(config, [])}
     for stage in selected:
-        for name in stage.inputs if not is_current(stage, config) else ():
+        for name in [source.id for source in stage.upstream] if not is_current(stage, config) else ():
             if name not in [other.id for other in selected] and (reason := reasons[name]) != "current":
                 raise UserError(f"stage {stage.id} needs {name}, which is not current ({reason}); add it to --stages")
 
@@ -154,7 +154,7 @@ def _run_stage(stage: Stage, config: RunConfig, cluster: ClusterConfig, console:
     for note in (progress_file(stage, config), logs / JOB_FILE):  # of earlier times, perhaps on SLURM
         note.unlink(missing_ok=True)
     started = time.monotonic()
-    num_ranks = cluster.resources(stage.id, stage.distributed).ranks
+    num_ranks = cluster.resources(stage).ranks
     job = start_processes(cluster, num_ranks, logs, process, str(config.path.absolute()), stage.id, free_port())
     try:
         _watch(stage, config, job, console)
@@ -181,7 +181,7 @@ def told_of_stop(stage: Stage, ending: Ending) -> str:
     """What a stage that was stopped came to, and what the same command will do."""
     if ending.status == "finished":
         return f"{stage.id} was finished; the same command goes on behind it"
-    if not stage.distributed:
+    if not stage.is_distributed:
         return f"{stage.id} was stopped; the same command starts it again"
     if ending.status == "stopped":
         return f"{stage.id} was stopped and saved its state; the same command goes on from there"

@@ -21,11 +21,12 @@ from sparse_train import artifacts
 from sparse_train.compat.submitit import batch_text
 from sparse_train.config import RunConfig
 from sparse_train.errors import StageFailed, UserError
+from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.lock import locked
 from sparse_train.launch.run.slurm_queue import array_of, require_idle
 from sparse_train.launch.run.snapshot import freeze_code
-from sparse_train.launch.run.stages import JOB_FILE, Stage, build_stages, log_folder, select
+from sparse_train.launch.run.stages import JOB_FILE, build_stages, log_folder, select
 from sparse_train.launch.submit.local import check_replaced, claim, plan, process
 
 RUNS_FILE = "runs.txt"
@@ -47,9 +48,9 @@ def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str], replace
         print(config.path.absolute())
         for stage, reason in plan(config, names):
             if reason != "current":
-                options = cluster.resources(stage.id, stage.distributed).options()
+                options = cluster.resources(stage).options()
                 options["signal"] = f"USR2@{cluster.warning_s}"
-                print(stage.id, ",".join(stage.inputs) or "-", *(
+                print(stage.id, ",".join(source.id for source in stage.upstream) or "-", *(
                     f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()), sep="\t")
 
 
@@ -137,7 +138,7 @@ def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list
 def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfig, code: Path,
                   after: str = "") -> submitit.SlurmExecutor:
     """submitit's, set up for one job, or for an array of as many tasks as runs."""
-    resources, root = cluster.resources(stage.id, stage.distributed), _root(runs)
+    resources, root = cluster.resources(stage), _root(runs)
     folder = root / "logs" / stage.id
     options = {key.replace("-", "_"): value for key, value in resources.options().items()}  # as submitit spells them
     options |= {"requeue": True, "kill-on-invalid-dep": "yes"}
@@ -202,7 +203,7 @@ def _own_environment() -> Iterator[None]:
 
 def _dependency(stage: Stage, made: list[dict[str, str]]) -> str:
     """afterok of the jobs that make its inputs; of an array, each task after the same task of theirs."""
-    jobs = list(dict.fromkeys(array_of(made[0][name]) for name in stage.inputs if name in made[0]))
+    jobs = list(dict.fromkeys(array_of(made[0][source.id]) for source in stage.inputs if source.id in made[0]))
     kind = "afterok" if len(made) == 1 else "aftercorr"
     return ",".join(f"{kind}:{job}" for job in jobs)
 

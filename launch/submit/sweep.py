@@ -14,10 +14,11 @@ from rich.console import Console
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import StageFailed, UserError
+from sparse_train.jobs.stage import Kind
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.lock import locked
 from sparse_train.launch.run.slurm_queue import require_idle
-from sparse_train.launch.run.stages import build_stages, dense_of_sweep, is_current
+from sparse_train.launch.run.stages import dense_of_sweep, find_stage, is_current
 from sparse_train.launch.submit import local, slurm
 from sparse_train.launch.submit.validate import require_data, summarise, validate
 from sparse_train.registry import TASKS
@@ -92,7 +93,7 @@ def print_collected(points: Points, console: Console) -> None:
     """Write SWEEP/sweep.json and print it as a table: scores of the combinations that are evaluated by now."""
     table = []
     for point, config in points:
-        evaluate = next(stage for stage in build_stages(config) if stage.id == "evaluate")
+        evaluate = find_stage(config, Kind.EVALUATE)
         if is_current(evaluate, config):
             table += [{"point": point, **row} for row in artifacts.read_json(config.path / "evaluate" / "scores.json")]
     if table:

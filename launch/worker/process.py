@@ -18,15 +18,15 @@ from sparse_train.config.load import load_config
 from sparse_train.cpus import set_threads
 from sparse_train.errors import UserError
 from sparse_train.jobs.job import Job, Stopped
+from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
 from sparse_train.launch.run.stages import (
-    Stage,
     find_stage,
-    input_paths,
     is_current,
     log_folder,
     partial_folder,
     progress_file,
+    read_inputs,
     read_run,
 )
 from sparse_train.launch.worker import attempts
@@ -57,7 +57,7 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
     for number in _STOP_SIGNALS:
         # submitit's handlers would save on one rank only. Training installs its own later; while the ranks join, they
         # wait in native code, where no Python handler would run.
-        signal.signal(number, signal.SIG_DFL if stage.distributed else _raise_stopped)
+        signal.signal(number, signal.SIG_DFL if stage.is_distributed else _raise_stopped)
 
     def run_stage() -> None:
         reserve_ending(logs, process.attempt, process.rank)
@@ -90,7 +90,7 @@ def _run_stage(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, 
     if process.rank == 0:  # before anything can fail, and before an attempt that still runs elsewhere writes more
         attempts.begin(log_folder(stage, config), process,
                        checkpoint.newest_step(partial_folder(stage, config) / "checkpoints"))
-    if stage.distributed:
+    if stage.is_distributed:
         _run_on_ranks(process, config, cluster, stage, port)
     else:
         _run_alone(process, config, cluster, stage)
@@ -126,11 +126,11 @@ def _run_alone(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, 
         # SLURM's warning may come a minute early. A preempted job is tried again, and has all of its time again.
         if stop.args == (signal.SIGUSR2,) and time_limit and time.time() > time_limit - cluster.warning_s - 60:
             raise UserError(f"stage {stage.id} met its time limit and keeps no state to go on from; give it more: "
-                            f"cluster.stages.{stage.job}.time=...") from None
+                            f"cluster.stages.{stage.kind}.time=...") from None
         raise
     _publish(process, config, stage, metrics, started)
     if config.tracking.wandb:
-        log_results(config.path, stage.id, metrics, config.tracking.wandb)
+        log_results(config.path, stage.id, stage.kind, metrics, config.tracking.wandb)
 
 
 def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, ends: float | None) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, ends: float 
         attempts.require_newest(log_folder(stage, config), process.attempt)
 
     progress = Progress(progress_file(stage, config), require_newest_attempt)
-    job = Job(config, partial_folder(stage, config), input_paths(stage, config), progress, stage.id, stage.level, ends,
+    job = Job(config, stage, partial_folder(stage, config), read_inputs(stage, config), progress, ends,
               require_newest_attempt)
-    return importlib.import_module(f"sparse_train.jobs.{stage.job}").run(job)
+    return importlib.import_module(f"sparse_train.jobs.{stage.kind}").run(job)
 
 
 def _publish(process: ProcessInfo, config: RunConfig, stage: Stage, metrics: dict[str, Any], started: float) -> None:

@@ -17,7 +17,8 @@ from sparse_train import dist
 from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
-from sparse_train.launch.run.stages import Stage, log_folder, partial_folder
+from sparse_train.jobs.stage import Kind, Stage
+from sparse_train.launch.run.stages import log_folder, partial_folder
 from sparse_train.launch.worker.process_info import ProcessInfo
 from sparse_train.models import describe, empty_model, read_config
 from sparse_train.pruning.parameters import ParameterCounts, count_parameters
@@ -160,14 +161,14 @@ def _require_disk(config: RunConfig, stage: Stage, counts: ParameterCounts) -> N
     free += sum(file.stat().st_size for file in (partial_folder(stage, config) / "checkpoints").glob("step-*/*"))
     if needed > free:
         raise UserError(f"the checkpoints of {stage.id} take {needed / 1e9:.1f} GB and {config.path} has "
-                        f"{free / 1e9:.1f} GB free; make room, or give {stage.job}.checkpoints_kept=1")
+                        f"{free / 1e9:.1f} GB free; make room, or give {stage.kind}.checkpoints_kept=1")
 
 
 def _require_memory(process: ProcessInfo, config: RunConfig, stage: Stage, counts: ParameterCounts,
                     info: RankInfo) -> None:
     train, num_trained = _train_config(config, stage), _num_trained(config, stage, counts)
     needed = state_bytes(train, num_trained, process.num_ranks)
-    if stage.job == "finetune" and config.finetune.losses[stage.id.rpartition("/")[2]].needs_teacher:
+    if stage.kind is Kind.FINETUNE and stage.loss_config(config).needs_teacher:
         precision = config.finetune.teacher.precision or train.precision
         needed += WEIGHT_BYTES[precision] * counts.total // process.num_ranks
     if info.free_gpu_memory is not None:
@@ -179,16 +180,16 @@ def _require_memory(process: ProcessInfo, config: RunConfig, stage: Stage, count
     if needed > free:
         raise UserError(f"{stage.id} needs {needed / 1e9:.1f} GB per rank for weights, gradients and optimizer alone; "
                         f"{where}, has {free / 1e9:.1f} GB free; use more ranks, a higher ZeRO stage, or "
-                        f"{stage.job}.zero.offload_optimizer=true")
+                        f"{stage.kind}.zero.offload_optimizer=true")
 
 
 def _train_config(config: RunConfig, stage: Stage) -> TrainConfig:
-    return config.dense if stage.job == "dense" else config.finetune
+    return config.dense if stage.kind is Kind.DENSE else config.finetune
 
 
 def _num_trained(config: RunConfig, stage: Stage, counts: ParameterCounts) -> int:
     """Values that the stage trains."""
-    if stage.job == "dense":
+    if stage.kind is Kind.DENSE:
         return counts.total
     return counts.total - counts.prunable + counts.kept[stage.level]
 

@@ -35,7 +35,7 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: Attempt, code: int) -
         return None
     ending = _ending(logs, records, attempt, code)
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
-    if ending.status == "stopped" and stage.distributed:
+    if ending.status == "stopped" and stage.is_distributed:
         return "to go on from its state"
     if ending.status not in ("stopped", "lost"):
         return None

@@ -7,7 +7,8 @@ from typing import Any
 from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
-from sparse_train.launch.run.stages import Stage, input_paths, partial_folder, sources, why_stale
+from sparse_train.jobs.stage import Stage
+from sparse_train.launch.run.stages import partial_folder, read_inputs, sources, why_stale
 from sparse_train.launch.worker.process_info import ProcessInfo
 
 _SCRATCH = (artifacts.SOURCES, "checkpoints")
@@ -20,13 +21,13 @@ def check_inputs(stage: Stage, config: RunConfig) -> None:
     """
     for folder in (config.path / stage.id, partial_folder(stage, config)):
         artifacts.require_own(folder, stage.id)
-    for path in map(Path, stage.external.values()):
+    for path in (Path(source.external) for source in stage.inputs if source.external):
         if path.is_absolute() and not path.is_dir():
             raise UserError(f"stage {stage.id} needs {path}, which is not there; run what makes it")
-    for name in stage.inputs:
-        if damage := artifacts.damage(config.path / name, dist.share):
-            raise UserError(f"stage {stage.id} needs {name}, but {damage}; run stage {name} "
-                            f"(delete {config.path / name} if it is damaged)")
+    for source in stage.upstream:
+        if damage := artifacts.damage(config.path / source.id, dist.share):
+            raise UserError(f"stage {stage.id} needs {source.id}, but {damage}; run stage {source.id} "
+                            f"(delete {config.path / source.id} if it is damaged)")
 
 
 def prepare_folder(stage: Stage, config: RunConfig) -> None:
@@ -51,6 +52,6 @@ def publish(stage: Stage, config: RunConfig, metrics: dict[str, Any], seconds: f
         "stage": stage.id,
         "sources": artifacts.read_json(folder / artifacts.SOURCES),  # as they were when the stage began
         "config": config.model_dump(mode="json"),
-        "inputs": {name: str(path) for name, path in input_paths(stage, config).items()},
+        "inputs": {source.stage.id: str(source.path) for source in read_inputs(stage, config)},
         "num_ranks": process.num_ranks, "nodes": process.nodes, "seconds": round(seconds, 3), "metrics": metrics,
     }, _SCRATCH)

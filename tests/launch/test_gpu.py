@@ -12,7 +12,7 @@ from sparse_train.errors import UserError
 from sparse_train.jobs import benchmark
 from sparse_train.jobs.job import Job
 from sparse_train.launch.run.cluster import ClusterConfig
-from sparse_train.launch.run.stages import build_stages
+from sparse_train.launch.run.stages import build_stages, find_stage
 from tests.launch.test_pipeline import RECIPE, STAGES, _cli
 
 
@@ -32,20 +32,21 @@ def test_the_pipeline_runs_on_cuda(precision, tmp_path, monkeypatch):
 
 def test_a_gpu_benchmark_without_a_gpu_is_one_line(monkeypatch, tmp_path):
     config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'", "benchmark.devices=[gpu]"])
-    assert [stage.id for stage in build_stages(config) if stage.job == "benchmark"] == ["benchmark"]
+    stage = find_stage(config, "benchmark")
+    assert (stage.id, stage.device) == ("benchmark", "gpu")
     monkeypatch.setattr("sparse_train.dist.device", lambda: torch.device("cpu"))
     with pytest.raises(UserError, match="sees no GPU"):
-        benchmark.run(Job(config, tmp_path, {}, lambda *_: None, "benchmark"))
+        benchmark.run(Job(config, stage, tmp_path, (), lambda *_: None))
 
 
 def test_each_device_is_a_stage_and_the_report_reads_all():
     config = load_config(RunConfig, RECIPE, ["benchmark.devices=[cpu,gpu]"])
     found = {stage.id: stage for stage in build_stages(config)}
-    assert {"benchmark/cpu", "benchmark/gpu"} <= set(found["report"].inputs)
+    assert {"benchmark/cpu", "benchmark/gpu"} <= {source.id for source in found["report"].inputs}
     cluster = ClusterConfig(executor="slurm", stages={"benchmark": {"partition": "cpu"},
                                                       "benchmark/gpu": {"partition": "gpu", "gpus_per_node": 1}})
-    assert cluster.resources("benchmark/cpu", False).partition == "cpu"
-    assert cluster.resources("benchmark/gpu", False).partition == "gpu"
+    assert cluster.resources(found["benchmark/cpu"]).partition == "cpu"
+    assert cluster.resources(found["benchmark/gpu"]).partition == "gpu"
 
 
 def test_the_rows_of_a_device_are_those_of_the_layers():

@@ -63,10 +63,11 @@ def test_every_stage_is_signed_and_undamaged(run):
 _NO_SOURCE = {"folder", "name", "tracking.wandb", "*.activation_checkpointing", "*.sequence_parallel", "*.zero.*",
               "*.checkpoint_every", "*.checkpoints_kept", "*.log_every", "finetune.teacher.offload",
               "finetune.teacher.persistence_threshold"}
-# What this run has no use for and others have: other tasks' data, and sizes, settings and terms that are not given.
+# What this run has no use for and others have: other tasks' data, and sizes, settings and terms that are not given;
+# and which devices are measured, of which each stage has one.
 _ELSEWHERE = {"task.path", "task.subset", "task.*_split", "task.test_share", "task.language*", "task.max_length",
               "task.shots", "model.d_ff", "model.n_kv_heads", "model.window_seconds", "finetune.losses.*",
-              "prune.sparsity"}
+              "prune.sparsity", "benchmark.devices"}
 
 
 def test_the_sources_of_each_stage_are_what_its_job_read(run):

@@ -49,8 +49,7 @@ def _compare(name, text):
 
 @pytest.mark.parametrize("stage", _STAGES)
 def test_the_batch_file_of_each_stage(stage):
-    stages = [name for name in _STAGES[stage].inputs]
-    after = ",".join(f"afterok:{100 + index}" for index in range(len(stages)))
+    after = ",".join(f"afterok:{100 + index}" for index in range(len(_STAGES[stage].inputs)))
     _compare(stage.replace("/", "-"), _text(stage, load_cluster("slurm"), after=after))
 
 
@@ -108,10 +107,10 @@ def test_a_mistake_in_a_cluster_file_is_one_line(given, said, tmp_path):
 def test_resources_of_a_stage_are_the_most_exact_ones():
     cluster = ClusterConfig(executor="slurm", nodes=4, ranks_per_node=8, gpus_per_node=8, time="10", sbatch={"a": 1},
                             stages={"finetune": {"time": "20", "sbatch": {"b": 2}}, "finetune/ce": {"nodes": 2}})
-    ce, dense = cluster.resources("finetune/ce", True), cluster.resources("dense", True)
+    ce, dense = cluster.resources(_STAGES["finetune/ce"]), cluster.resources(_STAGES["dense"])
     assert (ce.nodes, ce.time, ce.sbatch, ce.ranks) == (2, "20", {"a": 1, "b": 2}, 16)
     assert (dense.nodes, dense.time, dense.ranks) == (4, "10", 32)
-    report = cluster.resources("report", False)
+    report = cluster.resources(_STAGES["report"])
     assert (report.ranks, report.gpus_per_node) == (1, 1)
 
 

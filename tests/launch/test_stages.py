@@ -108,7 +108,7 @@ def test_a_changed_key_makes_those_stages_stale_that_read_it(tmp_path):
         if key == "dense.path":  # makes another graph
             continue
         changed = _with(config, key, _another(key, tmp_path))
-        found = {stage.job for stage in build_stages(changed)
+        found = {stage.kind for stage in build_stages(changed)
                  if why_stale(artifacts.read_manifest(config.path / stage.id)["sources"], stage, changed)}
         expected = next(jobs for pattern, jobs in READERS.items() if fnmatch(key, pattern))
         if found != set(expected.split()):

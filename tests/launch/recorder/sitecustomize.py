@@ -54,11 +54,11 @@ def _dump(section, **given):
     return dump(section, **given)
 
 
-def _start(self, config, out, inputs, progress, stage, *more, **named):
-    _stage[:] = [stage]
+def _start(self, config, stage, *more, **named):
+    _stage[:] = [stage.id]
     own = config.model_copy(deep=True)
     _register(own, "")
-    start(self, own, out, inputs, progress, stage, *more, **named)
+    start(self, own, stage, *more, **named)
 
 
 found, copy, dump, start = Section.__getattribute__, Section.model_copy, Section.model_dump, job.Job.__init__
