@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
-from sparse_train.launch.run.stages import CONFIG, JOB_FILE, Stage, log_folder
+from sparse_train.jobs.stage import Stage
+from sparse_train.launch.run.stages import CONFIG, JOB_FILE, log_folder
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
           "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
