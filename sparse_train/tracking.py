@@ -33,8 +33,8 @@ _LOG_INTERVAL_S = 10  # between lines of progress in the log
 class Tracker:
     """Appends one line per logged step to `folder`/metrics.jsonl, and sends it to wandb when that is configured.
 
-    `stage` is its id in the run whose folder is `run`, `kind` what it does. When wandb fails, one warning is logged and training continues
-    without it.
+    `stage` is its id in the run whose folder is `run`, `kind` what it does. When wandb fails, one warning is
+    logged and training continues without it.
     """
 
     def __init__(self, folder: Path, run: Path, stage: str, kind: str, config: dict[str, Any] | None = None,
