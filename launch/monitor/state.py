@@ -165,9 +165,10 @@ def _judge_job(config: RunConfig, stage: Stage, reason: str, job: JobState, reco
 
 def _missing_input(stage: Stage, unfinished: list[str]) -> str:
     """An input that did not finish; "" where there is none."""
-    for source in stage.inputs:
+    for source in stage.upstream:
         if source.id in unfinished:
             return source.id
+    for source in stage.inputs:
         path = Path(source.external or "")  # such as the dense model of a sweep, which another run makes
         if path.is_absolute() and not path.is_dir():
             return "/".join(path.parts[-2:])
