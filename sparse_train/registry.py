@@ -121,3 +121,9 @@ TASKS = Registry("task", "sparse_train.tasks", TaskEntry, {
     "text": TaskEntry("sparse_train.tasks.text:Text"),
 })
 """task.name. The target is a subclass of sparse_train.tasks.Task."""
+
+
+KERNELS = Registry("kernel", "sparse_train.kernels", Entry, {
+    "cpu": Entry("sparse_train.kernels.native:KERNELS"),
+})
+"""By the type of the device. The CPU's instruction sets are lines of kernels/csrc/tiers.h."""

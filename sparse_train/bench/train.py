@@ -34,7 +34,8 @@ from sparse_train.training.order import Order
 _SQUAREHEAD = LossConfig(feature_weight=1.0)
 _GROUPS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
-    "expand and compact": ("_ExpandedLinear", "_ExpandedLinearBackward"),
+    "expand and compact": ("GeneratedBackwardFor_sparse_train_linear_default", "sparse_train::linear_grad_x",
+                           "sparse_train::linear_grad_values"),
     "optimizer": ("aten::_fused_adamw_", "Optimizer.step#AdamW.step"),
 }
 

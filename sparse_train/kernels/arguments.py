@@ -18,7 +18,7 @@ def check_tensor(name: str, tensor: torch.Tensor, *shape: int | None, device: to
                  dtypes: tuple[torch.dtype, ...] | None = None) -> None:
     """`shape`: None for a dimension of any size. Any device or dtype where none is given. Raises ValueError."""
     if (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.ndim == len(shape)
-            and all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
+            and all(expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=True))
             and (device is None or tensor.device == device) and (dtypes is None or tensor.dtype in dtypes)):
         return
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
@@ -37,3 +37,18 @@ def check_bits(bitmask: torch.Tensor, num_columns: int, num_rows: int | None = N
 def check_count(name: str, value: int, least: int, most: int = sys.maxsize) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
+
+
+def consecutive(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one after the other in memory."""
+    return tensor.resolve_neg().contiguous()
+
+
+def check_target(out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """`out`, or a new tensor where it is None, of this shape and of dtype and device of `like`. Raises ValueError."""
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    check_tensor("out", out, *shape, device=like.device, dtypes=(like.dtype,))
+    if not out.is_contiguous() or out.is_neg():
+        raise ValueError(f"out is {describe(out)}, but not contiguous; results are written to consecutive memory")
+    return out

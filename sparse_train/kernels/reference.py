@@ -7,7 +7,7 @@ k % 8 of byte k // 8 of a row says that column k is kept; padding bits are 0.
 import torch
 from torch.nn import functional
 
-from sparse_train.kernels.arguments import check_bits, check_tensor
+from sparse_train.kernels.arguments import check_bits, check_target, check_tensor
 
 
 def pack(keep: torch.Tensor) -> torch.Tensor:
@@ -25,15 +25,22 @@ def unpack(bitmask: torch.Tensor, num_columns: int) -> torch.Tensor:
     return ((bitmask.unsqueeze(-1) >> place) & 1).bool().flatten(1)[:, :num_columns]
 
 
-def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int) -> torch.Tensor:
+def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
+           out: torch.Tensor | None = None) -> torch.Tensor:
     """(values, bitmask) -> dense (R, num_columns) of the values' dtype, +0 where pruned."""
-    keep = unpack(bitmask, num_columns)
-    return values.new_zeros(keep.shape).masked_scatter_(keep, values)
+    dense = check_target(out, (len(bitmask), num_columns), values).zero_()
+    return dense.masked_scatter_(unpack(bitmask, num_columns), values)
 
 
-def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None) -> torch.Tensor:
-    """Dense (R, C) -> its entries at the kept positions, row-major (nnz,). `num_values` is nnz where it is known."""
-    return dense[unpack(bitmask, dense.shape[1])]
+def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None = None,
+            out: torch.Tensor | None = None) -> torch.Tensor:
+    """Dense (R, C) -> its entries at the kept positions, row-major (nnz,). Raises ValueError where nnz is known to be
+    `num_values` and is not."""
+    values = dense[unpack(bitmask, dense.shape[1])]
+    if num_values not in (None, len(values)):
+        raise ValueError(f"the bits keep {len(values)} positions, but there are {num_values} values; both must come "
+                         "from one weight")
+    return values if out is None else check_target(out, values.shape, dense).copy_(values)
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,33 +8,9 @@ checkpoints `values` like any other parameter.
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from sparse_train import kernels
 from sparse_train.sparse.bitmask import BitmaskTensor
-
-
-class _ExpandedLinear(torch.autograd.Function):
-    """y (..., R) = x (..., C) @ expand(values, bitmask).T
-
-    Saves the parameter itself, not the dense weight: under ZeRO-3 the engine gathers it again before backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x, values, bitmask):
-        ctx.save_for_backward(x, values, bitmask)
-        return functional.linear(x, kernels.expand(values, bitmask, x.shape[-1]))
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x, values, bitmask = ctx.saved_tensors
-        grad_x = grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ kernels.expand(values, bitmask, x.shape[-1])
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_values = kernels.compact(grad_weight, bitmask, num_values=values.numel())
-        return grad_x, grad_values, None
 
 
 class SparseLinear(nn.Module):
@@ -56,7 +32,7 @@ class SparseLinear(nn.Module):
         return BitmaskTensor(self.values.detach(), self.bitmask.detach(), (self.out_features, self.in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _ExpandedLinear.apply(x, self.values, self.bitmask)
+        y = kernels.linear(x, self.values, self.bitmask)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

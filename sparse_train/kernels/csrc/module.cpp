@@ -123,12 +123,6 @@ void compact(uintptr_t dense, uintptr_t bits, uintptr_t values, int64_t num_rows
     });
 }
 
-int64_t count_kept(uintptr_t bits, int64_t num_bytes) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < num_bytes; ++i) count += __builtin_popcount(at<const uint8_t>(bits)[i]);
-    return count;
-}
-
 bool is_finite(const float* x, int64_t count) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -283,7 +277,6 @@ NB_MODULE(_native, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     m.def("expand", &expand, release());
     m.def("compact", &compact, release());
-    m.def("count_kept", &count_kept, release());
     m.def("read_bandwidth", &read_bandwidth, release());
     m.def("tiers", &tier_names);
     m.def("tier", &tier_name);
