@@ -5,6 +5,7 @@ another signal.
 """
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -38,7 +39,7 @@ def _answer(arguments: list[str] | None) -> int:
     """Every mistake of the user's and every path that cannot be used becomes one line here."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII, a path that is not UTF-8
     options = _parse(arguments)
     log.set_up_command_line(options.log_level)
@@ -83,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
+    parser: argparse.ArgumentParser = _Parser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(

@@ -21,7 +21,7 @@ def told(error: BaseException, folder: Path) -> str | None:
         place = getattr(cause, "filename", None)
         if number in _FULL:
             return _full(number, Path(os.fsdecode(place or folder)).absolute())
-        if number in _REFUSED and place:
+        if isinstance(cause, OSError) and number in _REFUSED and place:
             return told_of(cause)
     return None
 

@@ -16,9 +16,10 @@ def print_folder(folder: Path, console: Console) -> None:
         raise UserError(f"there is no folder {folder}")
     tensors = TensorFolder(folder)
     table = Table(box=None, header_style="bold")
-    for title, justify in (("tensor", "left"), ("shape", "left"), ("dtype", "left"), ("sparsity", "right"),
-                           ("bytes", "right")):
-        table.add_column(title, justify=justify, no_wrap=True)
+    for title in ("tensor", "shape", "dtype"):
+        table.add_column(title, no_wrap=True)
+    for title in ("sparsity", "bytes"):
+        table.add_column(title, justify="right", no_wrap=True)
     total = dense_total = 0
     for name, shape, dtype, sparsity, num_bytes, dense_bytes in _rows(tensors):
         total, dense_total = total + num_bytes, dense_total + dense_bytes
@@ -35,10 +36,10 @@ def _rows(tensors: TensorFolder):
         yield (name, shape, dtype, 1 - num_kept / num_weights, sum(_num_bytes(*part) for part in parts),
                num_weights * NUM_BYTES[dtype])
     for name in tensors.names:
-        shape, dtype = tensors.spec(name)
+        stored_shape, dtype = tensors.spec(name)
         num_zeros = int((tensors.get(name) == 0).sum())
-        num_bytes = _num_bytes(shape, dtype)
-        yield name, shape, dtype, num_zeros / max(1, num_bytes // NUM_BYTES[dtype]), num_bytes, num_bytes
+        num_bytes = _num_bytes(stored_shape, dtype)
+        yield name, stored_shape, dtype, num_zeros / max(1, num_bytes // NUM_BYTES[dtype]), num_bytes, num_bytes
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -1,5 +1,6 @@
 """Tokens per second of whole models at batch 1, through Hugging Face's `generate` with its cache."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], exam
     """
     if not example.prompt and example.sound is None:
         example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
-    timings = interleave({key: (lambda runtime=runtime: _decode(runtime, example, new_tokens))
+    timings = interleave({key: functools.partial(_decode, runtime, example, new_tokens)
                           for key, runtime in runtimes.items()}, repeats, progress)
     dense = next(iter(timings.values())).median
     rows = []

@@ -3,7 +3,9 @@
 There is no kernel yet that multiplies with the bits; these rows are the baseline for one, against dense torch.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,15 +46,15 @@ def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int
             y = module(x)
         float(y[0, 0])  # until the device is done
 
-    timings = interleave({key: (lambda modules=modules: one_pass(modules)) for key, modules in engines.items()},
-                         repeats, progress)
+    timings = interleave({key: functools.partial(one_pass, modules) for key, modules in engines.items()}, repeats,
+                         progress)
     num_bytes = {key: sum(p.nbytes for module in modules for p in module.parameters())
                  for key, modules in engines.items()}
     return rows_of(model, weights, timings, num_bytes, bandwidth)
 
 
-def device_decode_rows(name: str, dense: str, sparse: str, sparsity: float, example: Example, new_tokens: int,
-                       repeats: int, bandwidth: float, device: torch.device,
+def device_decode_rows(name: str, dense: Path | str, sparse: Path | str, sparsity: float, example: Example,
+                       new_tokens: int, repeats: int, bandwidth: float, device: torch.device,
                        progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """As decode_rows, of the model folders `dense` and `sparse`."""
     runtimes = {(engine, "bf16", zeros): Runtime(load_model(path, _DTYPE).to(device).eval(), load_processor(path))

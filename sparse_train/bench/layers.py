@@ -4,6 +4,7 @@ The unit of time is one pass over all the shapes, so that at the sizes that matt
 bound is the bytes of the compressed weights over the read bandwidth measured in the same process.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,12 +24,12 @@ def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandw
     engines = _engines(weights)
     inputs = [torch.randn(1, weight.shape[1]) for weight in weights]
 
-    def one_pass(operands):
+    def one_pass(operands: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
         for operand, x in zip(operands, inputs, strict=True):
             operand(x)
 
-    timings = interleave({name: (lambda operands=operands: one_pass(operands)) for name, (operands, _) in
-                          engines.items()}, repeats, progress)
+    timings = interleave({key: functools.partial(one_pass, operands) for key, (operands, _) in engines.items()},
+                         repeats, progress)
     return rows_of(model, weights, timings, {key: num_bytes for key, (_, num_bytes) in engines.items()}, bandwidth)
 
 

@@ -2,8 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Timing:
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
-def interleave(candidates: dict[str, Callable[[], object]], repeats: int,
-               progress: Callable[[int, int], None] | None = None) -> dict[str, Timing]:
+def interleave(candidates: Mapping[Key, Callable[[], object]], repeats: int,
+               progress: Callable[[int, int], None] | None = None) -> dict[Key, Timing]:
     """Time each candidate `repeats` times, round robin, after one unmeasured round."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds: dict[Key, list[float]] = {name: [] for name in candidates}
     for round_ in range(repeats + 1):
         for name, candidate in candidates.items():
             start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Private interfaces of submitit, a function each. Tested with submitit 1.5.4."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # which takes long to import, and looking at runs can do without
     import subprocess
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # which takes long to import, and looking at runs can do with
 def local_process(job: "submitit.Job") -> "subprocess.Popen[bytes]":
     """The process that started the tasks of a job on this machine. The public cancel() sends SIGINT and kills a second
     later, in the middle of a save; polling and signals of our own need the process itself."""
-    return job._process
+    return cast(Any, job)._process
 
 
 def batch_text(executor: "submitit.SlurmExecutor", num_jobs: int) -> str:

@@ -6,7 +6,7 @@ twice is a mistake. Aliases are refused: a few lines of them unfold into billion
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise ConstructorError(None, None, f"aliases (*{event.anchor}) are not supported; give the value again, or "
-                                   "share a file by `extends`", event.start_mark)
+                                   "share a file by `extends`", cast(Any, event.start_mark))
         self._depth += 1
         if self._depth > _DEEPEST:
             raise ConstructorError(None, None, f"it is nested more than {_DEEPEST} deep", event.start_mark)
@@ -75,7 +75,7 @@ for _kind in ("int", "float"):
     _Loader.add_constructor(_TAG + _kind, _Loader.construct_number)
 _Loader.add_constructor(_TAG + "str", _Loader.construct_text)
 _Loader.add_constructor(_TAG + "seq", _Loader.construct_tuple)
-_Loader.add_constructor(None, SafeConstructor.construct_undefined)
+_Loader.add_constructor(None, cast(Any, SafeConstructor.construct_undefined))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -96,7 +96,8 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise NotYaml(f"line {mark.line + 1}: {error.problem or error.context}") from error
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise NotYaml(f"{where}{error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, LookupError) as error:  # the last two from a tag such as !!bool
         raise NotYaml(" ".join(str(error).split())) from error
 

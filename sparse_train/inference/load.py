@@ -67,7 +67,7 @@ def load(folder: str | Path) -> Runtime:
             PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name)), bias))
     fill(model, tensors)
     if tensors.shapes:
-        model.save_pretrained = _not_saved
+        model.save_pretrained = _not_saved  # type: ignore[method-assign]  # which refuses
     return Runtime(model.eval(), load_processor(folder))
 
 

@@ -10,6 +10,8 @@ from sparse_train.kernels import PackedMatrix
 class PackedLinear(nn.Module):
     """y (..., R) = x (..., C) W^T + bias, W a PackedMatrix; inference only, fp32 activations on the CPU."""
 
+    bias: torch.Tensor | None
+
     def __init__(self, weight: PackedMatrix, bias: torch.Tensor | None = None):
         super().__init__()
         self.weight = weight

@@ -31,7 +31,7 @@ class BitmaskTensor:
         keep = dense != 0 if keep is None else keep
         if keep.shape != dense.shape:
             raise ValueError(f"keep has shape {tuple(keep.shape)}, the weight {tuple(dense.shape)}; they must be equal")
-        return cls(dense[keep], kernels.pack(keep), tuple(dense.shape))
+        return cls(dense[keep], kernels.pack(keep), (dense.shape[0], dense.shape[1]))
 
     def to_dense(self) -> torch.Tensor:
         """(R, C), every pruned position exactly +0.0."""

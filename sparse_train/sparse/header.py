@@ -60,17 +60,17 @@ def read_headers(folder: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, 
     shapes: dict[str, tuple[int, int]] = {}
     files, index = _list(folder)
     for file in files:
-        found, own = _read_header(file)
-        if twice := found.keys() & stored.keys():
-            name = min(twice)
+        stored_here, shapes_here = _read_header(file)
+        if duplicates := stored_here.keys() & stored.keys():
+            name = min(duplicates)
             raise UserError(f"{folder}: {name} is in two files, {stored[name].file.name} and {file.name}; remove "
                             "the one that does not belong there")
-        stored |= found
-        shapes |= own
-    for name, file in index.items():
-        if name not in stored or stored[name].file.name != file:
-            raise UserError(f"{folder}: {name} is not in {file}, where the index has it; the folder is not complete, "
-                            "fetch or write it again")
+        stored |= stored_here
+        shapes |= shapes_here
+    for name, file_name in index.items():
+        if name not in stored or stored[name].file.name != file_name:
+            raise UserError(f"{folder}: {name} is not in {file_name}, where the index has it; the folder is not "
+                            "complete, fetch or write it again")
     for name, shape in shapes.items():
         _check_parts(folder, name, shape, stored)
     return stored, shapes
@@ -133,18 +133,18 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, in
 
 
 def _check_parts(folder: Path, name: str, shape: tuple[int, int], stored: dict[str, Stored]) -> None:
-    parts = {part: stored.get(f"{name}.{part}") for part in PARTS}
     for part in ("values", "bitmask"):
-        if parts[part] is None:
+        if f"{name}.{part}" not in stored:
             raise UserError(f"{folder}: {name}.{part} is missing; the checkpoint is not complete")
-    values = parts["values"]
+    values = stored[f"{name}.values"]
     needed = {"values": ((max((1, *values.shape[:1])),), values.dtype if values.dtype in _VALUES else "F32"),
               "bitmask": ((shape[0], 8 * -(-shape[1] // 64)), "U8"),
               "scale": ((shape[0],), "F32") if values.dtype == "I8" else None}
     for part, need in needed.items():
-        found = parts[part] and parts[part][1:]
-        if found != need:
-            raise UserError(f"{folder}: {name}.{part} is {_words(found)}; a weight of shape {shape} with values in "
+        tensor = stored.get(f"{name}.{part}")
+        spec = tensor and (tensor.shape, tensor.dtype)
+        if spec != need:
+            raise UserError(f"{folder}: {name}.{part} is {_words(spec)}; a weight of shape {shape} with values in "
                             f"{values.dtype} has {_words(need)}, so the file is damaged")
 
 

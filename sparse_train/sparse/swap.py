@@ -1,7 +1,7 @@
 """Sparse layers put into a model and taken out of it."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -21,7 +21,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def sparsify(model: Model, weights: Mapping[str, BitmaskTensor]) -> Model:
     """Replace the linears named in `weights` by SparseLinears that hold them; returns `model`."""
     for name, weight in weights.items():
-        linear = model.get_submodule(name)
+        linear = cast(nn.Linear, model.get_submodule(name))
         if tuple(linear.weight.shape) != weight.shape:
             raise ValueError(f"{name} has shape {tuple(linear.weight.shape)}, its sparse weight {weight.shape}")
         replace_module(model, name, SparseLinear(weight, linear.bias))
@@ -34,6 +34,6 @@ def densify(model: Model) -> Model:
     for name, sparse in sparse_linears(model).items():
         linear = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")
         linear.weight = nn.Parameter(sparse.weight.to_dense())
-        linear.bias = sparse.bias
+        linear.register_parameter("bias", sparse.bias)
         replace_module(model, name, linear)
     return model
