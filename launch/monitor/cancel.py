@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from sparse_train.launch.worker.attempts import read_attempts
 from sparse_train.launch.worker.endings import has_ending_since, read_ending
 
 
-def add_cancel(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_cancel(commands: "argparse._SubParsersAction[Any]") -> None:
     cancel = commands.add_parser("cancel", help="end a run's jobs; the same run command goes on from their state")
     cancel.add_argument("run", type=Path, metavar="RUN")
     cancel.set_defaults(command=_cancel)

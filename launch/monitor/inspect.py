@@ -1,49 +1,56 @@
-"""sparse-train inspect: what a checkpoint folder holds."""
+"""sparse-train inspect: the tensors of a checkpoint folder."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sparse_train.errors import UserError, printable
 from sparse_train.sparse import TensorFolder
 from sparse_train.sparse.header import NUM_BYTES, PARTS
+from sparse_train.tables import print_table
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: float
+    num_bytes: int
+    dense_bytes: int
+
+    def cells(self) -> list[str]:
+        return [printable(self.name), "x".join(map(str, self.shape)), self.dtype, f"{self.sparsity:.4f}",
+                f"{self.num_bytes:,}"]
 
 
 def print_folder(folder: Path, console: Console) -> None:
+    """Raises UserError where there is no folder, or no checkpoint in it."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    tensors = TensorFolder(folder)
-    table = Table(box=None, header_style="bold")
-    for title in ("tensor", "shape", "dtype"):
-        table.add_column(title, no_wrap=True)
-    for title in ("sparsity", "bytes"):
-        table.add_column(title, justify="right", no_wrap=True)
-    total = dense_total = 0
-    for name, shape, dtype, sparsity, num_bytes, dense_bytes in _rows(tensors):
-        total, dense_total = total + num_bytes, dense_total + dense_bytes
-        table.add_row(Text(printable(name)), "x".join(map(str, shape)), dtype, f"{sparsity:.4f}", f"{num_bytes:,}")
-    console.print(table, soft_wrap=True)
-    console.print(f"{total:,} bytes, {total / max(1, dense_total):.3f} of the same tensors dense", highlight=False)
+    rows = list(_rows(TensorFolder(folder)))
+    print_table(console, ("tensor", "shape", "dtype", "sparsity", "bytes"), [row.cells() for row in rows], num_left=3)
+    total = sum(row.num_bytes for row in rows)
+    share = total / max(1, sum(row.dense_bytes for row in rows))
+    console.print(f"{total:,} bytes, {share:.3f} of the same tensors dense", highlight=False)
 
 
-def _rows(tensors: TensorFolder):
+def _rows(tensors: TensorFolder) -> Iterator[_Row]:
     for name, shape in tensors.shapes.items():
         parts = [tensors.spec(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors]
         (num_kept,), dtype = parts[0]
-        num_weights = shape[0] * shape[1]
-        yield (name, shape, dtype, 1 - num_kept / num_weights, sum(_num_bytes(*part) for part in parts),
-               num_weights * NUM_BYTES[dtype])
+        num_weights = math.prod(shape)
+        yield _Row(name, shape, dtype, 1 - num_kept / num_weights, sum(_num_bytes(*part) for part in parts),
+                   num_weights * NUM_BYTES[dtype])
     for name in tensors.names:
-        stored_shape, dtype = tensors.spec(name)
+        dense_shape, dtype = tensors.spec(name)
         num_zeros = int((tensors.get(name) == 0).sum())
-        num_bytes = _num_bytes(stored_shape, dtype)
-        yield name, stored_shape, dtype, num_zeros / max(1, num_bytes // NUM_BYTES[dtype]), num_bytes, num_bytes
+        num_bytes = _num_bytes(dense_shape, dtype)
+        yield _Row(name, dense_shape, dtype, num_zeros / max(1, math.prod(dense_shape)), num_bytes, num_bytes)
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    count = NUM_BYTES[dtype]
-    for size in shape:
-        count *= size
-    return count
+    return math.prod(shape) * NUM_BYTES[dtype]

@@ -5,6 +5,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +22,7 @@ from sparse_train.launch.worker.endings import rank_log
 _POLL_S, _QUEUE_POLL_S = 0.5, 10.0  # between looks at the file, and questions to SLURM
 
 
-def add_logs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_logs(commands: "argparse._SubParsersAction[Any]") -> None:
     logs = commands.add_parser("logs", help="what a stage printed")
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("stage", metavar="STAGE", help="such as finetune/squarehead")

@@ -89,12 +89,12 @@ def read_status(runs: Sequence[RunFiles], console: Console) -> list[list[StageSt
     printed, and the status comes from the files alone."""
     jobs = {(index, stage.id): run.jobs[stage.id] for index, run in enumerate(runs)
             for stage, reason in run.planned if reason != "current" and stage.id in run.jobs}
-    states: dict[tuple[int, str], JobState] = {}
     try:
         states = job_states(jobs)
     except UserError as error:
         console.print(f"{error}; below is what the files say", style="yellow", highlight=False, markup=False,
                       soft_wrap=True)
+        states = {}
     return [_status_of_run(run, {stage: state for (number, stage), state in states.items() if number == index})
             for index, run in enumerate(runs)]
 

@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -22,7 +23,7 @@ _HEADER = ("stage", "state", "job", "nodes", "tries")
 _WATCH_S, _STATE_WIDTH = 5.0, 300
 
 
-def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_status(commands: "argparse._SubParsersAction[Any]") -> None:
     status = commands.add_parser("status", help="the stages of a run: state, node, progress")
     status.add_argument("run", type=Path, metavar="RUN", help="such as runs/demo")
     status.add_argument("--watch", action="store_true", help="until Ctrl-C")

@@ -1,32 +1,34 @@
-"""Jobs that were submitted: which they are, what SLURM says of them, and how to withdraw them."""
+"""The jobs of a run in SLURM: their ids, their states, and how to withdraw them."""
 
 import re
 import shlex
 import subprocess
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.stages import CONFIG, JOB_FILE, log_folder
 
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-          "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
+Key = TypeVar("Key")
+_ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+           "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 
 
 @dataclass(frozen=True)
 class JobState:
     state: str
-    """As SLURM calls it, such as RUNNING."""
+    """In SLURM's words, such as RUNNING."""
     reason: str = ""
     """Why it waits."""
     nodes: str = ""
 
     @property
     def is_active(self) -> bool:
-        return self.state in ACTIVE
+        return self.state in _ACTIVE
 
 
 def require_idle(folder: Path) -> None:
@@ -43,68 +45,80 @@ def require_idle(folder: Path) -> None:
 def read_jobs(run: Path) -> dict[str, str]:
     """stage -> the newest job submitted for it (RUN/logs/STAGE/job); empty for a run that was never on SLURM."""
     logs = run / "logs"
-    found = {str(note.parent.relative_to(logs)): note.read_text(encoding="utf-8", errors="replace").strip()
-             for note in sorted(logs.rglob(JOB_FILE))}
-    for stage, job in found.items():
+    jobs = {str(file.parent.relative_to(logs)): file.read_text(encoding="utf-8", errors="replace").strip()
+            for file in sorted(logs.rglob(JOB_FILE))}
+    for stage, job in jobs.items():
         if not re.fullmatch(r"\d+(_\d+)?", job):
             raise UserError(f"{logs / stage / JOB_FILE} holds {job[:40]!r}, which is no number of a job; delete it")
-    return found
+    return jobs
 
 
 def output_folder(config: RunConfig, stage: Stage, job: str) -> Path:
-    """Where what `job` prints is; the tasks of an array print into the sweep's folder."""
+    """Where the output of `job` is; the tasks of an array print into the sweep's folder."""
     return config.path.parent / "logs" / stage.id if "_" in job else log_folder(stage, config)
 
 
-def job_states(jobs: dict[Hashable, str]) -> dict[Hashable, JobState]:
-    """Stages to their jobs -> what SLURM says of them: squeue of those in the queue, sacct of the others.
+def job_states(jobs: Mapping[Key, str]) -> dict[Key, JobState]:
+    """The state of each job: from squeue of those in the queue, from sacct of the others.
 
-    sacct alone would not do: between a node's failure and the requeue it says NODE_FAIL of a job that will run again.
+    sacct alone is not enough: between a node's failure and the requeue it reports NODE_FAIL for a job that will run
+    again. Raises UserError where SLURM does not answer.
     """
     ids = list(dict.fromkeys(jobs.values()))
     if not ids:
         return {}
-    found: dict[str, JobState] = {}
-    asked = _ask(["squeue", "-h", "-r", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"])
-    for job, state, reason, nodes in (line.split("|") for line in asked):
-        found[job] = JobState(state, "" if reason == "None" else reason, nodes)
-    rest = [job for job in ids if job not in found]
-    if rest:
-        # By whole arrays: a task that never started has no line of its own, but one as 9_[0-3] with its peers.
-        asked = _ask(["env", "SLURM_BITSTR_LEN=0", "sacct", "-n", "-P", "-X", "-j",
-                      ",".join(dict.fromkeys(map(array_of, rest))), "-o", "JobID,State,ExitCode,NodeList"])
-        for some, state, code, nodes in (line.split("|") for line in asked):
-            for job in set(_tasks_of(some)) & set(rest):
-                found[job] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
-    return {stage: found.get(job, JobState("UNKNOWN")) for stage, job in jobs.items()}
+    states = _queued(ids)
+    if rest := [job for job in ids if job not in states]:
+        states |= _accounted(rest)
+    return {key: states.get(job, JobState("UNKNOWN")) for key, job in jobs.items()}
 
 
-def _tasks_of(job: str) -> Iterator[str]:
+def _queued(ids: list[str]) -> dict[str, JobState]:
+    lines = _run_slurm(["squeue", "-h", "-r", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"])
+    return {job: JobState(state, "" if reason == "None" else reason, nodes)
+            for job, state, reason, nodes in (line.split("|") for line in lines)}
+
+
+def _accounted(ids: list[str]) -> dict[str, JobState]:
+    # By whole arrays: a task that never started has no line of its own, but one as 9_[0-3] with its peers.
+    lines = _run_slurm(["env", "SLURM_BITSTR_LEN=0", "sacct", "-n", "-P", "-X", "-j",
+                        ",".join(dict.fromkeys(map(array_of, ids))), "-o", "JobID,State,ExitCode,NodeList"])
+    states: dict[str, JobState] = {}
+    for some, state, code, nodes in (line.split("|") for line in lines):
+        for job in set(_expand_job_ids(some)) & set(ids):
+            states[job] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
+    return states
+
+
+def _expand_job_ids(text: str) -> Iterator[str]:
     """9_[0-1,3%2] -> 9_0, 9_1, 9_3."""
-    from submitit.slurm.slurm import read_job_id  # brings much that status can do without
+    from submitit.slurm.slurm import read_job_id  # slow to import, and rarely needed here
 
-    for number, *tasks in read_job_id(job):
-        yield from (f"{number}_{task}" for task in range(int(tasks[0]), int(tasks[-1]) + 1)) if tasks else (number,)
+    for number, *tasks in read_job_id(text):
+        if tasks:
+            yield from (f"{number}_{task}" for task in range(int(tasks[0]), int(tasks[-1]) + 1))
+        else:
+            yield number
 
 
-def cancel(jobs: dict[str, str]) -> list[str]:
+def cancel(jobs: Mapping[str, str]) -> list[str]:
     """Withdraw the active ones; returns their stages."""
     active = [stage for stage, state in job_states(jobs).items() if state.is_active]
     if active:
-        _ask(["scancel", *(jobs[stage] for stage in active)])
+        _run_slurm(["scancel", *(jobs[stage] for stage in active)])
     return active
 
 
-def _ask(command: list[str]) -> list[str]:
-    """Lines of its output. squeue fails when it knows none of the jobs any more, which is an answer too; sacct where
-    there is no accounting."""
+def _run_slurm(command: list[str]) -> list[str]:
+    """The lines that it prints. squeue fails where all jobs have left the queue, and sacct where there is no
+    accounting; both count as no lines."""
     try:
-        asked = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]} does not answer ({error}); ask from a login node of the cluster") from error
-    if asked.returncode and command[0] in ("squeue", "scancel") and "Invalid job id" not in asked.stderr:
-        raise UserError(f"{command[0]} failed: {' '.join(asked.stderr.split())}; try again")
-    return asked.stdout.splitlines()
+    if done.returncode and command[0] in ("squeue", "scancel") and "Invalid job id" not in done.stderr:
+        raise UserError(f"{command[0]} failed: {' '.join(done.stderr.split())}; try again")
+    return done.stdout.splitlines()
 
 
 def array_of(job: str) -> str:

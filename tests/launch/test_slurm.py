@@ -132,7 +132,7 @@ def test_without_slurm_it_says_where_to_go(monkeypatch):
 
 def _answers(monkeypatch, **of):
     """squeue and sacct, as lists of lines."""
-    monkeypatch.setattr(slurm_queue, "_ask",
+    monkeypatch.setattr(slurm_queue, "_run_slurm",
                         lambda command: next(lines for name, lines in of.items() if name in command))
 
 
