@@ -4,8 +4,8 @@
 #   slurm/pipeline.sh CONFIG [key=value ...] [--replace] [-- SBATCH_OPTION ...]
 #   slurm/pipeline.sh configs/demo.yaml prune.sparsity=0.5 -- --account=me --partition=gpu --time=1-0
 #
-# What each stage asks for is what configs/cluster/slurm.yaml says (CLUSTER=FILE.yaml takes another file), except `setup`
-# and `environment`: jobs inherit this shell's. The options after -- go to every job and win.
+# Resources come from configs/cluster/slurm.yaml (or CLUSTER=FILE.yaml), except `setup` and `environment`: jobs inherit
+# this shell's. Options after -- are passed to every job and take precedence.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 recipe=()
@@ -13,13 +13,13 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do recipe+=("$1"); shift; done
 [ $# -gt 0 ] && shift
 [ ${#recipe[@]} -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
 
-# The jobs use the Python that this script uses; train.sbatch reads it.
+# train.sbatch reads it, so that the jobs use the same Python as this script.
 SPARSE_TRAIN_PYTHON=${SPARSE_TRAIN_PYTHON:-$(command -v python)}
 export SPARSE_TRAIN_PYTHON
 plan=$("$SPARSE_TRAIN_PYTHON" -P -m sparse_train.launch.cli run "${recipe[@]}" --on "${CLUSTER:-slurm}" --prepare)
 run=$(head -n 1 <<<"$plan")
 declare -A jobs
-# A line per stage that is not current: its id, the stages that it reads (a comma between them), options of sbatch.
+# One line per stage that is not current: its id, its inputs (comma-separated), options of sbatch.
 while IFS=$'\t' read -r -a fields; do
     stage=${fields[0]} after=
     for input in ${fields[1]//,/ }; do

@@ -1,5 +1,5 @@
-"""Tables of text for a terminal. Where it is too narrow, cells are folded, or a row becomes several lines; nothing is
-cut, and nothing in a cell is taken for markup."""
+"""Tables of text for a terminal. In a narrow one cells are folded, or a row becomes several lines; nothing is cut off,
+and no cell is interpreted as markup."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,12 +11,13 @@ _NARROWEST = 12  # of a column of text
 
 
 def make_table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], num_left: int = 1) -> Table:
-    """The first `num_left` columns are text, to the left, the others numbers, to the right; empty ones are left out."""
+    """The first `num_left` columns are text and left-aligned, the others numbers and right-aligned. A column without
+    any text in its cells is left out."""
     rows = [list(row) for row in rows]
     shown = [index for index in range(len(header)) if not rows or any(row[index] for row in rows)]
     columns = [[row[index] for row in [header, *rows]] for index in shown]
     num_left = sum(index < num_left for index in shown)
-    room = console.width - 2 * len(shown)  # the padding
+    room = console.width - 2 * len(shown)  # without the padding
     widths = _widths(columns, room, num_left)
     if sum(widths) > room:
         return _records(columns)
@@ -33,8 +34,8 @@ def print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int, num_left: int) -> list[int]:
-    """Of columns (the header first, then the cells): as they are, or folded to fit into `room` as far as that goes:
-    headers at spaces, then text at spaces, then within words. A number is never folded."""
+    """Widths of columns, each a header and its cells: full, or folded as far as needed to fit into `room`. Headers are
+    folded at spaces first, then text at spaces, then text within words; numbers never are."""
     widths = [max(map(len, column)) for column in columns]
     headers = [_longest(column[0].split()) for column in columns]
     cells = [_longest(column[1:]) for column in columns]
@@ -53,7 +54,7 @@ def _longest(texts: Iterable[str]) -> int:
 
 
 def _records(columns: Sequence[Sequence[str]]) -> Table:
-    """A line per cell, with what it is, and an empty one between rows."""
+    """Each cell on a line of its own behind its column's name, with an empty line between rows."""
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
