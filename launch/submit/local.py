@@ -1,6 +1,7 @@
 """Run the stages of a config on this machine, in order: skip what is current, start the rest, stop at a failure."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -40,6 +41,7 @@ from sparse_train.launch.worker.process_info import Attempt, current_process
 if TYPE_CHECKING:
     import submitit
 
+log = logging.getLogger(__name__)
 STOP_PATIENCE_S = 120
 _LINE_S = 30  # between lines of progress where there is no terminal
 
@@ -206,6 +208,7 @@ def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function
     """`function(*arguments)` on as many processes of this machine as ranks."""
     import submitit  # which looking at runs can do without
 
+    log.info("starting %d processes, whose output is in %s", num_ranks, logs)
     executor = submitit.LocalExecutor(logs.absolute())
     executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(num_ranks),
                                timeout_min=7 * 24 * 60, stderr_to_stdout=True)

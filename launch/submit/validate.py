@@ -36,6 +36,8 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
     from sparse_train.pruning.parameters import count_parameters
 
     require("plots")  # of the report, the last stage
+    if config.tracking.wandb:
+        require("wandb")
     remarks: list[str] = []
     data = _read_first_examples(config, dry_run, remarks)
     path = config.dense.path or config.model.path
