@@ -16,11 +16,6 @@ def quantise_rows(weight: BitmaskTensor) -> tuple[BitmaskTensor, torch.Tensor]:
     return BitmaskTensor(codes, weight.bitmask, weight.shape), scale
 
 
-def dequantise(codes: BitmaskTensor, scale: torch.Tensor) -> BitmaskTensor:
-    values = codes.values.float() * scale[_row_of_each_value(codes)]
-    return BitmaskTensor(values, codes.bitmask, codes.shape)
-
-
 def _row_of_each_value(weight: BitmaskTensor) -> torch.Tensor:
     """(nnz,) int64."""
     counts = kernels.unpack(weight.bitmask, weight.shape[1]).sum(1)

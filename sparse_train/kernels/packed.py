@@ -6,9 +6,9 @@ import weakref
 import torch
 from torch.nn import functional
 
-from sparse_train.kernels import _native, reference
+from sparse_train.kernels import reference
 from sparse_train.kernels.arguments import CPU, check_bits, check_tensor, consecutive, describe
-from sparse_train.kernels.native import FLOATS
+from sparse_train.kernels.native import FLOATS, _native
 from sparse_train.kernels.ops import OPS, define_operator
 
 # Operators take tensors and numbers. A number is given once, so that a compiled graph never meets another matrix.
@@ -40,6 +40,9 @@ class PackedMatrix:
                                       *self.shape, values.numel(), scale is not None, torch.get_num_threads())
         self._number = next(_numbers)
         _matrices[self._number] = self
+
+    dtype, device = torch.float32, CPU
+    """Of the activations that it multiplies, which is what code asks a layer's weight for."""
 
     @property
     def num_bytes(self) -> int:

@@ -3,8 +3,8 @@
     keep (R, C) bool  ->  bitmask (R, 8 * ceil(C / 64)) uint8: bit k % 8 of byte k // 8 says column k is kept
     dense (R, C)      ->  values (nnz,): the kept entries, row after row
 
-Rows are padded to whole 64-bit words so that a row starts at a word; padding bits are 0. A kept value may be 0.0: what
-is pruned is said by the bits alone, so training through zero loses nothing.
+Rows are padded to whole 64-bit words so that a row starts at a word; padding bits are 0. A kept value may be 0.0: only
+the bits say what is pruned, so training through zero loses nothing.
 """
 
 from dataclasses import dataclass
@@ -42,6 +42,15 @@ class BitmaskTensor:
         return kernels.unpack(self.bitmask, self.shape[1])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, as `nn.Linear.weight.dtype`."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def sparsity(self) -> float:
         """The fraction of positions that is pruned."""
         return 1 - self.values.numel() / (self.shape[0] * self.shape[1])
@@ -49,10 +58,3 @@ class BitmaskTensor:
     @property
     def num_bytes(self) -> int:
         return self.values.nbytes + self.bitmask.nbytes
-
-    def slice_rows(self, start: int, stop: int) -> "BitmaskTensor":
-        """Rows start..stop-1, sharing storage with this tensor."""
-        first, num_kept = (int(kernels.unpack(rows, self.shape[1]).sum())
-                           for rows in (self.bitmask[:start], self.bitmask[start:stop]))
-        return BitmaskTensor(self.values[first:first + num_kept], self.bitmask[start:stop],
-                             (stop - start, self.shape[1]))
