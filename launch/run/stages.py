@@ -137,7 +137,7 @@ def sources(stage: Stage, config: RunConfig) -> dict[str, dict[str, Any]] | None
     return {"config": {key: _plain(_value(seen, key)) for key in stage.reads}, "inputs": inputs}
 
 
-def why_stale(recorded: dict[str, Any], stage: Stage, config: RunConfig, whole: Any = None) -> str | None:
+def why_stale(recorded: Any, stage: Stage, config: RunConfig, whole: Any = None) -> str | None:
     """The first difference between a folder's recorded sources and today's, in words; None where there is none.
 
     `whole`: the config that the folder was made with, for keys that an older release knew and did not count.

@@ -107,7 +107,7 @@ def _saved_state(stage: Stage, config: RunConfig, reason: str) -> str:
     if not saved or not (partial / artifacts.SOURCES).is_file():
         return ""
     if reason == "not done yet":
-        reason = why_stale(artifacts.read_json(partial / artifacts.SOURCES), stage, config)
+        reason = why_stale(artifacts.read_json(partial / artifacts.SOURCES), stage, config) or ""
     return f"{stage.id}, unfinished at {saved[-1]} ({reason})" if reason else ""
 
 
