@@ -9,6 +9,7 @@ from sparse_train import dist
 from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor, save_model
 from sparse_train.pruning import prune
+from sparse_train.registry import PRUNERS
 from sparse_train.sparse import densify, sparse_linears, sparsify
 from sparse_train.tasks import build_task, training_examples
 
@@ -20,7 +21,8 @@ def run(job: Job) -> dict[str, Any]:
     earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
     model = densify(model).to(dist.device())
     task = build_task(spec.calibration or job.config.task)
-    examples = [] if spec.method == "magnitude" else training_examples(task, processor, spec.num_calibration)[0]
+    calibrates = PRUNERS.entries[spec.method].calibrates
+    examples = training_examples(task, processor, spec.num_calibration)[0] if calibrates else []
     batches = (task.batch([examples[i] for i in range(start, min(start + spec.batch_size, len(examples)))],
                           processor).to(dist.device())
                for start in range(0, len(examples), spec.batch_size))

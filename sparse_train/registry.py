@@ -127,3 +127,19 @@ KERNELS = Registry("kernel", "sparse_train.kernels", Entry, {
     "cpu": Entry("sparse_train.kernels.native:KERNELS"),
 })
 """By the type of the device. The CPU's instruction sets are lines of kernels/csrc/tiers.h."""
+
+
+@dataclass(frozen=True)
+class PrunerEntry(Entry):
+    calibrates: bool = True
+    """It reads training examples: what each linear multiplies decides what is pruned."""
+    keys: tuple[str, ...] = ()
+    """Keys of `prune` that only this method reads; those of other packages have prune.options."""
+
+
+PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
+    "magnitude": PrunerEntry("sparse_train.pruning.magnitude:Magnitude", calibrates=False),
+    "sparsegpt": PrunerEntry("sparse_train.pruning.sparsegpt:SparseGPT", keys=("damping", "block_size")),
+    "wanda": PrunerEntry("sparse_train.pruning.wanda:Wanda"),
+})
+"""prune.method. The target is a subclass of sparse_train.pruning.Pruner."""

@@ -30,8 +30,10 @@ from sparse_train.models import (
 from sparse_train.models.empty import from_config
 from sparse_train.models.families import inferred, registered_family
 from sparse_train.models.family import decoder_sizes
-from sparse_train.pruning import blockwise, prune
-from sparse_train.registry import FAMILIES, TASKS, FamilyEntry, Registry
+from sparse_train.pruning import prune
+from sparse_train.pruning.sparsegpt import SparseGPT
+from sparse_train.pruning.statistics import Hessian
+from sparse_train.registry import FAMILIES, PRUNERS, TASKS, FamilyEntry, Registry
 from sparse_train.sparse import sparsify
 from sparse_train.tasks.batch import Batch, EncoderInput, collate
 from sparse_train.training.features import Tap
@@ -66,7 +68,7 @@ def test_a_family_prunes_its_blocks_and_nothing_else(family):
     assert inside == set(linears)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", PRUNERS.entries)
 @pytest.mark.parametrize("family", _NUM_PRUNABLE)
 def test_every_family_is_pruned_saved_and_read(family, method, tmp_path):
     model, processor = tiny_model(family)
@@ -89,13 +91,13 @@ def _calibrated(model, batch, sparsity):
     """Linear's name -> the sum that `prune` made of its inputs."""
     sums = []
 
-    class Spy(blockwise.Hessian):
+    class Spy(Hessian):
         def mean(self):
             sums.append(self.sum.clone())
             return super().mean()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "Hessian", Spy)
+        patch.setattr(SparseGPT, "Statistics", Spy)
         names = list(prune(model, [batch], PruneConfig(method="sparsegpt", sparsity=sparsity)))
     return dict(zip(names, sums, strict=True))
 

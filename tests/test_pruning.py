@@ -8,12 +8,16 @@ import torch
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import family_of
-from sparse_train.pruning import prune
-from sparse_train.pruning.pattern import keep_groups, keep_largest, magnitude
-from sparse_train.pruning.sparsegpt import Hessian, sparsegpt
+from sparse_train.pruning import build_pruner, prune
+from sparse_train.pruning.pattern import keep_groups, keep_largest
+from sparse_train.pruning.pruner import Layer
+from sparse_train.pruning.sparsegpt import SparseGPT
+from sparse_train.pruning.statistics import Hessian
+from sparse_train.registry import PRUNERS
 from sparse_train.tasks import Batch
 from tests.models import tiny_mpt
 
+METHODS = list(PRUNERS.entries)
 PATTERNS = [{"sparsity": 0.75}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:16"}]
 
 
@@ -24,6 +28,13 @@ def _problem(rows=6, columns=48, tokens=200):
     strong = torch.randn(tokens, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
     inputs = strong + 0.5 * torch.randn(tokens, columns, generator=generator)
     return weight, inputs, 2 * inputs.T @ inputs / tokens
+
+
+def sparsegpt(weight, hessian, spec, name="weight", earlier=None):
+    """`hessian`: the matrix H (C, C)."""
+    statistics = Hessian(len(hessian), hessian.device)
+    statistics.sum, statistics.num_tokens = hessian, 1
+    return SparseGPT().prune(Layer(name, weight, spec.levels[0], earlier), statistics)
 
 
 def _oracle(weight, hessian, spec):
@@ -124,7 +135,7 @@ def _model():
     return tiny_mpt()
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", [{"sparsity": 0.75}, {"sparsity": 0.0}, {"pattern": "2:4"}], ids=str)
 def test_every_prunable_linear_is_pruned_to_the_count_and_nothing_else_changes(method, pattern):
     model, before = _model(), _model()
@@ -192,26 +203,22 @@ def test_inputs_that_are_not_one_per_token_are_refused():
         prune(model, _batches(), PruneConfig(sparsity=0.5))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
-@pytest.mark.parametrize("first", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("first", METHODS)
 def test_a_chain_keeps_earlier_zeros_and_counts_exactly(first, method):
     """The weights between the levels are anything, zeros come back in no position, also where a block of columns has
     lost more than its share."""
     torch.manual_seed(0)
     weight, inputs = torch.randn(24, 40), torch.randn(200, 40)
     weight[:, :8] *= 0.01  # magnitude empties these columns
-    hessian = Hessian(40, torch.device("cpu"))
-    hessian.add(inputs)
-
-    def once(name, weight, spec, earlier):
-        if name == "magnitude":
-            return magnitude(weight, spec, earlier)
-        return sparsegpt(weight, hessian.mean(), spec, earlier=earlier)[1]
-
     keep = None
     for sparsity in (0.5, 0.75, 0.9):
         spec = PruneConfig(sparsity=sparsity, block_size=8)
-        new = once(first if keep is None else method, weight, spec, keep)
+        pruner = build_pruner(PruneConfig(method=first if keep is None else method, sparsity=sparsity))
+        statistics = pruner.Statistics and pruner.Statistics(40, torch.device("cpu"))
+        if statistics:
+            statistics.add(inputs)
+        _, new = pruner.prune(Layer("weight", weight, spec.levels[0], keep), statistics)
         assert new.sum() == round((1 - sparsity) * 24 * 40)
         assert keep is None or not (new & ~keep).any()
         keep, weight = new, torch.randn(24, 40) * new
@@ -223,3 +230,9 @@ def test_what_sparsegpt_updates_does_not_revive_earlier_zeros():
     hessian.add(torch.randn(64, 16))
     weight, keep = sparsegpt(torch.randn(8, 16) * earlier, hessian.mean(), PruneConfig(pattern="2:4"), earlier=earlier)
     assert not (keep & ~earlier).any() and not weight[~keep].any()
+
+
+def test_the_table_knows_which_methods_read_calibration_data():
+    for name, entry in PRUNERS.entries.items():
+        assert entry.calibrates == (PRUNERS.load(name).Statistics is not None), name
+        assert set(entry.keys) <= set(PruneConfig.model_fields), name

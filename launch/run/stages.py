@@ -17,7 +17,7 @@ from sparse_train.config.load import load_frozen
 from sparse_train.errors import UserError
 from sparse_train.jobs.job import Input
 from sparse_train.jobs.stage import Kind, Stage
-from sparse_train.registry import TASKS
+from sparse_train.registry import PRUNERS, TASKS
 
 CONFIG, JOB_FILE = "config.yaml", "job"
 
@@ -81,11 +81,13 @@ def _training(name: str) -> tuple[str, ...]:
 
 
 def _pruning(config: RunConfig) -> tuple[str, ...]:
-    spec = config.prune
-    if spec.method == "magnitude":  # no example, but the tokenizer's language goes into the folder
-        return "prune.method", "prune.sparsity", "prune.pattern", "task.language"
-    return (*_of(PruneConfig, "prune"), *(() if spec.calibration else _training_data(config.task)),
-            "task.language")
+    """What a pruning depends on, which the method decides. The tokenizer's language goes into the folder."""
+    method = PRUNERS.entries[config.prune.method]
+    unread = [key for other in PRUNERS.entries.values() for key in other.keys if key not in method.keys]
+    if not method.calibrates:
+        return *_of(PruneConfig, "prune", *unread, "num_calibration", "calibration", "batch_size"), "task.language"
+    data = () if config.prune.calibration else _training_data(config.task)
+    return *_of(PruneConfig, "prune", *unread), *data, "task.language"
 
 
 def _chain(config: RunConfig, dense: Stage) -> list[Stage]:

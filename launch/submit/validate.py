@@ -29,15 +29,17 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
-    folder that is no checkpoint or whose tokenizer is not the model's, an N:M pattern that does not divide a width, and
-    a loss on features that the model does not have.
+    folder that is no checkpoint or whose tokenizer is not the model's, pruning that does not fit the linears, and a
+    loss on features that the model does not have.
     """
     from sparse_train.models import check_on_hub, empty_model, is_folder
+    from sparse_train.pruning import build_pruner
     from sparse_train.pruning.parameters import count_parameters
 
     require("plots")  # of the report, the last stage
     if config.tracking.wandb:
         require("wandb")
+    build_pruner(config.prune)  # refuses options that it does not have
     remarks: list[str] = []
     data = _read_first_examples(config, dry_run, remarks)
     path = config.dense.path or config.model.path
@@ -53,9 +55,9 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
     elif path is not None and not dry_run:
         check_on_hub(path, model_config)
     model = empty_model(model_config)
-    _check_patterns(config, model)
+    parameters = count_parameters(model, config.prune)
     _check_features(config, model)
-    return Validation(count_parameters(model, config.prune), remarks)
+    return Validation(parameters, remarks)
 
 
 def require_data(config: RunConfig) -> None:
@@ -71,8 +73,8 @@ def require_data(config: RunConfig) -> None:
 def summarise(config: RunConfig, parameters: "ParameterCounts") -> list[str]:
     """Lines on parameters kept, steps and tokens."""
     lines = [f"{parameters.total:,} parameters, {parameters.prunable:,} of them prunable"]
-    for level, num_kept in zip(config.prune.levels, parameters.kept, strict=True):
-        lines.append(f"{level.sparsity:.0%} sparse: {num_kept:,} prunable parameters kept, "
+    for num_kept in parameters.kept:
+        lines.append(f"{1 - num_kept / parameters.prunable:.0%} sparse: {num_kept:,} prunable parameters kept, "
                      f"{parameters.total - parameters.prunable + num_kept:,} in all")
     if not config.dense.path:
         lines.append(f"dense: {_steps_and_tokens(config.dense, config.task)}")
@@ -198,16 +200,6 @@ def _check_examples_fit(config: RunConfig, path: str, data: list[_Split]) -> Non
             training_examples(split.task, processor, 1)
         else:
             scored_examples(split.task, processor, EvaluateConfig(num_examples=1, max_new_tokens=new_tokens))
-
-
-def _check_patterns(config: RunConfig, model: "PreTrainedModel") -> None:
-    from sparse_train.models import family_of
-    from sparse_train.pruning import check_pattern
-
-    shapes = {name: (linear.out_features, linear.in_features)
-              for name, linear in family_of(model).prunable_linears(model).items()}
-    for level in config.prune.levels:
-        check_pattern(shapes, level)
 
 
 def _check_features(config: RunConfig, model: "PreTrainedModel") -> None:

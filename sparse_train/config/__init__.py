@@ -12,7 +12,7 @@ Nothing here loads torch: commands that only look at runs read configs too.
 from sparse_train.config.base import Positive, Section, Weight
 from sparse_train.config.loss import LossConfig
 from sparse_train.config.model import ModelConfig
-from sparse_train.config.pruning import PruneConfig
+from sparse_train.config.pruning import PruneConfig, PruneLevel
 from sparse_train.config.run import (
     BenchmarkConfig,
     CompressConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "Positive",
     "PruneConfig",
+    "PruneLevel",
     "RunConfig",
     "Section",
     "TaskConfig",

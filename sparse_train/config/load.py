@@ -1,4 +1,4 @@
-"""Config files: YAML and overrides become a section of the schema, and a mistake becomes one line.
+"""Config files: YAML and overrides become a section of the schema.
 
     YAML file -> dotted key=value overrides -> RunConfig -> config.yaml in the run folder
 """
@@ -7,87 +7,87 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from sparse_train.config import RunConfig, Section
-from sparse_train.config.mistakes import told
+from sparse_train.config.mistakes import explain
 from sparse_train.config.yaml_core import NotYaml, read_yaml, write_yaml
 from sparse_train.errors import UserError
 
 S = TypeVar("S", bound=Section)
-_SAME_RUN = {"name", "folder", "about"}
-_LONGEST_NAME = 80  # of a combination; beyond it a checksum tells them apart
+_KEYS_OF_PLACE = {"name", "folder", "about"}  # overrides of these leave a run what it is
+_LONGEST_NAME = 80  # of a combination of a sweep; a longer one is cut and gets a checksum
 
 
-def load_config(schema: type[S], path: Path, overrides: Sequence[str] = (), under: str = "",
-                others: dict[str, type[Section]] | None = None) -> S:
-    """Read a YAML file into `schema`, the dotted `key=value` overrides laid over it. Raises UserError in one line.
+def load_config(schema: type[S], path: Path, overrides: Sequence[str] = (), prefix: str = "",
+                others: Mapping[str, type[Section]] | None = None) -> S:
+    """Read a YAML file into `schema` and apply the dotted `key=value` overrides. Raises UserError in one line.
 
-    `extends: FILE` at a file's top starts from that one, a path relative to it; sections are merged key by key, and a
-    key that is null there takes its default. `about` is true of its own file's run: neither a file that extends it nor
-    an override of anything but the run's place keeps it.
+    `extends: FILE` at the top of a file starts from that file, a path relative to this one; sections are merged key by
+    key, and a key that is null takes its default. `about` describes the run of its own file only: it is dropped where
+    another file extends it or an override changes anything but the run's place.
 
-    `under` stands in front of each override's key, such as "cluster."; `others` are schemas that a key which is unknown
-    here may belong to, by that prefix.
+    `prefix` stands in front of each override's key, such as "cluster."; `others` are schemas that a key which is
+    unknown here may belong to, by their prefix.
     """
     tree = _read_tree(Path(path))
-    if {override.partition("=")[0] for override in overrides} - _SAME_RUN:
+    if {override.partition("=")[0] for override in overrides} - _KEYS_OF_PLACE:
         tree.pop("about", None)
     for override in overrides:
-        _lay_over(tree, override, under)
+        _apply_override(tree, override, prefix)
     try:
-        return schema.model_validate(tree, strict=True)  # strictly: true is not 1
+        return schema.model_validate(tree, strict=True)  # strict: true is not 1
     except ValidationError as error:
-        override, said = told(error, schema, overrides, under, others or {})
-        if override is None:
-            raise UserError(f"{path}: {said}") from error
-        repeats = re.match(rf"{re.escape(override)}(?![\w.])", said)
-        raise UserError(said if repeats else f"{override}: {said}") from error
+        raise UserError(explain(error, schema, path, overrides, prefix, others or {})) from error
 
 
 def load_points(path: Path, overrides: Sequence[str] = (),
-                others: dict[str, type[Section]] | None = None) -> list[tuple[dict[str, Any], RunConfig]]:
-    """(value of each swept key, config) of every combination of a recipe's `sweep`; one, with no key, without it."""
+                others: Mapping[str, type[Section]] | None = None) -> list[tuple[dict[str, Any], RunConfig]]:
+    """(value of each swept key, config) of every combination of a recipe's `sweep`; without one, of the recipe."""
     whole = load_config(RunConfig, path, overrides, others=others)
-    found: dict[str, tuple[dict[str, Any], RunConfig]] = {}
+    points: dict[str, tuple[dict[str, Any], RunConfig]] = {}
     for values in itertools.product(*whole.sweep.values()):
         point = dict(zip(whole.sweep, values, strict=True))
-        # As overrides, so that a mistake is told as theirs is; YAML is a superset of JSON.
-        given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
-        if point:
-            name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in point.items())
-            name = re.sub("[^A-Za-z0-9._-]+", "-", name)
-            if len(name) > _LONGEST_NAME:
-                name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
-            given += [f"name={json.dumps(name)}", "sweep={}",
-                      f"folder={json.dumps(str(whole.path), ensure_ascii=False)}",
-                      f"about={json.dumps(whole.about, ensure_ascii=False)}"]
-        config = load_config(RunConfig, path, [*overrides, *given], others=others)
-        if config.name in found:
+        config = load_config(RunConfig, path, [*overrides, *_overrides_of(point, whole)], others=others)
+        if config.name in points:
             raise UserError(f"sweep: two combinations are called {config.name}; give each value once")
-        found[config.name] = point, config
-    return list(found.values())
+        points[config.name] = point, config
+    return list(points.values())
+
+
+def _overrides_of(point: Mapping[str, Any], whole: RunConfig) -> list[str]:
+    """The swept keys' values and the place of that combination, as overrides, so that a mistake in one is reported as
+    an override's is. YAML is a superset of JSON."""
+    if not point:
+        return []
+    name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in point.items())
+    name = re.sub("[^A-Za-z0-9._-]+", "-", name)
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
+    place = {"name": name, "sweep": {}, "folder": str(whole.path), "about": whole.about}
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in {**point, **place}.items()]
 
 
 def load_frozen(path: Path) -> RunConfig:
-    """The config that a run folder holds, also of a release without compress.loss, which took the last loss."""
+    """The config in a run folder. A release without compress.loss compressed the last loss, so that is filled in."""
     tree = _read_tree(path)
     try:
-        older = [] if "loss" in tree["compress"] else [f"compress.loss={list(tree['finetune']['losses'])[-1]}"]
+        overrides = [] if "loss" in tree["compress"] else [f"compress.loss={list(tree['finetune']['losses'])[-1]}"]
     except (KeyError, TypeError, IndexError):  # not as a run leaves it
-        older = []
-    return load_config(RunConfig, path, older)
+        overrides = []
+    return load_config(RunConfig, path, overrides)
 
 
 def dump_config(config: Section) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+def _read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's keys and those of the files that it extends."""
     try:
         tree = read_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -103,30 +103,33 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: extends must be the path of one file, not a {type(base).__name__}")
-    if path.resolve() in seen:
+    if path.resolve() in extended_by:
         raise UserError(f"{path} extends itself")
-    below = _read_tree(path.parent / base, (*seen, path.resolve()))
-    below.pop("about", None)
-    return _merged(below, tree)
+    extended = _read_tree(path.parent / base, (*extended_by, path.resolve()))
+    extended.pop("about", None)
+    return _merge(extended, tree)
 
 
-def _merged(base: dict, over: dict) -> dict:
-    merged = base | {key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict)
-                     else value for key, value in over.items()}
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; what is null in it is dropped."""
+    merged = dict(base)
+    for key, value in over.items():
+        is_section = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if is_section else value
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _lay_over(tree: dict, override: str, under: str) -> None:
-    key, equals, text = override.removeprefix(under).partition("=")
+def _apply_override(tree: dict[str, Any], override: str, prefix: str) -> None:
+    key, equals, text = override.removeprefix(prefix).partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write key=value, such as prune.sparsity=0.5")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
-            raise UserError(f"{override!r}: {parent} is a value, not a section")
+            raise UserError(f"{override!r}: {section} is a value, not a section")
     try:
         tree[last] = read_yaml(text)
     except NotYaml as error:

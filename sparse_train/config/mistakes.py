@@ -3,105 +3,140 @@
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from sparse_train.config import Section
+from sparse_train.config.base import Section
 
-_OF_PYDANTIC = {"float", "int", "str", "bool", "[key]"}  # which alternative of a type it tried
-_SAID = {"model_type": "this is a section; give a mapping of its keys",
-         "dict_type": "give a mapping, such as {name: value}",
-         "tuple_type": "give a list, such as [a, b]",
-         "finite_number": "infinity and NaN are no settings; give a number",
-         "bool_type": "give true or false",
-         "float_type": "give a number, such as 0.5",
-         "int_type": "give a whole number",
-         "string_type": "give text; a number, true and false are text in quotes"}
+_LONGEST_VALUE = 80  # characters of a value that are shown
+_ALTERNATIVES = {"float", "int", "str", "bool", "[key]"}  # pydantic names the alternative of a type that it tried
+_RULES = {"model_type": "this is a section; give a mapping of its keys",
+          "dict_type": "give a mapping, such as {name: value}",
+          "tuple_type": "give a list, such as [a, b]",
+          "finite_number": "infinity and NaN are no settings; give a number",
+          "bool_type": "give true or false",
+          "float_type": "give a number, such as 0.5",
+          "int_type": "give a whole number",
+          "string_type": "give text; a number, true and false are text in quotes"}
 
 
-def told(error: ValidationError, schema: type[Section], overrides: Sequence[str], under: str,
-         others: dict[str, type[Section]]) -> tuple[str | None, str]:
-    """(the override that it is in, None for the file; what is wrong).
+@dataclass(frozen=True)
+class _Mistake:
+    kind: str
+    """pydantic's name of it."""
+    path: list[str]
+    """The key, part by part."""
+    message: str
+    value: Any
 
-    `under`: what stands in front of each override's key; `others`: schemas whose keys may have been meant, by prefix.
+
+def explain(error: ValidationError, schema: type[Section], file: Path, overrides: Sequence[str], prefix: str,
+            others: Mapping[str, type[Section]]) -> str:
+    """`error` in one line, which begins with the override at fault, or with the file where none is.
+
+    `prefix`: what stands in front of each override's key, such as "cluster."; `others`: schemas whose keys may have
+    been meant, by their prefix.
     """
+    mistake = _read(error)
+    override = _find_override(mistake, [override.removeprefix(prefix) for override in overrides])
+    if override is None:
+        return f"{file}: {_describe(mistake, schema, '', others)}"
+    key, given = prefix + ".".join(_key(override)), prefix + override
+    assignment = given if _key(override) == mistake.path else None
+    line = _describe(mistake, schema, prefix, others, assignment).removeprefix(f"{key}: ")
+    return line if re.match(rf"{re.escape(given)}(?![\w.])", line) else f"{given}: {line}"
+
+
+def describe(error: ValidationError, schema: type[Section], prefix: str) -> str:
+    """`error` in one line that names the key; `prefix` is what stands in front of it, such as "prune.options."."""
+    return _describe(_read(error), schema, prefix, {})
+
+
+def _read(error: ValidationError) -> _Mistake:
+    """The first mistake; where pydantic tried alternatives of a type, that of the one which got furthest."""
     errors = error.errors()
-    place = _location(errors[0])
-    # Of the alternatives that were tried, the one that got furthest.
-    first = max((one for one in errors if _location(one)[:len(place)] == place), key=lambda one: len(_location(one)))
-    place, message = _location(first), first["msg"].removeprefix("Value error, ")
-    override = _culprit(place, message, [one.removeprefix(under) for one in overrides])
-    prefix = "" if override is None else under
-    key = prefix + ".".join(place)
-    if first["type"] in ("extra_forbidden", "invalid_key"):
-        said = f"there is no key {key}; {_meant(place, {prefix: schema, **others})}"
-    elif first["type"] == "value_error":
-        said = _joined(place, message, schema, prefix)
-    elif first["type"] == "missing":
-        said = f"{key} is missing"
-    else:
-        given = f"{key}={_shown(first['input'])}" if override is None or _parts(override) != place else under + override
-        said = f"{given}: {_SAID.get(first['type'], message[0].lower() + message[1:])}"
-    return override and under + override, said
+    path = _path(errors[0])
+    furthest = max((one for one in errors if _path(one)[:len(path)] == path), key=lambda one: len(_path(one)))
+    return _Mistake(furthest["type"], _path(furthest), furthest["msg"].removeprefix("Value error, "),
+                    furthest["input"])
 
 
-def _location(error) -> list[str]:
-    found = [str(part) for part in error["loc"] if not str(part).startswith("tuple[")]
-    while found and found[-1] in _OF_PYDANTIC:
-        found.pop()
-    return found
+def _path(error: Any) -> list[str]:
+    path = [str(part) for part in error["loc"] if not str(part).startswith("tuple[")]
+    while path and path[-1] in _ALTERNATIVES:
+        path.pop()
+    return path
 
 
-def _joined(place: list[str], message: str, schema: type[Section], prefix: str) -> str:
-    """Messages of a section start with a key of it, those of a key often with its name."""
-    word = re.match(r"\w*", message)[0]
-    section = _section_at(schema, place)
-    if section and word in section.model_fields:
-        return prefix + ".".join([*place, message])
-    if place and word == place[-1]:
-        return prefix + ".".join([*place[:-1], message])
-    return f"{prefix}{'.'.join(place)}: {message}" if place else message
+def _describe(mistake: _Mistake, schema: type[Section], prefix: str, others: Mapping[str, type[Section]],
+              assignment: str | None = None) -> str:
+    """`assignment`: key=value as the user wrote it, where that is what is wrong."""
+    key = prefix + ".".join(mistake.path)
+    if mistake.kind in ("extra_forbidden", "invalid_key"):
+        return f"there is no key {key}; {_suggest(mistake.path, {prefix: schema, **others})}"
+    if mistake.kind == "value_error":
+        return _with_key(mistake, schema, prefix)
+    if mistake.kind == "missing":
+        return f"{key} is missing"
+    rule = _RULES.get(mistake.kind, mistake.message[0].lower() + mistake.message[1:])
+    return f"{assignment or f'{key}={_shorten(mistake.value)}'}: {rule}"
 
 
-def _shown(value: Any) -> str:
+def _with_key(mistake: _Mistake, schema: type[Section], prefix: str) -> str:
+    """A validator's message, its key in full: that of a section begins with a key of it, that of a key often with its
+    name."""
+    first_word = re.match(r"\w*", mistake.message)[0]  # type: ignore[index]  # it matches any text
+    section = _section_at(schema, mistake.path)
+    if section and first_word in section.model_fields:
+        return prefix + ".".join([*mistake.path, mistake.message])
+    if mistake.path and first_word == mistake.path[-1]:
+        return prefix + ".".join([*mistake.path[:-1], mistake.message])
+    return f"{prefix}{'.'.join(mistake.path)}: {mistake.message}" if mistake.path else mistake.message
+
+
+def _shorten(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE - 3] + "..."
 
 
-def _culprit(place: list[str], message: str, overrides: Sequence[str]) -> str | None:
-    """The last override of a key at, above or below `place`, rather one that is named."""
-    def is_named(override: str) -> bool:
-        return re.search(rf"\b{re.escape(_parts(override)[-1])}\b", message) is not None
-
+def _find_override(mistake: _Mistake, overrides: Sequence[str]) -> str | None:
+    """The last override of a key at, above or below the mistake's, preferably one that the message names."""
     near = [override for override in reversed(overrides)
-            if all(mine == theirs for mine, theirs in zip(_parts(override), place, strict=False))]
-    return next(filter(is_named, near), near[0] if near and place else None)
+            if all(part == other for part, other in zip(_key(override), mistake.path, strict=False))]
+    for override in near:
+        if re.search(rf"\b{re.escape(_key(override)[-1])}\b", mistake.message):
+            return override
+    return near[0] if near and mistake.path else None
 
 
-def _parts(override: str) -> list[str]:
+def _key(override: str) -> list[str]:
     return override.partition("=")[0].split(".")
 
 
-def _meant(place: list[str], schemas: dict[str, type[Section]]) -> str:
-    """A key of the last one's name anywhere, else one that is spelt like it; and the keys that are valid there."""
-    *above, name = place
+def _suggest(path: list[str], schemas: Mapping[str, type[Section]]) -> str:
+    """A key of the last part's name anywhere, else one that is spelt like it; and the keys that are valid there."""
+    *above, name = path
     prefix, schema = next(iter(schemas.items()))
-    valid = sorted(_section_at(schema, above).model_fields)
-    here = [_parts(prefix + ".".join([*above, key])) for key in valid]
-    keys = [_parts(prefix + key) for prefix, schema in schemas.items() for key in _keys(schema)]
-    for wanted, among in ((name, keys), (_close(name, here), here), (_close(name, keys), keys)):
-        if meant := [key for key in among if key[-1] == wanted]:
-            below = [key for key in meant if above and key[:len(here[0]) - 1] == here[0][:-1]] or meant
+    section = _section_at(schema, above)
+    valid = sorted(section.model_fields) if section else []
+    here = [(prefix + ".".join([*above, key])).split(".") for key in valid]
+    everywhere = [(prefix + key).split(".") for prefix, schema in schemas.items() for key in _keys(schema)]
+    for spelling, keys in ((name, everywhere), (_closest(name, here), here), (_closest(name, everywhere), everywhere)):
+        if matches := [key for key in keys if key[-1] == spelling]:
+            below = [key for key in matches if above and key[:len(here[0]) - 1] == here[0][:-1]] or matches
             nearest = [".".join(key) for key in below if len(key) == min(map(len, below))]
             guess = " or ".join(filter(None, [", ".join(nearest[:-1]), nearest[-1]]))
             return f"did you mean {guess}? (valid here: {', '.join(valid)})"
     return f"valid here: {', '.join(valid)}"
 
 
-def _close(name: str, keys: list[list[str]]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, sorted({key[-1] for key in keys}), n=1, cutoff=0.7)), None)
+def _closest(name: str, keys: list[list[str]]) -> str | None:
+    last_parts = sorted({key[-1] for key in keys})
+    return next(iter(difflib.get_close_matches(name, last_parts, n=1, cutoff=0.7)), None)
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
@@ -111,10 +146,10 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
-def _section_at(schema: type[Section], place: list[str]) -> type[Section] | None:
-    """The section that `place` leads to; a mapping's own keys (a loss's name) lead into it."""
+def _section_at(schema: type[Section], path: list[str]) -> type[Section] | None:
+    """The section that `path` leads to; a mapping's own keys (a loss's name) lead into it."""
     section: type[Section] | None = schema
-    parts = iter(place)
+    parts = iter(path)
     for part in parts:
         field = section.model_fields.get(part) if section else None
         if field is None:
@@ -126,8 +161,9 @@ def _section_at(schema: type[Section], place: list[str]) -> type[Section] | None
 
 
 def _keys(schema: type[Section]) -> Iterator[str]:
+    """Dotted keys of a schema, sections and what they hold; NAME stands for the keys of a mapping."""
     for name, field in schema.model_fields.items():
         yield name
         if section := _section_in(field.annotation):
-            own = ".NAME" if get_origin(field.annotation) is dict else ""
-            yield from (f"{name}{own}.{key}" for key in _keys(section))
+            below = f"{name}.NAME" if get_origin(field.annotation) is dict else name
+            yield from (f"{below}.{key}" for key in _keys(section))

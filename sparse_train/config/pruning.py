@@ -1,61 +1,74 @@
-"""`prune`: the method, the sparsity and its pattern, the calibration data (sparse_train/pruning)."""
+"""`prune`: the method, the sparsity and its pattern, which linears, the calibration data (sparse_train/pruning)."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sparse_train.config.base import Positive, Section
 from sparse_train.config.task import TaskConfig
+from sparse_train.registry import PRUNERS
+
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PruneConfig(Section):
-    method: Literal["magnitude", "sparsegpt"] = "sparsegpt"
+    method: Annotated[str, AfterValidator(PRUNERS.check)] = "sparsegpt"
+    """One of the table PRUNERS of sparse_train/registry.py."""
     sparsity: float | tuple[float, ...] | None = None
     """The fraction of each prunable weight that becomes zero, uniform over layers; an N:M pattern implies it. A list,
     ascending, is a chain: each level is pruned from the fine-tuned weights of the one before."""
     pattern: str = "unstructured"
     """unstructured, or N:M: N kept of every M along a row."""
+    targets: tuple[str, ...] | None = None
+    """Of the linears that the model's family prunes, only those whose module names match one of these patterns, such as
+    "*.mlp.*" (* stands for any text, ? for a character); None: all of them."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of the names of linears that stay dense."""
+    layer_sparsity: dict[str, _Fraction] = {}  # noqa: RUF012 - pydantic copies it
+    """Pattern of names -> the sparsity of the linears that it matches, in place of prune.sparsity. Of several patterns
+    that match one linear the longest counts."""
     num_calibration: Positive = 128
-    """Training examples whose activations make the Hessians (sparsegpt)."""
+    """Training examples whose activations the method sees (sparsegpt, wanda)."""
     calibration: TaskConfig | None = None
     """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
     """Calibration examples per forward pass."""
     damping: Annotated[float, Field(gt=0)] = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt)."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
+    options: dict[str, Any] = {}  # noqa: RUF012
+    """Settings of a method that another package adds; the method's own schema checks them."""
 
     @property
-    def levels(self) -> tuple["PruneConfig", ...]:
-        """One config per sparsity, in the order of the chain."""
-        several = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
-        return tuple(self.model_copy(update={"sparsity": sparsity}) for sparsity in several)
+    def levels(self) -> tuple["PruneLevel", ...]:
+        """One per sparsity, in the order of the chain."""
+        sparsities = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+        return tuple(PruneLevel.model_construct(**{**dict(self), "sparsity": sparsity}) for sparsity in sparsities)
 
     @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of an N:M pattern, None when unstructured."""
-        if self.pattern == "unstructured":
-            return None
-        num_kept, size = self.pattern.split(":")
-        return int(num_kept), int(size)
+        return _parse_group(self.pattern)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_the_pattern(cls, keys: Any) -> Any:
+        group = _parse_group(keys.get("pattern")) if isinstance(keys, dict) and keys.get("sparsity") is None else None
+        return {**keys, "sparsity": 1 - group[0] / group[1]} if group else keys
 
     @model_validator(mode="after")
-    def _pattern_and_sparsity_agree(self):
-        if self.pattern == "unstructured":
-            if self.sparsity is None:
-                raise ValueError("sparsity is missing; give a number in [0, 1)")
-            levels = [level.sparsity for level in self.levels]
-            for sparsity in levels:
-                if not 0 <= sparsity < 1:
-                    raise ValueError(f"sparsity={sparsity} is outside [0, 1); 0.75 removes three weights of four")
-            if not levels or sorted(set(levels)) != levels:
-                raise ValueError(f"sparsity={levels} is no chain; give levels that rise, such as [0.5, 0.75]")
-            return self
-        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
+    def _pattern_and_sparsity_agree(self) -> "PruneConfig":
+        if self.group:
+            self._check_group(*self.group)
+        elif self.pattern != "unstructured":
             raise ValueError(f"pattern={self.pattern!r} is neither unstructured nor N:M, such as 2:4")
-        num_kept, size = self.group
+        else:
+            self._check_sparsities()
+        return self
+
+    def _check_group(self, num_kept: int, size: int) -> None:
         if num_kept > size:
             raise ValueError(f"pattern={self.pattern} keeps more than it has; N:M keeps N of every M")
         implied = 1 - num_kept / size
@@ -65,5 +78,30 @@ class PruneConfig(Section):
         if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
             raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern}, which makes {implied:g}; "
                              "leave sparsity out (prune.sparsity=null)")
-        object.__setattr__(self, "sparsity", implied)
-        return self
+        if self.layer_sparsity:
+            raise ValueError(f"layer_sparsity and pattern={self.pattern}, which makes every layer {implied:g} sparse, "
+                             "exclude each other; use pattern=unstructured, or prune.ignore for layers that stay dense")
+
+    def _check_sparsities(self) -> None:
+        if self.sparsity is None:
+            raise ValueError("sparsity is missing; give a number in [0, 1)")
+        sparsities = [level.sparsity for level in self.levels]
+        for sparsity in sparsities:
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"sparsity={sparsity} is outside [0, 1); 0.75 removes three weights of four")
+        if not sparsities or sorted(set(sparsities)) != sparsities:
+            raise ValueError(f"sparsity={sparsities} is no chain; give levels that rise, such as [0.5, 0.75]")
+        if self.layer_sparsity and isinstance(self.sparsity, tuple):
+            raise ValueError("layer_sparsity gives a layer one sparsity, and a chain has several levels; give one "
+                             "prune.sparsity, or leave layer_sparsity out")
+
+
+class PruneLevel(PruneConfig):
+    """One level of a chain, or one layer of it."""
+
+    sparsity: float
+
+
+def _parse_group(pattern: Any) -> tuple[int, int] | None:
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pattern) if isinstance(pattern, str) else None
+    return (int(found[1]), int(found[2])) if found else None

@@ -1,10 +1,15 @@
-"""Pruning: scores decide the bits, the update decides the values.
+"""Pruning: which weights of a model survive, and what the survivors become.
 
-    magnitude   the largest |w| survive
-    sparsegpt   second-order scores and error compensation (arXiv 2301.00774)
+    blockwise.py                        a model, block by block
+    layers.py                           which linears are pruned, and how far
+    pruner.py                           the interface of a method
+    magnitude.py sparsegpt.py wanda.py  a method each
+    pattern.py, statistics.py           what methods share: bits from scores; sums over calibration inputs
+
+The methods are the table PRUNERS of sparse_train/registry.py.
 """
 
 from sparse_train.pruning.blockwise import prune
-from sparse_train.pruning.pattern import check_pattern
+from sparse_train.pruning.pruner import Layer, Pruner, build_pruner
 
-__all__ = ["check_pattern", "prune"]
+__all__ = ["Layer", "Pruner", "build_pruner", "prune"]

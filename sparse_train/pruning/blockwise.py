@@ -1,14 +1,17 @@
 """Prune a model block by block, each block's inputs computed by the blocks already pruned.
 
-    per stack: one forward pass of the model; hooks catch what each block is called with
-    per block: run it on the caught arguments to collect Hessians -> prune its linears -> run it again, which makes the
-               next block's hidden states
+    per stack: one forward pass of the model; hooks record what each block is called with
+    per block: run it on the recorded arguments to collect the method's statistics -> prune its linears -> run it again,
+               which computes the next block's hidden states
 
 A block is called as the model itself called it; nothing of a model's inside is repeated here. The decoder's arguments
-are caught after the encoder is pruned, so its cross-attention learns from pruned states.
+are recorded after the encoder is pruned, so its cross-attention learns from pruned states.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,72 +20,58 @@ from transformers import PreTrainedModel
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import block_output, family_of
-from sparse_train.pruning.pattern import check_pattern, magnitude
-from sparse_train.pruning.sparsegpt import Hessian, sparsegpt
+from sparse_train.pruning.layers import choose_layers
+from sparse_train.pruning.pruner import Layer, Pruner, Statistics, build_pruner
+from sparse_train.registry import PRUNERS
 from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks import Batch
 
+Progress = Callable[[int, int, str], None]
+
 
 @torch.no_grad()
-def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig,
-          progress: Callable[[int, int, str], None] | None = None,
+def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, progress: Progress | None = None,
           earlier: Mapping[str, torch.Tensor] | None = None) -> dict[str, BitmaskTensor]:
-    """The sparse weight of every prunable linear, by module name. The model's weights become the pruned ones.
+    """The sparse weight of every linear that is pruned, by module name. The model's weights become the pruned ones.
 
-    `batches` are on the model's device and are not touched by magnitude pruning. `earlier`: name -> keep (R, C) of a
-    model that was pruned before; what it dropped stays dropped. Raises UserError for a pattern that does not divide a
-    width or keeps nothing of a layer, and where SparseGPT gets no token.
+    `batches` are on the model's device; a method without calibration does not read them. `earlier`: name -> keep (R, C)
+    of a model that was pruned before; what it dropped stays dropped. Raises UserError for settings that do not fit the
+    model's linears (see choose_layers), and where a method that prunes by inputs gets no token.
     """
-    family = family_of(model)
-    linears, earlier = family.prunable_linears(model), earlier or {}
-    check_pattern({name: tuple(linear.weight.shape) for name, linear in linears.items()}, spec)
+    (level,) = spec.levels  # those of a chain are pruned one by one
+    pruner = build_pruner(level)
+    linears = family_of(model).prunable_linears(model)
+    specs = choose_layers({name: tuple(linear.weight.shape) for name, linear in linears.items()}, level)
+    layers = {name: Layer(name, linears[name].weight, layer, (earlier or {}).get(name))
+              for name, layer in specs.items()}
     was_training = model.training
     model.eval()
     try:
-        if spec.method == "magnitude":
-            return {name: _apply(linear, linear.weight * (keep := magnitude(linear.weight, spec, earlier.get(name))),
-                                 keep) for name, linear in linears.items()}
-        return _prune_blocks(model, family, linears, list(batches), spec, progress, earlier)
+        if pruner.Statistics is None:
+            return {name: _apply(layer, pruner.prune(layer, None)) for name, layer in layers.items()}
+        return _prune_blocks(model, pruner, layers, list(batches), progress)
     finally:
         model.train(was_training)
 
 
-def _prune_blocks(model, family, linears, batches, spec, progress, earlier) -> dict[str, BitmaskTensor]:
-    weights: dict[str, BitmaskTensor] = {}
-    blocks, num_done = family.blocks(model), 0
-    for stack in family.stacks:
-        own_blocks = {name: block for name, block in blocks.items() if name.startswith(f"{stack.blocks}.")}
-        calls = [_catch_calls(model, list(own_blocks.values()), batch) for batch in batches]
-        hidden = [_hidden(made[0]) for made in calls]
-        for index, (prefix, block) in enumerate(own_blocks.items()):
-            own = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.")}
-            now = [made[index].with_hidden(states) for made, states in zip(calls, hidden, strict=True)]
-            for name, hessian in _hessians(block, own, now, batches, stack.side).items():
-                if not hessian.num_tokens:
-                    raise UserError(f"no calibration token reached {name}, and SparseGPT prunes by its inputs; give "
-                                    "more or shorter examples (prune.num_calibration, task.max_length), or take "
-                                    "prune.method=magnitude")
-                weights[name] = _apply(own[name], *sparsegpt(own[name].weight, hessian.mean(), spec, name,
-                                                             earlier.get(name)))
-            hidden = [block_output(block(*call.args, **call.kwargs)) for call in now]
-            if progress:
-                num_done += 1
-                progress(num_done, len(blocks), prefix)
-    return weights
+def _apply(layer: Layer, pruned: tuple[torch.Tensor, torch.Tensor]) -> BitmaskTensor:
+    weight, keep = pruned
+    layer.weight.data.copy_(weight)
+    return BitmaskTensor.from_dense(layer.weight.data, keep)
 
 
-def _apply(linear: nn.Linear, weight: torch.Tensor, keep: torch.Tensor) -> BitmaskTensor:
-    linear.weight.data.copy_(weight)
-    return BitmaskTensor.from_dense(linear.weight.data, keep)
-
-
+@dataclass(frozen=True)
 class _Call:
-    """A block's arguments; its hidden states are the first one, by place or by name."""
+    """A block's arguments; its hidden states are the first one, by position or by name."""
 
-    def __init__(self, args: tuple, kwargs: dict):
-        self.args, self.kwargs = args, kwargs
+    args: tuple
+    kwargs: dict[str, Any]
 
-    def with_hidden(self, states: torch.Tensor) -> "_Call":
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def with_hidden(self, states: torch.Tensor | None) -> "_Call":
         if self.args:
             return _Call((states, *self.args[1:]), self.kwargs)
         return _Call((), {**self.kwargs, "hidden_states": states})
@@ -93,50 +82,92 @@ class _Call:
                 if isinstance(value, torch.Tensor)]
 
 
-def _hidden(call: _Call) -> torch.Tensor:
-    return call.args[0] if call.args else call.kwargs["hidden_states"]
+def _prune_blocks(model: PreTrainedModel, pruner: Pruner, layers: dict[str, Layer], batches: list[Batch],
+                  progress: Progress | None) -> dict[str, BitmaskTensor]:
+    weights: dict[str, BitmaskTensor] = {}
+    family = family_of(model)
+    blocks, num_done = family.blocks(model), 0
+    for stack in family.stacks:
+        stack_blocks = {name: block for name, block in blocks.items() if name.startswith(f"{stack.blocks}.")}
+        records = [_record_calls(model, list(stack_blocks.values()), batch) for batch in batches]
+        hidden = [record[0].hidden for record in records]
+        for index, (prefix, block) in enumerate(stack_blocks.items()):
+            calls = [record[index].with_hidden(states) for record, states in zip(records, hidden, strict=True)]
+            linears = {name: model.get_submodule(name) for name in layers if name.startswith(f"{prefix}.")}
+            for name, statistics in _collect(pruner, block, linears, calls, batches, stack.side).items():
+                _require_tokens(name, statistics, layers[name].spec.method)
+                weights[name] = _apply(layers[name], pruner.prune(layers[name], statistics))
+            hidden = [block_output(block(*call.args, **call.kwargs)) for call in calls]
+            if progress:
+                num_done += 1
+                progress(num_done, len(blocks), prefix)
+    return weights
 
 
-def _catch_calls(model, blocks, batch: Batch) -> list[_Call]:
+def _require_tokens(name: str, statistics: Statistics, method: str) -> None:
+    if not statistics.num_tokens:
+        raise UserError(f"no calibration token reached {name}, and prune.method={method} prunes by its inputs; give "
+                        f"more or shorter examples (prune.num_calibration, task.max_length), or {_without_inputs()}")
+
+
+def _without_inputs() -> str:
+    methods = [name for name, entry in PRUNERS.entries.items() if not entry.calibrates]
+    return f"use prune.method={' or '.join(methods)}"
+
+
+def _record_calls(model: PreTrainedModel, blocks: list[nn.Module], batch: Batch) -> list[_Call]:
     """What each block is called with in one forward pass; of the hidden states only the first block's are kept."""
-    caught: list[_Call] = []
+    calls: list[_Call] = []
 
-    def catch(module, args, kwargs):
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = _Call(args, kwargs)
-        caught.append(call if not caught else call.with_hidden(None))
+        calls.append(call.with_hidden(None) if calls else call)
 
-    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks]
-    try:
+    with _pre_hooks(blocks, record):
         model(**batch.inputs(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught
+    return calls
 
 
-def _hessians(block, linears, calls: list[_Call], batches: list[Batch], side: str) -> dict[str, Hessian]:
-    found = {name: Hessian(linear.in_features, linear.weight.device) for name, linear in linears.items()}
-    current: list[tuple[_Call, dict[str, torch.Tensor]]] = []
-
-    def hook(name):
-        def add(module, args):
-            call, attends = current[-1]
-            inputs = args[0]
-            # Cross-attention multiplies the encoder's states as they came in; everything else is the block's own.
-            foreign = any(inputs.data_ptr() == other.data_ptr() for other in call.others())
-            real = attends["encoder" if foreign else side]
-            if inputs[..., 0].numel() != real.numel():
-                raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
-                                f"{real.numel()}, so padding cannot be left out; use prune.method=magnitude")
-            found[name].add(inputs.reshape(-1, inputs.shape[-1])[real.flatten()])
-        return add
-
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
+def _collect(pruner: Pruner, block: nn.Module, linears: dict[str, nn.Module], calls: list[_Call], batches: list[Batch],
+             side: str) -> dict[str, Statistics]:
+    """Statistics of what each of `linears` (by module name) multiplies while `block` runs, padding left out."""
+    collector = _Collector(pruner, linears, side)
+    with _pre_hooks(linears.values(), collector.add):
         for call, batch in zip(calls, batches, strict=True):
-            current.append((call, batch.attends))
+            collector.call, collector.batch = call, batch
             block(*call.args, **call.kwargs)
+    return collector.statistics
+
+
+class _Collector:
+    """`add` is a forward pre-hook of linears; `call` and `batch` are what the block runs on."""
+
+    call: _Call
+    batch: Batch
+
+    def __init__(self, pruner: Pruner, linears: dict[str, nn.Module], side: str):
+        self.statistics: dict[str, Statistics] = {
+            name: pruner.Statistics(linear.in_features, linear.weight.device) for name, linear in linears.items()}
+        self._names, self._side = {linear: name for name, linear in linears.items()}, side
+
+    def add(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs, name = args[0], self._names[linear]
+        # Cross-attention multiplies the encoder's states as they came in; everything else is the block's own.
+        is_foreign = any(inputs.data_ptr() == other.data_ptr() for other in self.call.others())
+        is_real = self.batch.attends["encoder" if is_foreign else self._side]
+        if inputs[..., 0].numel() != is_real.numel():
+            raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
+                            f"{is_real.numel()}, so padding cannot be left out; {_without_inputs()}")
+        self.statistics[name].add(inputs.reshape(-1, inputs.shape[-1])[is_real.flatten()])
+
+
+@contextmanager
+def _pre_hooks(modules: Iterable[nn.Module],
+               hook: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> Iterator[None]:
+    """`hook` is called before each of `modules` runs."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found

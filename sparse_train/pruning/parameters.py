@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from sparse_train.config import PruneConfig
 from sparse_train.models import family_of
+from sparse_train.pruning.layers import choose_layers, num_kept
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,12 @@ class ParameterCounts:
 
 
 def count_parameters(model: PreTrainedModel, prune: PruneConfig) -> ParameterCounts:
-    """Of a model with or without data."""
-    linears = family_of(model).prunable_linears(model).values()
-    prunable = sum(linear.in_features * linear.out_features for linear in linears)
-    return ParameterCounts(sum(math.prod(parameter.shape) for parameter in model.parameters()), prunable,
-                           tuple(round((1 - level.sparsity) * prunable) for level in prune.levels))
+    """Of a model with or without data. Raises UserError where `prune` does not fit its linears (see choose_layers)."""
+    shapes = {name: (linear.out_features, linear.in_features)
+              for name, linear in family_of(model).prunable_linears(model).items()}
+    levels = [choose_layers(shapes, level) for level in prune.levels]
+    return ParameterCounts(
+        sum(math.prod(parameter.shape) for parameter in model.parameters()),
+        sum(math.prod(shapes[name]) for name in levels[0]),
+        tuple(sum(num_kept(math.prod(shapes[name]), layer.sparsity) for name, layer in layers.items())
+              for layers in levels))

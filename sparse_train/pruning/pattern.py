@@ -1,40 +1,32 @@
-"""Patterns: which positions survive, given scores. `keep` is bool (R, C), True where a weight survives."""
+"""Which positions survive, given scores. `keep` is bool (R, C), True where a weight survives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 
-from sparse_train.config import PruneConfig
-from sparse_train.errors import UserError
-
-
-def check_pattern(shapes: Mapping[str, tuple[int, int]], spec: PruneConfig) -> None:
-    """`shapes`: (R, C) by name. Raises UserError where N:M does not divide a width, or nothing of a weight would be
-    kept: ZeRO-3 cannot partition a parameter without entries."""
-    for name, (num_rows, num_columns) in shapes.items():
-        if spec.group and num_columns % spec.group[1]:
-            raise UserError(f"pattern {spec.pattern} does not divide {name}, which is {num_columns} wide; choose an M "
-                            f"that divides {num_columns}, or prune.pattern=unstructured with prune.sparsity")
-        if not spec.group and not num_kept(num_rows * num_columns, spec.sparsity):
-            raise UserError(f"prune.sparsity={spec.sparsity} keeps none of the {num_rows} x {num_columns} weights of "
-                            f"{name}, and a sparse layer needs at least one; choose a lower sparsity")
-
-
-def num_kept(num_weights: int, sparsity: float) -> int:
-    return round((1 - sparsity) * num_weights)
-
-
-def dead_last(scores: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
-    """`scores` (>= 0), below all others where `earlier` keeps nothing."""
-    return scores if earlier is None else torch.where(earlier, scores, -1.0)
+from sparse_train.pruning.layers import num_kept
+from sparse_train.pruning.pruner import Layer
 
 
 def keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Exactly `count` True at the largest of `scores` (any shape); of equal ones the first in memory survive."""
     order = scores.flatten().sort(descending=True, stable=True).indices
-    keep = torch.zeros_like(scores, dtype=torch.bool).flatten()
-    keep[order[:count]] = True
-    return keep.view(scores.shape)
+    return _keep_first(order, count, scores.shape)
+
+
+def keep_largest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Exactly `count` True at the largest of each row of `scores` (R, C), every row as many as the others.
+
+    Where rows do not divide `count`, those whose next score is the largest keep one more. Negative scores come last, so
+    a row with few others leaves its share to the rows that have more.
+    """
+    num_columns = scores.shape[1]
+    # Place of each entry in its row, 0 for the largest: first places go before second ones, and so on.
+    places = scores.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    places = places.masked_fill(scores < 0, num_columns).flatten()
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    order = order[places[order].sort(stable=True).indices]
+    return _keep_first(order, count, scores.shape)
 
 
 def keep_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
@@ -44,11 +36,24 @@ def keep_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :count], True).flatten(1)
 
 
-def magnitude(weight: torch.Tensor, spec: PruneConfig, earlier: torch.Tensor | None = None) -> torch.Tensor:
-    """keep (R, C) of the largest |w|, uniform over the layer; nothing comes back that `earlier` (R, C) dropped."""
-    scores = dead_last(weight.abs().float(), earlier)
-    if spec.group:
-        keep = keep_groups(scores, spec.group)
+def lower_dropped(scores: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
+    """`scores` (>= 0), below all others where `earlier` keeps nothing."""
+    return scores if earlier is None else torch.where(earlier, scores, -1.0)
+
+
+def keep_best(scores: torch.Tensor, layer: Layer,
+              keep_unstructured: Callable[[torch.Tensor, int], torch.Tensor] = keep_largest) -> torch.Tensor:
+    """keep (R, C) of the largest `scores` (R, C), all >= 0, in the layer's pattern, nothing that an earlier level
+    dropped."""
+    scores = lower_dropped(scores, layer.earlier)
+    if layer.spec.group:
+        keep = keep_groups(scores, layer.spec.group)
     else:
-        keep = keep_largest(scores, num_kept(weight.numel(), spec.sparsity))
-    return keep if earlier is None else keep & earlier
+        keep = keep_unstructured(scores, num_kept(scores.numel(), layer.spec.sparsity))
+    return keep if layer.earlier is None else keep & layer.earlier
+
+
+def _keep_first(order: torch.Tensor, count: int, shape: torch.Size) -> torch.Tensor:
+    keep = torch.zeros(shape.numel(), dtype=torch.bool, device=order.device)
+    keep[order[:count]] = True
+    return keep.view(shape)

@@ -6,7 +6,7 @@ A job's config is a copy of its own, so that what the launcher and the worker re
 import os
 from pathlib import Path
 
-from sparse_train.config import RunConfig, Section
+from sparse_train.config import PruneConfig, RunConfig, Section
 from sparse_train.jobs import job
 
 _prefix: dict[int, str] = {}  # of a section, by its id, as long as the process lives
@@ -46,6 +46,13 @@ def _copy(section, **given):
     return copied
 
 
+def _levels(section):
+    made = levels.fget(section)
+    for level in made:
+        _register(level, _prefix.get(id(section), "prune."))
+    return made
+
+
 def _dump(section, **given):
     # The whole config goes to wandb, which is no result.
     if id(section) in _prefix and not isinstance(section, RunConfig):
@@ -61,5 +68,6 @@ def _start(self, config, stage, *more, **named):
     start(self, own, stage, *more, **named)
 
 
+levels, PruneConfig.levels = PruneConfig.levels, property(_levels)
 found, copy, dump, start = Section.__getattribute__, Section.model_copy, Section.model_dump, job.Job.__init__
 Section.__getattribute__, Section.model_copy, Section.model_dump, job.Job.__init__ = _read, _copy, _dump, _start

@@ -1,0 +1,75 @@
+"""The interface of a pruning method: what it collects from a linear's inputs, and how it prunes the weight with that.
+
+A method is one class in a file of its own and one line in sparse_train/registry.py. wanda.py is a short example.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from sparse_train.config import PruneConfig, PruneLevel, Section
+from sparse_train.config.mistakes import describe
+from sparse_train.errors import UserError
+from sparse_train.registry import PRUNERS
+
+
+class Statistics(Protocol):
+    """Collected from the calibration inputs of one linear; statistics.py has those that exist."""
+
+    sum: torch.Tensor
+    num_tokens: int
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """`inputs` (tokens, C): real tokens only."""
+
+
+S = TypeVar("S", bound=Statistics | None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear to prune."""
+
+    name: str
+    weight: torch.Tensor
+    """(R, C): rows are outputs, columns inputs."""
+    spec: PruneLevel
+    """Its sparsity is this layer's own."""
+    earlier: torch.Tensor | None = None
+    """keep (R, C) of a level before: what it dropped stays dropped."""
+
+    def require_finite(self, statistics: Statistics) -> None:
+        """Raises UserError where the weight or `statistics` are not."""
+        for what, tensor in (("its weight", self.weight), ("what reaches it in calibration", statistics.sum)):
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.name}: {what} is not finite; the dense model is damaged or overflows")
+
+
+class Pruner(ABC, Generic[S]):
+    Statistics: ClassVar[type | None] = None
+    """Class of what is collected from the inputs of each linear, made from (C, device); None: nothing, and no
+    calibration data is read (`calibrates=False` in the registry)."""
+    Options: ClassVar[type[Section]] = Section
+    """Schema of `prune.options`, the method's own settings."""
+
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        self.options = self.Options.model_validate(options or {}, strict=True)
+
+    @abstractmethod
+    def prune(self, layer: Layer, statistics: S) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight (R, C) with zeros where pruned, keep (R, C) bool). `layer.weight` is not changed."""
+
+
+def build_pruner(spec: PruneConfig) -> Pruner:
+    """Raises UserError for options that the method does not have."""
+    kind = PRUNERS.load(spec.method)
+    if spec.options and not kind.Options.model_fields:
+        raise UserError(f"prune.options: prune.method={spec.method} has no options of its own; leave it out")
+    try:
+        return kind(spec.options)
+    except ValidationError as error:
+        raise UserError(describe(error, kind.Options, "prune.options.")) from error
