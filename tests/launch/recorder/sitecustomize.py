@@ -48,8 +48,9 @@ def _copy(section, **given):
 
 def _levels(section):
     made = levels.fget(section)
-    for level in made:
-        _register(level, _prefix.get(id(section), "prune."))
+    if id(section) in _prefix:
+        for level in made:
+            _register(level, _prefix[id(section)])
     return made
 
 
