@@ -1,6 +1,6 @@
 """sparse-train: run a recipe, look at runs and models, generate.
 
-Exit codes: 0 done; 1 a stage failed (its log is named); 2 a mistake of the user (one line); 130 stopped by Ctrl-C or
+Exit codes: 0 done; 1 a stage failed (its log is named); 2 user error, in one line; 130 stopped by Ctrl-C or
 another signal.
 """
 
@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -21,6 +23,7 @@ from sparse_train.launch.monitor.cancel import add_cancel
 from sparse_train.launch.monitor.logs import add_logs
 from sparse_train.launch.monitor.status import add_status
 from sparse_train.launch.submit.bench import add_commands as add_bench_commands
+from sparse_train.launch.submit.command import add_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +46,7 @@ def _answer(arguments: list[str] | None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII, a path that is not UTF-8
     options = _parse(arguments)
     log.set_up_command_line(options.log_level)
-    # Tables are as wide as they are where nobody's window cuts them.
+    # Outside a terminal, 160 columns, so that tables are not wrapped.
     console = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
     complaints = Console(stderr=True, soft_wrap=True)
     try:
@@ -66,7 +69,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     # argparse takes key=value only right after CONFIG; users write them after options too.
     options, rest = parser.parse_known_args(arguments)
-    if options.command is _run:
+    if hasattr(options, "overrides"):
         options.overrides = [*options.overrides, *(text for text in rest if not text.startswith("-"))]
         rest = [text for text in rest if text.startswith("-")]
         for text in rest:
@@ -78,7 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """A mistake is one line, not the usage."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
@@ -87,23 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run", help="run a recipe: dense, prune, finetune, evaluate, compress, benchmark, report",
-        description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
-                    "training goes on from its newest checkpoint.")
-    run.add_argument("config", help="a YAML recipe, or the name of one of the package's, such as demo")
-    run.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                     help="such as prune.sparsity=0.5, cluster.nodes=4")
-    run.add_argument("--on", default="local", metavar="CLUSTER",
-                     help="a file of configs/cluster, or a path: local (the default) runs here, slurm submits jobs")
-    run.add_argument("--stages", default="", metavar="A,B", help="only these, such as prune,finetune")
-    run.add_argument("--dry-run", action="store_true", help="check the config and print what would run")
-    run.add_argument("--replace", action="store_true", help="do finished stages again whose config or inputs changed; "
-                     "the old result goes when the new one stands")
-    run.add_argument("--prepare", action="store_true", help="write the run folder and start nothing; for "
-                     "slurm/train.sbatch")
-    run.set_defaults(command=_run)
-
+    parser.add_argument("--version", action="version", version=f"sparse-train {version('sparse-train')}")
+    add_run(commands)
     add_status(commands)
     add_logs(commands)
     add_cancel(commands)
@@ -128,70 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options, console: Console) -> int:
-    from sparse_train.config.load import load_points
-    from sparse_train.jobs.stage import Kind
-    from sparse_train.launch.run.cluster import UNDER, ClusterConfig, load_cluster
-    from sparse_train.launch.run.recipes import find_recipe
-    from sparse_train.launch.run.slurm_queue import require_idle
-    from sparse_train.launch.submit import local, slurm
-    from sparse_train.launch.submit.sweep import run_sweep
-    from sparse_train.launch.submit.validate import require_data, summarise, validate
-
-    ours = [text for text in options.overrides if text.startswith(UNDER)]
-    points = load_points(find_recipe(options.config), [text for text in options.overrides if text not in ours],
-                         {UNDER: ClusterConfig})
-    cluster = load_cluster(options.on, ours)
-    if cluster.executor == "local":
-        cluster.visible_gpus(cluster.ranks)  # too many are refused now
-    names = [name.strip() for name in options.stages.split(",") if name.strip()]
-    local.take_signals()
-    if options.prepare and options.dry_run:  # slurm/pipeline.sh would submit what the dry run prints
-        raise UserError("--prepare writes the run folder, and --dry-run nothing; give one of them")
-    if any(point for point, _ in points):
-        if options.prepare:
-            raise UserError("--prepare: a sweep is many runs; leave sweep out (sweep={}), or use --on slurm without "
-                            "--prepare")
-        return run_sweep(points, cluster, names, console, options.dry_run, options.replace)
-    [(_, config)] = points
-    planned = local.plan(config, names)
-    local.require_inputs(config, names)
-    local.check_replaced([config], names, options.replace or options.dry_run)
-    validation = validate(config, options.dry_run)
-    if options.dry_run:
-        for line in [*validation.remarks, *summarise(config, validation.parameters)]:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-        require_data(config)
-        if told := local.replaced([config], names):
-            console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
-    if options.prepare:
-        slurm.prepare(config, cluster, names, options.replace)
-        return 0
-    if cluster.executor == "slurm":
-        slurm.submit(config, cluster, names, console, options.dry_run, options.replace)
-        return 0
-    if options.dry_run:
-        for stage, reason in planned:
-            console.print(f"{stage.id:<22} {reason}", highlight=False)
-        return 0
-    require_idle(config.path)
-    local.run(config, cluster, names, console, options.replace)
-    report = config.path / "report" / "report.json"
-    if planned[-1][0].kind is Kind.REPORT:
-        from sparse_train.jobs.report import print_tables
-
-        print_tables(report, console)
-        console.print(f"report: {report.with_suffix('.html')}", soft_wrap=True, highlight=False)
-    return 0
-
-
-def _inspect(options, console: Console) -> None:
+def _inspect(options: argparse.Namespace, console: Console) -> None:
     from sparse_train.launch.monitor.inspect import print_folder
 
     print_folder(options.folder, console)
 
 
-def _generate(options, console: Console) -> None:
+def _generate(options: argparse.Namespace, console: Console) -> None:
     from sparse_train import kernels
     from sparse_train.cpus import set_threads
     from sparse_train.inference import load

@@ -7,7 +7,7 @@ import queue
 import time
 import traceback
 
-from sparse_train.launch.submit.local import free_port
+from sparse_train.launch.submit.processes import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The fork server imports once what every rank needs; a spawned rank would take seconds longer.

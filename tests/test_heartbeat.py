@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from sparse_train.heartbeat import Heartbeat
-from sparse_train.launch.submit.local import free_port
+from sparse_train.launch.submit.processes import free_port
 from tests.ranks import CONTEXT, run_ranks
 
 _SILENCE_S = 3.0

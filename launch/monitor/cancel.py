@@ -13,12 +13,12 @@ from rich.console import Console
 from sparse_train.errors import UserError
 from sparse_train.launch.monitor.folders import run_folders
 from sparse_train.launch.run import slurm_queue
+from sparse_train.launch.run.folder import log_folder, read_run
 from sparse_train.launch.run.lock import Launcher, find_launcher, other_host
 from sparse_train.launch.run.slurm_queue import read_jobs
-from sparse_train.launch.run.stages import build_stages, log_folder, read_run
-from sparse_train.launch.submit.local import STOP_PATIENCE_S, told_of_stop
+from sparse_train.launch.run.stages import build_stages
 from sparse_train.launch.worker.attempts import read_attempts
-from sparse_train.launch.worker.endings import has_ending_since, read_ending
+from sparse_train.launch.worker.endings import STOP_PATIENCE_S, has_ending_since, read_ending, told_of_stop
 
 
 def add_cancel(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_train.errors import told_of
-from sparse_train.launch.run.stages import CONFIG
+from sparse_train.launch.run.folder import CONFIG
 
 
 @dataclass(frozen=True)

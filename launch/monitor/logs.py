@@ -13,10 +13,11 @@ from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Stage
-from sparse_train.launch.monitor.state import reason_to_run
+from sparse_train.launch.monitor.state import plan_alone
+from sparse_train.launch.run.folder import log_folder, read_run
 from sparse_train.launch.run.lock import find_launcher
 from sparse_train.launch.run.slurm_queue import job_states, output_folder, read_jobs
-from sparse_train.launch.run.stages import find_stage, log_folder, read_run
+from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker.endings import rank_log
 
 _POLL_S, _QUEUE_POLL_S = 0.5, 10.0  # between looks at the file, and questions to SLURM
@@ -55,7 +56,7 @@ class _Following:
         self._config, self._stage = config, stage
         # A result that --replace is to replace stays until the new one is there.
         self._earlier = _signed_at(config, stage)
-        self._at_work = reason_to_run(stage, config) != "current"
+        self._at_work = not plan_alone(stage, config).is_current
         self._next_question = time.monotonic()
 
     def is_at_work(self) -> bool:

@@ -12,16 +12,12 @@ from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError, told_of
 from sparse_train.jobs.stage import Stage
+from sparse_train.launch.run.folder import log_folder, read_progress
 from sparse_train.launch.run.lock import find_launcher
+from sparse_train.launch.run.plan import PlannedStage, PlanStatus, plan
 from sparse_train.launch.run.slurm_queue import JobState, job_states, read_jobs
-from sparse_train.launch.run.stages import (
-    build_stages,
-    is_dense_of_sweep,
-    log_folder,
-    read_progress,
-    select,
-)
-from sparse_train.launch.submit.local import plan
+from sparse_train.launch.run.sources import is_dense_of_sweep
+from sparse_train.launch.run.stages import build_stages, select
 from sparse_train.launch.worker.attempts import AttemptRecord, read_attempts
 from sparse_train.launch.worker.endings import newest_ending
 
@@ -62,7 +58,7 @@ class RunFiles:
     """What a run's files say of its stages."""
 
     config: RunConfig
-    planned: list[tuple[Stage, str]]
+    planned: list[PlannedStage]
     jobs: dict[str, str]
 
 
@@ -72,23 +68,23 @@ def read_files(config: RunConfig) -> RunFiles:
     try:
         planned = plan(config, names)
     except (UserError, OSError):
-        planned = [(stage, reason_to_run(stage, config)) for stage in select(build_stages(config), names)]
+        planned = [plan_alone(stage, config) for stage in select(build_stages(config), names)]
     return RunFiles(config, planned, read_jobs(config.path))
 
 
-def reason_to_run(stage: Stage, config: RunConfig) -> str:
+def plan_alone(stage: Stage, config: RunConfig) -> PlannedStage:
     """That of plan, also where this stage or another one is broken."""
     try:
-        return next(reason for other, reason in plan(config, [stage.id]) if other.id == stage.id)
+        return next(planned for planned in plan(config, [stage.id]) if planned.stage.id == stage.id)
     except (UserError, OSError) as error:
-        return told_of(error)
+        return PlannedStage(stage, PlanStatus.BROKEN, told_of(error))
 
 
 def read_status(runs: Sequence[RunFiles], console: Console) -> list[list[StageStatus]]:
     """The stages of each run. SLURM is asked once for all stages that are not done; where it does not answer, that is
     printed, and the status comes from the files alone."""
-    jobs = {(index, stage.id): run.jobs[stage.id] for index, run in enumerate(runs)
-            for stage, reason in run.planned if reason != "current" and stage.id in run.jobs}
+    jobs = {(index, planned.stage.id): run.jobs[planned.stage.id] for index, run in enumerate(runs)
+            for planned in run.planned if not planned.is_current and planned.stage.id in run.jobs}
     try:
         states = job_states(jobs)
     except UserError as error:
@@ -101,14 +97,15 @@ def read_status(runs: Sequence[RunFiles], console: Console) -> list[list[StageSt
 
 def _status_of_run(run: RunFiles, states: Mapping[str, JobState]) -> list[StageStatus]:
     statuses: list[StageStatus] = []
-    for stage, reason in run.planned:
+    for planned in run.planned:
+        stage = planned.stage
         unfinished = [status.stage.id for status in statuses
                       if status.state in (State.FAILED, State.CANCELLED, State.HELD)]
         try:
-            if reason == "current":
+            if planned.is_current:
                 statuses.append(_status_of_done(run, stage))
             else:
-                statuses.append(_status_of_stage(run, stage, reason, states.get(stage.id), unfinished))
+                statuses.append(_status_of_stage(run, stage, planned.reason, states.get(stage.id), unfinished))
         except (UserError, OSError) as error:  # such as logs of another user's
             statuses.append(StageStatus(stage, State.UNREADABLE, told_of(error)))
     return statuses

@@ -16,7 +16,7 @@ from sparse_train.config import RunConfig
 from sparse_train.errors import UserError, told_of
 from sparse_train.launch.monitor.folders import find_runs, run_folders
 from sparse_train.launch.monitor.state import RunFiles, StageStatus, State, read_files, read_status
-from sparse_train.launch.run.stages import read_run
+from sparse_train.launch.run.folder import read_run
 from sparse_train.tables import make_table, print_table
 
 _HEADER = ("stage", "state", "job", "nodes", "tries")

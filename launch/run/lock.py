@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_train.errors import UserError
-from sparse_train.launch.run.stages import read_run
+from sparse_train.launch.run.folder import read_run
 
 _FILE = ".lock"
 

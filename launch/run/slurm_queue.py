@@ -11,7 +11,7 @@ from typing import TypeVar
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Stage
-from sparse_train.launch.run.stages import CONFIG, JOB_FILE, log_folder
+from sparse_train.launch.run.folder import CONFIG, JOB_FILE, log_folder
 
 Key = TypeVar("Key")
 _ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",

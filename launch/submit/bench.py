@@ -92,7 +92,7 @@ def _moves(options, console: Console) -> None:
 
 def _train(options, console: Console) -> int:
     from sparse_train.launch.run.cluster import load_cluster
-    from sparse_train.launch.submit.local import free_port, start_processes, stop_processes, take_signals
+    from sparse_train.launch.submit.processes import free_port, start_processes, stop_processes, take_signals
 
     cluster = load_cluster(options.on)
     given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",

@@ -23,11 +23,13 @@ from sparse_train.config import RunConfig
 from sparse_train.errors import StageFailed, UserError
 from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.folder import JOB_FILE, log_folder
 from sparse_train.launch.run.lock import locked
+from sparse_train.launch.run.plan import check_replaced, claim, plan
 from sparse_train.launch.run.slurm_queue import array_of, require_idle
 from sparse_train.launch.run.snapshot import freeze_code
-from sparse_train.launch.run.stages import JOB_FILE, build_stages, log_folder, select
-from sparse_train.launch.submit.local import check_replaced, claim, plan, process
+from sparse_train.launch.run.stages import build_stages, select
+from sparse_train.launch.worker.entry import process
 
 RUNS_FILE = "runs.txt"
 
@@ -46,8 +48,9 @@ def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str], replace
     current, tab-separated: its id, the stages it reads (with commas; - for none), options of sbatch."""
     with _prepared(config.path, [(config, names)], cluster, dry_run=False, replace=replace):
         print(config.path.absolute())
-        for stage, reason in plan(config, names):
-            if reason != "current":
+        for planned in plan(config, names):
+            if not planned.is_current:
+                stage = planned.stage
                 options = cluster.resources(stage).options()
                 options["signal"] = f"USR2@{cluster.warning_s}"
                 print(stage.id, ",".join(source.id for source in stage.upstream) or "-", *(
@@ -107,7 +110,7 @@ def _prepared(folder: Path, runs: Sequence[tuple[RunConfig, list[str]]], cluster
 def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool,
                   code: Path, start_after: str = "") -> list[dict[str, str]]:
     """stage -> job of each run. Stages without an input among them wait for `start_after`."""
-    to_run = [{stage.id for stage, reason in plan(config, names) if reason != "current"} for config in runs]
+    to_run = [{planned.stage.id for planned in plan(config, names) if not planned.is_current} for config in runs]
     made: list[dict[str, str]] = [{} for _ in runs]
     for stages in itertools.zip_longest(*(select(build_stages(config), names) for config in runs)):
         if len({stage and stage.id for stage in stages}) > 1:

@@ -7,6 +7,8 @@
 
 import math
 import statistics
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,9 +19,11 @@ from sparse_train.errors import StageFailed, UserError
 from sparse_train.jobs.stage import Kind
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.lock import locked
+from sparse_train.launch.run.plan import check_replaced, replaced, require_inputs
 from sparse_train.launch.run.slurm_queue import require_idle
-from sparse_train.launch.run.stages import dense_of_sweep, find_stage, is_current
-from sparse_train.launch.submit import local, slurm
+from sparse_train.launch.run.sources import dense_of_sweep, is_current
+from sparse_train.launch.run.stages import build_stages, find_stage, select
+from sparse_train.launch.submit import local
 from sparse_train.launch.submit.validate import require_data, summarise, validate
 from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
@@ -27,56 +31,87 @@ from sparse_train.tables import print_table
 Points = list[tuple[dict[str, Any], RunConfig]]
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    points: Points
+    """Each reads its shared dense model as an external one."""
+    shared: dict[str, RunConfig]
+    """Combination -> the run that makes its dense model."""
+    runs: list[RunConfig]
+    """Those of the combinations; empty where only dense models are selected."""
+    names: list[str]
+    """The selected stages of `runs`; empty for all."""
+
+    @property
+    def folder(self) -> Path:
+        return self.points[0][1].path.parent
+
+    @property
+    def dense(self) -> list[RunConfig]:
+        return list({config.name: config for config in self.shared.values()}.values())
+
+
 def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool,
               replace: bool = False) -> int:
     """1 when a combination failed; the others are run all the same."""
     for _, config in points:
-        local.plan(config, names)  # a stage that does not exist is told at once
-        validation = validate(config, dry_run)
-        if dry_run:
-            console.print(f"{config.name}:", highlight=False, soft_wrap=True, markup=False)
-            for line in [*validation.remarks, *summarise(config, validation.parameters)]:
-                console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
-            require_data(config)
-    shared = {config.name: dense_of_sweep(config) for _, config in points if not config.dense.path}
-    points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
-    later = [name for name in names if name != "dense"]
-    runs = [config for _, config in points] if later or not names else []
-    for config in runs:
-        local.require_inputs(config, later)
-    dense = list({one.name: one for one in shared.values()}.values())
-    for some, stages in ((dense, ["dense"]), (runs, later)):
-        local.check_replaced(some, stages, replace or dry_run)
-        if dry_run and (told := local.replaced(some, stages)):
-            console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        _check(config, names, console, dry_run)
+    sweep = _share_dense(points, names)
+    _check_replaced(sweep, console, dry_run, replace)
     if cluster.executor == "slurm":
-        slurm.submit_sweep(points[0][1].path.parent, dense, runs, cluster, later, console, dry_run, replace)
+        from sparse_train.launch.submit import slurm
+
+        slurm.submit_sweep(sweep.folder, sweep.dense, sweep.runs, cluster, sweep.names, console, dry_run, replace)
         return 0
     if dry_run:
-        stages = [stage.id for stage, _ in local.plan(runs[0], later)] if runs else []
-        for line in (f"{len(points)} combinations, {len(dense)} dense models",
-                     f"each combination: {', '.join(stages) or 'nothing'}"):
+        stages = select(build_stages(sweep.runs[0]), sweep.names) if sweep.runs else []
+        for line in (f"{len(points)} combinations, {len(sweep.dense)} dense models",
+                     f"each combination: {', '.join(stage.id for stage in stages) or 'nothing'}"):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
-    folder = points[0][1].path.parent
-    require_idle(folder)
-    with locked(folder):
-        return _run_all(points, shared, bool(runs), later, cluster, console, replace)
+    require_idle(sweep.folder)
+    with locked(sweep.folder):
+        return _run_all(sweep, cluster, console, replace)
 
 
-def _run_all(points: Points, shared: dict[str, RunConfig], goes_on: bool, later: list[str], cluster: ClusterConfig,
-             console: Console, replace: bool) -> int:
+def _check(config: RunConfig, names: list[str], console: Console, dry_run: bool) -> None:
+    select(build_stages(config), names)  # a stage that does not exist is reported at once
+    validation = validate(config, dry_run)
+    if dry_run:
+        console.print(f"{config.name}:", highlight=False, soft_wrap=True, markup=False)
+        for line in [*validation.remarks, *summarise(config, validation.parameters)]:
+            console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+        require_data(config)
+
+
+def _share_dense(points: Points, names: list[str]) -> _Sweep:
+    shared = {config.name: dense_of_sweep(config) for _, config in points if not config.dense.path}
+    points = [(point, _with_dense(config, shared.get(config.name))) for point, config in points]
+    later = [name for name in names if name != Kind.DENSE]
+    return _Sweep(points, shared, [config for _, config in points] if later or not names else [], later)
+
+
+def _check_replaced(sweep: _Sweep, console: Console, dry_run: bool, replace: bool) -> None:
+    for config in sweep.runs:
+        require_inputs(config, sweep.names)
+    for configs, names in ((sweep.dense, [Kind.DENSE.value]), (sweep.runs, sweep.names)):
+        check_replaced(configs, names, replace or dry_run)
+        if dry_run and (line := replaced(configs, names)):
+            console.print(line, style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+
+def _run_all(sweep: _Sweep, cluster: ClusterConfig, console: Console, replace: bool) -> int:
     failures = []
-    for number, (_, config) in enumerate(points, 1):
-        console.print(f"[bold]{config.name}[/] ({number} of {len(points)})", highlight=False)
+    for number, (_, config) in enumerate(sweep.points, 1):
+        console.print(f"[bold]{config.name}[/] ({number} of {len(sweep.points)})", highlight=False)
         try:
-            if dense := shared.get(config.name):
-                local.run(dense, cluster, ["dense"], console, replace)
-            if goes_on:
-                local.run(config, cluster, later, console, replace)
+            if dense := sweep.shared.get(config.name):
+                local.run(dense, cluster, [Kind.DENSE.value], console, replace)
+            if sweep.runs:
+                local.run(config, cluster, sweep.names, console, replace)
         except (StageFailed, UserError) as error:
             failures.append(f"{config.name}: {error}")
-    print_collected(points, console)
+    print_collected(sweep.points, console)
     for line in failures:
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failures else 0

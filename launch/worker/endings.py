@@ -17,12 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from sparse_train import artifacts, storage
 from sparse_train.errors import UserError
+from sparse_train.jobs.stage import Stage
 from sparse_train.launch.worker.attempts import AttemptRecord
 from sparse_train.launch.worker.process_info import Attempt
 
 Status = Literal["finished", "mistake", "broken", "lost", "stopped"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "broken": 1, "mistake": 2, "stopped": 75, "lost": 76}
 _MOST_TELLING_FIRST: tuple[Status, ...] = ("mistake", "broken", "stopped", "lost", "finished")
+STOP_PATIENCE_S = 120  # that ranks have to save when a run is stopped
 _MAX_CHARACTERS = 2000  # of a message
 _RESERVED_BYTES = 16384  # such a message in JSON, where a character may take six bytes and more
 
@@ -114,3 +116,14 @@ def _ending_of_killed(log: Path, rank: int) -> Ending:
         return Ending("broken", f"ended before it began: {lines[-1]}", rank)
     cause = storage.fills(log.parent) or "it was killed, or ran out of memory"
     return Ending("lost", f"ended without a result; {cause}", rank)
+
+
+def told_of_stop(stage: Stage, ending: Ending) -> str:
+    """What a stage that was stopped came to, and what the same command will do."""
+    if ending.status == "finished":
+        return f"{stage.id} was finished; the same command goes on behind it"
+    if not stage.is_distributed:
+        return f"{stage.id} was stopped; the same command starts it again"
+    if ending.status == "stopped":
+        return f"{stage.id} was stopped and saved its state; the same command goes on from there"
+    return f"{stage.id} ended before it could save; the same command goes on from its newest checkpoint"

@@ -20,15 +20,9 @@ from sparse_train.errors import UserError
 from sparse_train.jobs.job import Job, Stopped
 from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
-from sparse_train.launch.run.stages import (
-    find_stage,
-    is_current,
-    log_folder,
-    partial_folder,
-    progress_file,
-    read_inputs,
-    read_run,
-)
+from sparse_train.launch.run.folder import log_folder, partial_folder, progress_file, read_inputs, read_run
+from sparse_train.launch.run.sources import is_current
+from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker import attempts
 from sparse_train.launch.worker.endings import EXIT_CODES, reserve_ending, write_ending
 from sparse_train.launch.worker.failures import run_to_ending

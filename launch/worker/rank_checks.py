@@ -18,7 +18,7 @@ from sparse_train.config import RunConfig, TrainConfig
 from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Kind, Stage
-from sparse_train.launch.run.stages import log_folder, partial_folder
+from sparse_train.launch.run.folder import log_folder, partial_folder
 from sparse_train.launch.worker.process_info import ProcessInfo
 from sparse_train.models import describe, empty_model, read_config
 from sparse_train.pruning.parameters import ParameterCounts, count_parameters

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from sparse_train.config.load import load_config
 from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
-from sparse_train.launch.run.stages import find_stage, log_folder, read_run
+from sparse_train.launch.run.folder import log_folder, read_run
+from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker import attempts
 from sparse_train.launch.worker.attempts import AttemptRecord
 from sparse_train.launch.worker.endings import EXIT_CODES, Ending, read_ending

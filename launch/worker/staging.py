@@ -8,7 +8,8 @@ from sparse_train import artifacts, dist
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Stage
-from sparse_train.launch.run.stages import partial_folder, read_inputs, sources, why_stale
+from sparse_train.launch.run.folder import partial_folder, read_inputs
+from sparse_train.launch.run.sources import sources, why_stale
 from sparse_train.launch.worker.process_info import ProcessInfo
 
 _SCRATCH = (artifacts.SOURCES, "checkpoints")

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 from sparse_train import artifacts
+from sparse_train.launch.run.folder import read_run
 from sparse_train.launch.run.slurm_queue import read_jobs
-from sparse_train.launch.run.stages import build_stages, read_run
+from sparse_train.launch.run.stages import build_stages
 from sparse_train.launch.worker import attempts
 from tests.cluster.conftest import NUM_STEPS, PLACE, at_work, submit, wait_for, wait_for_end
 from tests.launch.test_pipeline import RECIPE, _cli

@@ -14,8 +14,9 @@ from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.jobs.job import Stopped
 from sparse_train.launch.run.cluster import ClusterConfig
-from sparse_train.launch.run.stages import find_stage, read_run
-from sparse_train.launch.submit.local import freeze, locked
+from sparse_train.launch.run.folder import freeze, read_run
+from sparse_train.launch.run.lock import locked
+from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker import attempts, process, requeue
 from sparse_train.launch.worker.attempts import AttemptRecord, Superseded
 from sparse_train.launch.worker.endings import Ending, newest_ending, read_ending, write_ending

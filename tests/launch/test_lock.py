@@ -12,8 +12,8 @@ from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
 from sparse_train.launch.run import lock
 from sparse_train.launch.run.lock import find_launcher, locked
-from sparse_train.launch.submit import local
-from sparse_train.launch.worker import attempts
+from sparse_train.launch.submit import processes
+from sparse_train.launch.worker import attempts, entry
 from sparse_train.launch.worker.endings import newest_ending
 
 
@@ -66,7 +66,7 @@ def handlers():
 
 
 def test_the_first_of_several_signals_ends_a_run(handlers):
-    local.take_signals()
+    processes.take_signals()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGHUP)
     for number in (signal.SIGHUP, signal.SIGTERM):  # the shell's, then the kernel's, then a batch system's
@@ -75,7 +75,7 @@ def test_the_first_of_several_signals_ends_a_run(handlers):
 
 def test_nohup_keeps_a_run_from_ending_with_its_terminal(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    local.take_signals()
+    processes.take_signals()
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_a_rank_that_dies_in_its_imports_says_so(handlers, tmp_path, monkeypatch
     usr2 = signal.getsignal(signal.SIGUSR2)
     try:
         with pytest.raises(ImportError):
-            local.process(str(tmp_path), "dense")
+            entry.process(str(tmp_path), "dense")
     finally:
         signal.signal(signal.SIGUSR2, usr2)
     logs = tmp_path / "logs" / "dense"

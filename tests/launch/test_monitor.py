@@ -18,9 +18,10 @@ from sparse_train.launch.monitor import logs as monitor_logs
 from sparse_train.launch.monitor import status
 from sparse_train.launch.monitor.state import State, read_files, read_status
 from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.run.folder import freeze, log_folder, progress_file
 from sparse_train.launch.run.slurm_queue import read_jobs
-from sparse_train.launch.run.stages import build_stages, log_folder, progress_file, sources
-from sparse_train.launch.submit.local import freeze
+from sparse_train.launch.run.sources import sources
+from sparse_train.launch.run.stages import build_stages
 from sparse_train.launch.worker import attempts
 from sparse_train.launch.worker.endings import Ending, read_ending, write_ending
 from sparse_train.launch.worker.process_info import Attempt, ProcessInfo

@@ -15,8 +15,11 @@ from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
 from sparse_train.launch.run.cluster import ClusterConfig
-from sparse_train.launch.run.stages import build_stages, find_stage, partial_folder, read_run, sources, why_stale
-from sparse_train.launch.submit import local
+from sparse_train.launch.run.folder import freeze, partial_folder, read_run
+from sparse_train.launch.run.lock import locked
+from sparse_train.launch.run.plan import check_replaced, claim, plan
+from sparse_train.launch.run.sources import sources, why_stale
+from sparse_train.launch.run.stages import build_stages, find_stage
 from sparse_train.launch.worker.staging import check_inputs, prepare_folder
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -56,8 +59,8 @@ def _config(folder, *overrides):
 
 
 def _begin(config):
-    with local.locked(config.path):
-        local.freeze(config, ClusterConfig())
+    with locked(config.path):
+        freeze(config, ClusterConfig())
 
 
 def _finish(config):
@@ -146,9 +149,9 @@ def test_finished_work_is_replaced_only_where_that_is_asked_for(tmp_path, capsys
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
     assert main([*command, "--dry-run"]) == 0
     assert "prune.sparsity: 0.75 -> 0.5" in capsys.readouterr().out
-    local.check_replaced([_config(tmp_path, "prune.sparsity=0.5")], [], replace=True)
-    local.check_replaced([_config(tmp_path)], [], replace=False)
-    local.check_replaced([_config(tmp_path, "about=words")], [], replace=False)  # the report alone
+    check_replaced([_config(tmp_path, "prune.sparsity=0.5")], [], replace=True)
+    check_replaced([_config(tmp_path)], [], replace=False)
+    check_replaced([_config(tmp_path, "about=words")], [], replace=False)  # the report alone
     assert main(["run", str(RECIPE), f"folder='{tmp_path}'", "sweep={seed: [1, 2]}", "name=sweep", "--dry-run"]) == 0
 
 
@@ -159,16 +162,16 @@ def test_what_the_run_did_not_make_is_never_replaced(tmp_path):
     (tmp_path / "elsewhere" / "mine").touch()
     (config.path / "dense").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"dense is a link to .*elsewhere, which this run did not make"):
-        local.check_replaced([config], [], replace=True)
+        check_replaced([config], [], replace=True)
     (config.path / "dense").unlink()
     (config.path / "prune.partial").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"prune\.partial is a link"):
-        local.check_replaced([config], [], replace=True)
+        check_replaced([config], [], replace=True)
     (config.path / "prune.partial").unlink()
     (config.path / "dense").mkdir()
     (config.path / "dense" / "mine").touch()
     with pytest.raises(UserError, match="dense was not made by stage dense of a run"):
-        local.check_replaced([config], [], replace=True)
+        check_replaced([config], [], replace=True)
     (tmp_path / "new.partial").mkdir()
     with pytest.raises(UserError, match="was not made by stage dense"):
         artifacts.publish(tmp_path / "new.partial", config.path / "dense", {"stage": "dense"})
@@ -183,18 +186,18 @@ def test_a_run_has_a_name_of_its_own(name, tmp_path, capsys):
 
 def test_a_run_does_not_move_into_a_folder_of_others(tmp_path):
     (tmp_path / "tiny").mkdir()
-    with local.locked(tmp_path / "tiny"):  # an empty one is as good as new
+    with locked(tmp_path / "tiny"):  # an empty one is as good as new
         pass
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "theirs.py").touch()
-    with pytest.raises(UserError, match="holds files and is not a run folder"), local.locked(tmp_path / "code"):
+    with pytest.raises(UserError, match="holds files and is not a run folder"), locked(tmp_path / "code"):
         pass
     assert [path.name for path in (tmp_path / "code").iterdir()] == ["theirs.py"]
 
 
 def _refused(config, match):
     with pytest.raises(UserError, match=match):
-        local.check_replaced([config], [], replace=True)
+        check_replaced([config], [], replace=True)
 
 
 def test_what_stands_where_a_stage_works_is_not_cleared_unless_it_is_its_own(tmp_path):
@@ -218,10 +221,10 @@ def test_a_saved_state_is_earlier_work_too(tmp_path):
     step.mkdir(parents=True)
     (step / artifacts.DONE).touch()
     placed = _config(tmp_path, "dense.zero.offload_optimizer=true", "dense.checkpoint_every=5")
-    local.check_replaced([placed], [], False)
+    check_replaced([placed], [], False)
     with pytest.raises(UserError, match=r"dense, unfinished at step-00000020 \(dense.steps: 6 -> 9\)"):
-        local.check_replaced([_config(tmp_path, "dense.steps=9")], [], False)
-    local.check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
+        check_replaced([_config(tmp_path, "dense.steps=9")], [], False)
+    check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
     prepare_folder(dense, config)
     assert (step / artifacts.DONE).is_file()
 
@@ -260,7 +263,7 @@ def test_a_stage_is_not_written_into_another_ones_result(tmp_path):
     """A list of sparsities gives stages below prune/, where a single one had its result."""
     _finish(_config(tmp_path))
     with pytest.raises(UserError, match="tiny/prune is a finished stage, and prune/50/one-shot would be written into"):
-        local.check_replaced([_config(tmp_path, "prune.sparsity=[0.5,0.75]")], [], replace=True)
+        check_replaced([_config(tmp_path, "prune.sparsity=[0.5,0.75]")], [], replace=True)
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
@@ -289,11 +292,11 @@ def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_pa
         patch.setattr(os, "rename", stop)
         patch.setattr(artifacts, "_remove", remove)
         publish()
-    before = {stage.id: reason for stage, reason in local.plan(config, ["prune"])}
+    before = {planned.stage.id: planned.reason for planned in plan(config, ["prune"])}
     assert before == {"prune": "current" if killed_at < 2 else "prune.sparsity: 0.5 -> 0.75"}
     with pytest.raises(UserError, match="--replace"):
-        local.check_replaced([other], [], False)
-    local.claim(other, ClusterConfig(), [], True)
+        check_replaced([other], [], False)
+    claim(other, ClusterConfig(), [], True)
     assert artifacts.damage(final) is None
     assert (final / "result").read_text() == ("prune" if killed_at < 2 else "new")
     publish()

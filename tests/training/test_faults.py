@@ -10,7 +10,7 @@ import torch
 
 from sparse_train import dist
 from sparse_train.config import TrainConfig, ZeroConfig
-from sparse_train.launch.submit.local import free_port
+from sparse_train.launch.submit.processes import free_port
 from sparse_train.training import gathered_tensors, train
 from sparse_train.training.order import Order
 from tests.ranks import CONTEXT

@@ -1,0 +1,86 @@
+"""Start and stop processes of this machine, one per rank."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from sparse_train.compat.submitit import local_process
+from sparse_train.launch.run.cluster import ClusterConfig
+from sparse_train.launch.worker.endings import STOP_PATIENCE_S
+
+if TYPE_CHECKING:
+    import submitit
+
+log = logging.getLogger(__name__)
+
+
+def take_signals() -> None:
+    """kill, a closing batch system and a terminal that goes away end a run as Ctrl-C does; without this its ranks would
+    be left behind. Only the first such signal counts: the ranks are given time to save."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(*_) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:  # nohup has SIGHUP ignored
+        signal.signal(number, end)
+
+
+def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function: Callable[..., Any],
+                    *arguments: Any) -> "submitit.Job":
+    """`function(*arguments)` on as many processes of this machine as ranks."""
+    import submitit  # which looking at runs can do without
+
+    log.info("starting %d processes, whose output is in %s", num_ranks, logs)
+    executor = submitit.LocalExecutor(logs.absolute())
+    executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(num_ranks),
+                               timeout_min=7 * 24 * 60, stderr_to_stdout=True)
+    # A terminal's Ctrl-C and its end reach the whole process group; the ranks must instead receive
+    # SIGTERM, which lets them save.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    # Safe path: else a random.py in the folder that this was started in comes before Python's own.
+    environment = {"PYTHONSAFEPATH": "1", **cluster.environment}
+    earlier = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    try:
+        return executor.submit(function, *arguments)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for key, value in earlier.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def stop_processes(job: "submitit.Job", patience_s: float = STOP_PATIENCE_S) -> None:
+    """Let the ranks save; what still runs after the patience, or at a second Ctrl-C, is killed."""
+    process = local_process(job)
+    everyone = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + patience_s
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        for one in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
