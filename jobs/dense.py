@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 
-from sparse_train.config import LossConfig
-from sparse_train.jobs.finetune import fine_tune
+from sparse_train.jobs.finetune import TrainingData, fine_tune
 from sparse_train.jobs.job import Job
 from sparse_train.models import build_model, build_processor, load_processor
 from sparse_train.tasks import build_task, build_tokenizer
-from sparse_train.training import load_student
+from sparse_train.training import TrainingRun, load_student
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -21,4 +20,5 @@ def run(job: Job) -> dict[str, Any]:
         processor = build_processor(config.model, build_tokenizer(build_task(config.task), config.model.vocab_size))
         torch.manual_seed(config.seed)  # every rank builds the same model
         model = build_model(config.model, processor)
-    return fine_tune(job, model, None, processor, config.dense, LossConfig())
+    data = TrainingData(job, config.dense, processor)
+    return fine_tune(job, data, processor, TrainingRun(model, data.batch, data.order, config.dense, seed=config.seed))

@@ -26,10 +26,10 @@ class Job:
     inputs: tuple[Input, ...]
     """In the order of stage.inputs."""
     progress: Callable[[int, int, str], None]
-    deadline: float | None = None
+    deadline_s: float | None = None
     """When the process will be ended, in seconds since the epoch; known to rank 0."""
-    guard: Callable[[], None] = lambda: None
-    """Raises when a newer attempt is at work on the stage; to be called before files change that it may use."""
+    require_newest_attempt: Callable[[], None] = lambda: None
+    """Raises when a newer attempt at the stage has started; to be called before files change that it may use."""
 
     def path_of(self, kind: Kind) -> Path | str:
         """The path of the one input of that kind."""

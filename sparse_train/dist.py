@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
+from sparse_train.compat.deepspeed import disable_shared_memory_collectives
 from sparse_train.errors import UserError
 
 _num_sums = 0
@@ -22,16 +23,14 @@ def start(rank: int, world_size: int, local_rank: int, local_size: int, address:
           timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group at address:port, as one of the `local_size` ranks of this node.
 
-    The time-out is said: DeepSpeed's default differs between releases.
+    The timeout is passed explicitly because DeepSpeed's default changed between releases.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         local_rank %= accelerator.device_count()  # a job step may show each task no GPU but its own
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
                       LOCAL_SIZE=str(local_size), MASTER_ADDR=address, MASTER_PORT=str(port))
-    # Compiled at the first start on a CPU (20 s, and not at all below a folder with a space in its name), to serve
-    # inference only; training reduces through the process group.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_collectives()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(accelerator.communication_backend_name() if accelerator.device_name() != "cpu"

@@ -143,3 +143,19 @@ PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
     "wanda": PrunerEntry("sparse_train.pruning.wanda:Wanda"),
 })
 """prune.method. The target is a subclass of sparse_train.pruning.Pruner."""
+
+
+@dataclass(frozen=True)
+class LossTermEntry(Entry):
+    needs_teacher: bool = True
+    parts_key: str | None = None
+    """The parts of a term that has several are logged under this key, by their index."""
+
+
+LOSS_TERMS = Registry("loss term", "sparse_train.loss_terms", LossTermEntry, {
+    "task": LossTermEntry("sparse_train.training.terms.task:TaskTerm", needs_teacher=False),
+    "logit": LossTermEntry("sparse_train.training.terms.logit:LogitTerm"),
+    "feature": LossTermEntry("sparse_train.training.terms.feature:FeatureTerm", parts_key="squarehead"),
+})
+"""finetune.losses.NAME: these by NAME_weight, those of other packages by terms.NAME. The target is a subclass of
+sparse_train.training.terms.LossTerm."""

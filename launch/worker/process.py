@@ -127,8 +127,8 @@ def _run_alone(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, 
         log_results(config.path, stage.id, stage.kind, metrics, config.tracking.wandb)
 
 
-def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, ends: float | None) -> dict[str, Any]:
-    """`ends`: when the process will be ended, in seconds since the epoch."""
+def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, deadline_s: float | None) -> dict[str, Any]:
+    """`deadline_s`: when the process will be ended, in seconds since the epoch."""
     dist.agree(lambda: check_inputs(stage, config))
     if process.rank == 0:
         prepare_folder(stage, config)
@@ -138,7 +138,7 @@ def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, ends: float 
         attempts.require_newest(log_folder(stage, config), process.attempt)
 
     progress = Progress(progress_file(stage, config), require_newest_attempt)
-    job = Job(config, stage, partial_folder(stage, config), read_inputs(stage, config), progress, ends,
+    job = Job(config, stage, partial_folder(stage, config), read_inputs(stage, config), progress, deadline_s,
               require_newest_attempt)
     return importlib.import_module(f"sparse_train.jobs.{stage.kind}").run(job)
 

@@ -10,7 +10,7 @@ student's forward and backward (1 + 2), arithmetic alone makes the ratio to the 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from sparse_train.sparse import BitmaskTensor, replace_module, sparsify
 from sparse_train.tasks import Batch
 from sparse_train.training.engine import build_student, build_teacher, step_engine
 from sparse_train.training.fragments import state_bytes
-from sparse_train.training.loop import Trainer
-from sparse_train.training.losses import distillation_loss
+from sparse_train.training.losses import new_terms, weighted_loss
 from sparse_train.training.order import Order
+from sparse_train.training.run import TrainingRun
+from sparse_train.training.step import Trainer
+from sparse_train.training.terms import ModelOutputs
 
 _SQUAREHEAD = LossConfig(feature_weight=1.0)
 _GROUPS = {
@@ -96,8 +98,8 @@ def _trainer(bench: TrainBench, sparse: bool) -> Trainer:
     if sparse:
         sparsify(student, {name: BitmaskTensor.from_dense(linear.weight.detach(), bench.keep(linear))
                            for name, linear in family_of(student).prunable_linears(student).items()})
-    return Trainer(student, bench.model() if sparse else None, bench.batch, Order(None, dist.world_size(), 1, 0),
-                   bench.train_config(), _SQUAREHEAD if sparse else LossConfig(), 0, TeacherConfig())
+    run = TrainingRun(student, bench.batch, Order(None, dist.world_size(), 1, 0), bench.train_config())
+    return Trainer(replace(run, loss=_SQUAREHEAD, teacher=bench.model()) if sparse else run)
 
 
 class _MaskedLinear(nn.Module):
@@ -130,12 +132,13 @@ class _Masked:
         with torch.no_grad():
             taught = self._teacher(**inputs)
         learnt = self.engine(**inputs)
-        loss = distillation_loss(LossConfig(), learnt.logits, batch.targets).loss
+        outputs = ModelOutputs(learnt.logits, batch.targets, batch.labels)
+        loss = weighted_loss(LossConfig(), new_terms(LossConfig()), outputs).loss
         for s, t in zip(learnt.hidden_states[1:], taught.hidden_states[1:], strict=True):
             s, t = s[batch.attend].float(), t[batch.attend].float()
             loss = loss + (s - t).square().mean() / t.square().mean() / dist.world_size()
         self.engine.backward(loss * dist.world_size())
-        float(step_engine(self.engine))
+        step_engine(self.engine)
 
 
 def _step(candidate) -> None:

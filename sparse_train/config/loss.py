@@ -1,10 +1,11 @@
 """`finetune.losses.NAME`: the weighted terms of a loss and how they are normalised (sparse_train/training)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparse_train.config.base import Section, Weight
+from sparse_train.registry import LOSS_TERMS
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper-mpt": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 2.0**-7, "final_feature": "norm",
@@ -17,13 +18,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 class LossConfig(Section):
-    """total = task_weight * CE + logit_weight * KL(teacher || student) * T^2 + feature_weight * SquareHead."""
+    """total = task_weight * CE + logit_weight * KL(teacher || student) * T^2 + feature_weight * SquareHead, and the
+    terms that other packages add."""
 
     preset: Literal["paper-mpt", "paper-t5", "paper-whisper", "sparseml"] | None = None
     """Start from the formulas of that code; keys given beside it win."""
     task_weight: Weight = 1.0
     logit_weight: Weight = 0.0
     feature_weight: Weight = 0.0
+    terms: dict[str, Weight] = {}  # noqa: RUF012 - pydantic copies it
+    """Weights of the terms of other packages (entry points of the group sparse_train.loss_terms), by name."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     normalise: Literal["global", "micro_batch"] = "global"
     """What a ratio is formed over: all ranks of the micro-step, or each rank's micro-batch with a mean over ranks."""
@@ -42,18 +46,33 @@ class LossConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_preset(cls, given):
-        chosen = given.get("preset") if isinstance(given, dict) else None
-        return {**_PRESETS.get(chosen, {}), **given} if chosen else given
+    def _from_preset(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return {**_PRESETS.get(preset, {}), **data} if preset else data
 
     @model_validator(mode="after")
-    def _something_to_learn(self):
-        if self.task_weight == self.logit_weight == self.feature_weight == 0:
+    def _something_to_learn(self) -> Self:
+        if not any(self.weights.values()):
             raise ValueError("all loss weights are 0; give task_weight, logit_weight or feature_weight")
         if self.layers == ():
             raise ValueError("layers is empty; name blocks, or leave it out for all of them")
         return self
 
+    @field_validator("terms")
+    @classmethod
+    def _terms_exist(cls, terms: dict[str, float]) -> dict[str, float]:
+        for name in terms:
+            LOSS_TERMS.check(name)
+            if f"{name}_weight" in cls.model_fields:
+                raise ValueError(f"terms is for the terms of other packages; give {name}_weight")
+        return terms
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By the names of sparse_train.registry.LOSS_TERMS: our own terms, then others whose weight is not 0."""
+        return {"task": self.task_weight, "logit": self.logit_weight, "feature": self.feature_weight,
+                **{name: weight for name, weight in self.terms.items() if weight}}
+
     @property
     def needs_teacher(self) -> bool:
-        return self.logit_weight > 0 or self.feature_weight > 0
+        return any(weight and LOSS_TERMS.entries[name].needs_teacher for name, weight in self.weights.items())

@@ -1,6 +1,6 @@
 """`dense` and what `finetune` shares with it: steps, batches, AdamW, ZeRO, checkpoints (sparse_train/training)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,7 +13,7 @@ class ZeroConfig(Section):
     persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
     """Stage 3 keeps parameters with fewer elements than this whole on every rank."""
     offload_optimizer: bool = False
-    """Keep master values and moments in the hosts' memory and step there (stages 1 to 3)."""
+    """Keep master values and moments in CPU memory and step there (stages 1 to 3)."""
 
     @field_validator("stage")
     @classmethod
@@ -23,7 +23,7 @@ class ZeroConfig(Section):
         return stage
 
     @model_validator(mode="after")
-    def _something_to_offload(self):
+    def _something_to_offload(self) -> Self:
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs a ZeRO stage that partitions the optimizer; use 1, 2 or 3")
         return self
@@ -35,7 +35,7 @@ class TeacherConfig(Section):
     precision: Literal["fp32", "bf16"] | None = None
     """None: the student's."""
     offload: bool = False
-    """Keep its parameters in the hosts' memory until a layer runs."""
+    """Keep its parameters in CPU memory until a layer runs."""
     persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
     """Parameters with fewer elements than this stay whole on every rank."""
 
@@ -73,7 +73,7 @@ class TrainConfig(Section):
     """Steps between lines of metrics.jsonl."""
 
     @model_validator(mode="after")
-    def _micro_batches_divide(self):
+    def _micro_batches_divide(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
         return self

@@ -23,25 +23,25 @@ from safetensors import safe_open
 from sparse_train import artifacts, dist
 from sparse_train.errors import UserError
 from sparse_train.sparse import save_file
-from sparse_train.training.engine import FrozenBits
+from sparse_train.training.bits import FrozenBits
 from sparse_train.training.fragments import own_fragments, restore
 
 log = logging.getLogger(__name__)
 
 
-def save(engine, bits: FrozenBits, folder: Path, step: int, metrics: dict[str, Any], num_kept: int = 2,
-         guard: Callable[[], None] = lambda: None) -> None:
+def save(engine: Any, bits: FrozenBits, folder: Path, step: int, metrics: dict[str, Any], num_kept: int,
+         require_newest_attempt: Callable[[], None]) -> None:
     """Collective. Keeps the newest `num_kept` checkpoints.
 
-    `metrics`: the last that were logged, for resume to return. `guard` is called on rank 0 before anything in `folder`
-    changes; it raises where another process has taken over.
+    `metrics`: the last that were logged, for resume to return. `require_newest_attempt` is called on rank 0 before
+    anything in `folder` changes; it raises where a newer attempt has taken over.
     """
     started = time.monotonic()
     bits.check()
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
     if dist.rank() == 0:
-        guard()
+        require_newest_attempt()
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -50,7 +50,7 @@ def save(engine, bits: FrozenBits, folder: Path, step: int, metrics: dict[str, A
                for fragment in own_fragments(engine) for kind, tensor in fragment.tensors.items()}, file)
     written = dist.gather_objects((file.name, artifacts.digest_file(file)))
     if dist.rank() == 0:
-        guard()
+        require_newest_attempt()
         artifacts.publish(partial, final, {
             "step": step, "sizes": _sizes(engine), "bits": bits.digests,
             "metrics": json.dumps(metrics),  # as text: a term of the loss may be infinite

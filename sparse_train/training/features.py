@@ -1,6 +1,9 @@
-"""Block outputs as they pass: SquareHead's features, and where a number first stops being finite."""
+"""Block outputs as they are computed: the features of a loss, and where a number first stops being finite."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,29 +13,29 @@ from sparse_train.models import block_output
 
 
 class Tap:
-    """Calls `visit(index, output (B, T, D))` for each of `modules` in a forward pass run inside `with tap:`.
+    """Hooks on the outputs of `modules`. They visit nothing until open() is entered.
 
-    Outside of it the hooks do nothing: activation checkpointing runs the blocks again in the backward pass. To be made
-    before DeepSpeed's engine, whose own hooks wrap the outputs.
+    Activation checkpointing runs the blocks again in the backward pass, when the tap is closed. To be made before
+    DeepSpeed's engine, whose own hooks wrap the outputs.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], visit: Callable[[int, torch.Tensor], None]):
-        self._open = False
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._visit: Callable[[int, torch.Tensor], Any] | None = None
         for index, module in enumerate(modules):
-            module.register_forward_hook(self._hook(index, visit))
+            module.register_forward_hook(functools.partial(self._hook, index))
 
-    def _hook(self, index, visit):
-        def hook(module, inputs, output):
-            if self._open:
-                visit(index, block_output(output))
-        return hook
+    def _hook(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._visit is not None:
+            self._visit(index, block_output(output))
 
-    def __enter__(self) -> "Tap":
-        self._open = True
-        return self
-
-    def __exit__(self, *exception):
-        self._open = False
+    @contextlib.contextmanager
+    def open(self, visit: Callable[[int, torch.Tensor], Any]) -> Iterator[None]:
+        """Inside, `visit(index, output (B, T, D))` is called for each module that runs."""
+        self._visit = visit
+        try:
+            yield
+        finally:
+            self._visit = None
 
 
 class FiniteCheck:
@@ -41,26 +44,27 @@ class FiniteCheck:
     def __init__(self, names: Sequence[str]):
         """`names` of the watched blocks."""
         self._names = names
-        self._marks: list[tuple[str, int, torch.Tensor]] = []
+        self._sums: list[tuple[str, torch.Tensor]] = []
+        """(what, its sum), in the order of the computation."""
 
     def clear(self) -> None:
-        self._marks.clear()
+        """Forget the step before."""
+        self._sums.clear()
 
     def watch(self, index: int, output: torch.Tensor) -> None:
-        self._mark("output", index, output)
+        """A visitor of a Tap on the blocks."""
+        self._record(f"the output of {self._names[index]}", output)
         if output.requires_grad:
-            output.register_hook(lambda grad: self._mark("gradient", index, grad))
+            output.register_hook(functools.partial(self._record, f"the gradient of {self._names[index]}"))
 
-    def _mark(self, what, index, tensor):
-        self._marks.append((what, index, tensor.detach().sum(dtype=torch.float32)))
+    def _record(self, what: str, tensor: torch.Tensor) -> None:
+        self._sums.append((what, tensor.detach().sum(dtype=torch.float32)))
 
     def first_bad(self) -> str:
         """Collective. The first block whose output, or gradient on the way back, is not finite, and its ranks."""
-        bad = [(place, f"the {what} of {self._names[index]}") for place, (what, index, total) in enumerate(self._marks)
-               if not torch.isfinite(total)]
-        everyone = dist.gather_objects(bad[0] if bad else None)
-        found = [(*mark, rank) for rank, mark in enumerate(everyone) if mark]
-        if not found:
+        bad = [(position, what) for position, (what, total) in enumerate(self._sums) if not torch.isfinite(total)]
+        firsts = dist.gather_objects(bad[0] if bad else None)
+        if not any(firsts):
             return "every block's output and gradient is finite, so it is the embedding, the head, the loss or a weight"
-        place, what, _ = min(found)
-        return f"first in {what}, on ranks {[rank for p, w, rank in found if (p, w) == (place, what)]}"
+        first = min(filter(None, firsts))
+        return f"first in {first[1]}, on ranks {[rank for rank, other in enumerate(firsts) if other == first]}"

@@ -6,6 +6,7 @@ fragments of a parameter cover it once. They are what a checkpoint holds, whatev
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed.utils import (
@@ -16,7 +17,16 @@ from deepspeed.utils import (
 )
 
 from sparse_train import dist
-from sparse_train.training.partition import part
+from sparse_train.compat.deepspeed import (
+    FlatRange,
+    flat_masters,
+    flat_range,
+    gather_persistent_parameters,
+    gradient_buffer,
+    local_part,
+    replicated_master,
+)
+from sparse_train.training.partition import shard_bounds
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,71 +46,62 @@ class Fragment:
     """Kind -> (n,) fp32, of KINDS."""
 
 
-def own_fragments(engine) -> Iterator[Fragment]:
+def own_fragments(engine: Any) -> Iterator[Fragment]:
     """What this rank owns. After the first optimizer step: before it there are no moments."""
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained_parameters(engine):
         if engine.zero_optimization_partition_weights():
-            start, stop = part(parameter.ds_numel, dist.rank(), dist.world_size())
+            start, stop = shard_bounds(parameter.ds_numel, dist.rank(), dist.world_size())
             size = stop - start
             if size:
                 yield Fragment(name, start, {
                     MASTER: safe_get_local_fp32_param(parameter)[:size],
                     **{kind: safe_get_local_optimizer_state(parameter, kind)[:size] for kind in MOMENTS}})
         elif engine.zero_optimization():
-            if parameter._hp_mapping is not None:
-                start = parameter._hp_mapping.lp_fragment_address.start
-                yield Fragment(name, start, {kind: _flat_view(engine, parameter, kind) for kind in KINDS})
+            place = flat_range(parameter)
+            if place is not None:
+                yield Fragment(name, place.parameter_start, {kind: _flat_view(engine, place, kind) for kind in KINDS})
         elif dist.rank() == 0:
-            master = _master_of(engine, parameter)
-            state = engine.basic_optimizer.state[master]
-            yield Fragment(name, 0, {MASTER: master.detach().flatten(),
-                                     **{kind: state[kind].flatten() for kind in MOMENTS}})
+            master = replicated_master(engine, parameter)
+            yield Fragment(name, 0, {kind: _state(engine, master, kind).flatten() for kind in KINDS})
 
 
-def state_bytes(engine) -> int:
+def state_bytes(engine: Any) -> int:
     """Bytes that this rank holds between steps: parameters, bits, buffers, masters, moments and gradients."""
-    held = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
-    held += engine.module.buffers()
-    masters = _flat_masters(engine)
-    held += masters
-    held += [value for master in masters for value in engine.basic_optimizer.state[master].values()
-             if torch.is_tensor(value)]
+    masters = flat_masters(engine)
+    tensors = [*map(local_part, engine.module.parameters()), *engine.module.buffers(), *masters]
+    for master in masters:
+        tensors += [value for value in engine.basic_optimizer.state[master].values() if torch.is_tensor(value)]
     if engine.zero_optimization_partition_weights():
-        held.append(engine.optimizer.grad_partitions_flat_buffer)
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in held}
-    return sum(held.values())
+        tensors.append(gradient_buffer(engine))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 @torch.no_grad()
-def restore(engine, read: Read, num_steps: int) -> None:
+def restore(engine: Any, read: Read, num_steps: int) -> None:
     """Set master values, moments and the model's own parameters to what `read` gives; `num_steps` is Adam's count."""
     _create_moments(engine, num_steps)
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained_parameters(engine):
         if engine.zero_optimization_partition_weights():
             _restore_partition(name, parameter, read)
             continue
         parameter.copy_(read(MASTER, name, 0, parameter.numel()).view_as(parameter))
         if engine.zero_optimization():
-            if parameter._hp_mapping is not None:
-                start = parameter._hp_mapping.lp_fragment_address.start
+            place = flat_range(parameter)
+            if place is not None:
+                start = place.parameter_start
                 for kind in KINDS:
-                    view = _flat_view(engine, parameter, kind)
-                    view.copy_(read(kind, name, start, start + view.numel()))
+                    _flat_view(engine, place, kind).copy_(read(kind, name, start, start + place.numel))
         else:
-            master = _master_of(engine, parameter)
+            master = replicated_master(engine, parameter)
             for kind in KINDS:
-                whole = master if kind == MASTER else engine.basic_optimizer.state[master][kind]
+                whole = _state(engine, master, kind)
                 whole.copy_(read(kind, name, 0, whole.numel()).view_as(whole))
     if engine.zero_optimization_partition_weights():
-        # Small parameters are kept whole; they are gathered anew from the partitions just set.
-        kept_whole = engine.optimizer.persistent_parameters
-        if kept_whole:
-            kept_whole[0].partition(kept_whole)
-            kept_whole[0].all_gather(kept_whole)
+        gather_persistent_parameters(engine)
 
 
-def _restore_partition(name: str, parameter: torch.Tensor, read: Read) -> None:
-    start, stop = part(parameter.ds_numel, dist.rank(), dist.world_size())
+def _restore_partition(name: str, parameter: Any, read: Read) -> None:
+    start, stop = shard_bounds(parameter.ds_numel, dist.rank(), dist.world_size())
     for kind in KINDS:
         padded = torch.zeros(parameter.ds_tensor.numel())
         padded[:stop - start] = read(kind, name, start, stop)
@@ -111,37 +112,22 @@ def _restore_partition(name: str, parameter: torch.Tensor, read: Read) -> None:
             safe_set_local_optimizer_state(parameter, padded, kind)
 
 
-def _create_moments(engine, num_steps: int) -> None:
+def _create_moments(engine: Any, num_steps: int) -> None:
     """The state that AdamW would make in its first step, at step `num_steps`."""
-    state = engine.basic_optimizer.state
-    for master in _flat_masters(engine):
-        state[master] = {"step": torch.tensor(float(num_steps), device=master.device),
-                         **{kind: torch.zeros_like(master) for kind in MOMENTS}}
+    for master in flat_masters(engine):
+        engine.basic_optimizer.state[master] = {
+            "step": torch.tensor(float(num_steps), device=master.device),
+            **{kind: torch.zeros_like(master) for kind in MOMENTS}}
 
 
-def _flat_view(engine, parameter: torch.Tensor, kind: str) -> torch.Tensor:
-    """Stages 1 and 2 lay parameters end to end and cut that in as many parts as there are ranks: ours of this one."""
-    mapping = parameter._hp_mapping
-    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    whole = flat.detach() if kind == MASTER else engine.basic_optimizer.state[flat][kind]
-    return whole.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+def _flat_view(engine: Any, place: FlatRange, kind: str) -> torch.Tensor:
+    return _state(engine, flat_masters(engine)[place.group], kind).narrow(0, place.flat_start, place.numel)
 
 
-def _flat_masters(engine) -> list[torch.Tensor]:
-    if engine.zero_optimization_partition_weights():
-        return engine.optimizer.fp32_partitioned_groups_flat
-    return [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+def _state(engine: Any, master: torch.Tensor, kind: str) -> torch.Tensor:
+    """Of KINDS, for a master of the optimizer."""
+    return master.detach() if kind == MASTER else engine.basic_optimizer.state[master][kind]
 
 
-def _trained(engine) -> list[tuple[str, torch.Tensor]]:
+def _trained_parameters(engine: Any) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-
-
-def _master_of(engine, parameter: torch.Tensor) -> torch.Tensor:
-    """Without ZeRO: the parameter itself in fp32, the optimizer's copy of it in bf16."""
-    for low, high in zip(getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []),
-                         strict=True):
-        for candidate, master in zip(low, high, strict=True):
-            if candidate is parameter:
-                return master
-    return parameter

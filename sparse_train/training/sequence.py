@@ -16,18 +16,26 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from sparse_train.compat.transformers import supports_attention_interface
 from sparse_train.errors import UserError
 from sparse_train.models import family_of_type
+from sparse_train.tasks import Batch
+from sparse_train.tasks.batch import IGNORED
 
 _NAME = "sparse_train_sequence_parallel"
 
 
-def split_tokens(tensor: torch.Tensor, group, fill: int | bool) -> torch.Tensor:
+def split_tokens(tensor: torch.Tensor, group: distributed.ProcessGroup, fill: int | bool) -> torch.Tensor:
     """(B, T) -> (B, ceil(T / P)), this rank's; the sequence is padded with `fill` to a multiple of P."""
     num_ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
     padded = functional.pad(tensor, (0, -tensor.shape[1] % num_ranks), value=fill)
     return padded.chunk(num_ranks, 1)[rank].contiguous()
 
 
-def parallelise_attention(model: PreTrainedModel, group) -> None:
+def split_batch(batch: Batch, group: distributed.ProcessGroup) -> Batch:
+    """This rank's tokens of a decoder's batch."""
+    return Batch(input_ids=split_tokens(batch.input_ids, group, 0), attend=split_tokens(batch.attend, group, False),
+                 labels=split_tokens(batch.labels, group, IGNORED))
+
+
+def parallelise_attention(model: PreTrainedModel, group: distributed.ProcessGroup) -> None:
     """Make the attention of `model` span the ranks of `group`, in place; to be done before DeepSpeed's engine.
 
     From then on the model is called with this rank's tokens. Batches must be padded on the right: causal attention then

@@ -97,6 +97,8 @@ def _another(key, tmp_path):
     special = {"prune.sparsity": 0.5, "prune.method": "magnitude", "prune.calibration": TaskConfig(name="numbers"),
                "task.name": "gsm8k", "benchmark.devices": ("gpu",), "compress.loss": "ce",
                "folder": str(tmp_path / "moved")}
+    if key.endswith(".terms"):
+        return {"logit": 0.5}
     return 0.5 if key.endswith("_weight") else special.get(key, "another")
 
 

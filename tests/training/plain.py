@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_train.models import block_output, family_of
 from sparse_train.sparse import densify, sparse_linears
-from sparse_train.training.loop import learning_rate
+from sparse_train.training.run import TrainingRun
+from sparse_train.training.schedule import learning_rate
 
 FACTOR = 4
 _ADAM_DECAY, _ADAM_EPS = 0.999, 1e-8
@@ -47,9 +48,10 @@ class Trained(NamedTuple):
     dtype: torch.dtype
 
 
-def train_plain(student, teacher, fetch, order, config, loss, dtype) -> Trained:
-    bits = {f"{name}.weight": module.weight.keep for name, module in sparse_linears(student).items()}
-    student, teacher = densify(student).to(dtype).train(), teacher.to(dtype).eval()
+def train_plain(run: TrainingRun, dtype) -> Trained:
+    config, loss = run.config, run.loss
+    bits = {f"{name}.weight": module.weight.keep for name, module in sparse_linears(run.student).items()}
+    student, teacher = densify(run.student).to(dtype).train(), run.teacher.to(dtype).eval()
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     masters = {name: p.detach().to(torch.promote_types(dtype, torch.float32)).clone() for name, p in parameters.items()}
     moves = {name: torch.zeros_like(p) for name, p in masters.items()}
@@ -60,7 +62,7 @@ def train_plain(student, teacher, fetch, order, config, loss, dtype) -> Trained:
     for step in range(1, config.steps + 1):
         total = 0.0
         for micro_step in range(config.accumulation):
-            batch = fetch(order.indices(step - 1, micro_step))
+            batch = run.fetch(run.order.indices(step - 1, micro_step))
             with Float64() if dtype == torch.float64 else contextlib.nullcontext():
                 share = _loss(student, teacher, batch, loss) / config.accumulation
             share.backward()

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from sparse_train.bench.train import TrainBench, _traffic
-from sparse_train.config import LossConfig, TeacherConfig, TrainConfig, ZeroConfig
+from sparse_train.compat.deepspeed import gradient_buffer
+from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.models import family_of
 from sparse_train.sparse import BitmaskTensor, sparsify
 from sparse_train.training import checkpoint
 from sparse_train.training.fragments import KINDS, own_fragments, state_bytes
-from sparse_train.training.loop import Trainer
 from sparse_train.training.order import Order
+from sparse_train.training.run import TrainingRun
+from sparse_train.training.step import Trainer
 from tests.ranks import run_ranks
 
 # So few tokens in the vocabulary that nearly all weights are prunable.
@@ -25,16 +27,16 @@ def _count(folder, precision):
             sparsify(student, {name: BitmaskTensor.from_dense(linear.weight.detach(), _BENCH.keep(linear))
                                for name, linear in family_of(student).prunable_linears(student).items()})
         config = TrainConfig(batch_size=2, precision=precision, zero=ZeroConfig(stage=3))
-        trainer = Trainer(student, None, _BENCH.batch, Order(None, 2, 1, 0), config, LossConfig(), 0, TeacherConfig())
+        trainer = Trainer(TrainingRun(student, _BENCH.batch, Order(None, 2, 1, 0), config))
         for step in (1, 2):
             trainer.step(step)
-        checkpoint.save(trainer.engine, trainer.bits, folder / kind, 2, {})
+        checkpoint.save(trainer.engine, trainer.bits, folder / kind, 2, {}, 2, lambda: None)
         files = (folder / kind).rglob("rank-*.safetensors")
         parts = {name: sum(fragment.tensors[name].nbytes for fragment in own_fragments(trainer.engine))
                  for name in KINDS}
         bits = sum(p.ds_tensor.nbytes for p in trainer.engine.module.parameters() if p.dtype == torch.uint8)
         found[kind] = {
-            **parts, "gradients": trainer.engine.optimizer.grad_partitions_flat_buffer.nbytes,
+            **parts, "gradients": gradient_buffer(trainer.engine).nbytes,
             "checkpoint": sum(file.stat().st_size for file in files), "state": state_bytes(trainer.engine),
             "traffic": _traffic(lambda trainer=trainer: trainer.step(3)), "bits": bits,
         }

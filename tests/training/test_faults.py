@@ -11,10 +11,9 @@ import torch
 from sparse_train import dist
 from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.launch.submit.processes import free_port
-from sparse_train.training import gathered_tensors, train
-from sparse_train.training.order import Order
+from sparse_train.training import Hooks, gathered_tensors, train
 from tests.ranks import CONTEXT
-from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
+from tests.training.test_parity import _training_run
 
 _WORLD = 2
 # Saves after every step: about half of the time is spent in one.
@@ -38,9 +37,7 @@ class _Tell:
 def _rank(rank, port, folder, told):
     torch.set_num_threads(1)
     dist.start(rank, _WORLD, rank, _WORLD, "127.0.0.1", port)
-    student, teacher = _models()
-    outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _CONFIG, _LOSS, folder,
-                    _Tell(told) if rank == 0 else None)
+    outcome = train(_training_run(_CONFIG), folder, Hooks(_Tell(told) if rank == 0 else None))
     tensors = dict(gathered_tensors(outcome.engine))
     if rank == 0:
         torch.save(tensors, folder / "end.pt")

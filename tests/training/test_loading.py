@@ -15,8 +15,9 @@ from sparse_train.errors import UserError
 from sparse_train.models import own_tensors, save_model
 from sparse_train.sparse import format as sparse_format
 from sparse_train.sparse import sparse_linears
-from sparse_train.training import audit, load_student, load_teacher
-from sparse_train.training.engine import FrozenBits, build_student, build_teacher, gathered_tensors
+from sparse_train.training import audit, gathered_tensors, load_student, load_teacher
+from sparse_train.training.bits import digest_bits
+from sparse_train.training.engine import build_student, build_teacher
 from tests.model_types import built
 from tests.models import tiny_model, tiny_tokenizer
 from tests.ranks import run_ranks
@@ -85,7 +86,7 @@ def _flipped(path):
     linear = next(module for module in model.modules() if hasattr(module, "bitmask"))
     if dist.rank() == 1:
         linear.bitmask.ds_tensor[0] ^= 1
-    bits = FrozenBits(model).digests
+    bits = digest_bits(model)
     engine = build_student(model, _CONFIG)
     if dist.rank() == 0:
         save_model(path / "out", model, tiny_tokenizer(), gathered_tensors(engine))
@@ -97,7 +98,7 @@ def _flipped(path):
 def test_the_audit_finds_bits_that_are_not_the_trained_ones(tmp_path):
     model = _models()[0]
     save_model(tmp_path, model, tiny_tokenizer())
-    before = FrozenBits(model).digests
+    before = digest_bits(model)
     after = run_ranks(_flipped, 2, tmp_path)[0]
     assert [name for name in before if before[name] != after[name]] == ["transformer.blocks.0.attn.Wqkv"]
     audit(tmp_path, before)

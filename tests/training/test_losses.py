@@ -5,14 +5,24 @@ In float64 throughout (plain.Float64), so that what is left of a difference is a
 
 import contextlib
 import math
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
-from sparse_train.config import LossConfig
-from sparse_train.training.losses import FeatureSums, distillation_loss, squarehead
+from sparse_train import registry
+from sparse_train.config import LossConfig, TrainConfig, ZeroConfig
+from sparse_train.registry import LOSS_TERMS
+from sparse_train.sparse import densify, sparse_linears
+from sparse_train.training import step
+from sparse_train.training.losses import new_terms, weighted_loss
+from sparse_train.training.metrics import Meter
+from sparse_train.training.terms import LossTerm, ModelOutputs, Ratio
+from sparse_train.training.terms.feature import FeatureTerm, squarehead
 from tests.ranks import run_ranks
-from tests.training.plain import Float64
+from tests.training.plain import Float64, states_of
+from tests.training.test_parity import _fetch, _models, _training_run
 
 B, T, D, V, L = 4, 6, 8, 11, 3
 _EXACT = 1e-13  # a few hundred additions in float64
@@ -34,11 +44,16 @@ def _inputs(dtype=torch.float64):
 def _loss(config, logits, labels, attend, features=(), taught=(), teacher_logits=None):
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     with Float64() if logits.dtype == torch.float64 else contextlib.nullcontext():
-        sums = FeatureSums(config) if config.feature_weight else None
-        if sums:
+        terms = new_terms(config)
+        if terms["feature"].uses_features:
             for s, t in zip(features, taught, strict=True):
-                sums.add(s, t, attend)
-        return distillation_loss(config, logits, targets, sums, teacher_logits, labels)
+                terms["feature"].add_features(s, t, attend)
+        return weighted_loss(config, terms, ModelOutputs(logits, targets, labels, teacher_logits))
+
+
+def _vector(shares):
+    """The loss and all terms end to end."""
+    return torch.cat([shares.loss.detach()[None], *(term.detach().reshape(-1) for term in shares.terms.values())])
 
 
 def _squarehead(*arguments):
@@ -73,9 +88,9 @@ def test_the_terms_are_the_equations():
     inputs = _inputs()
     task, logit, terms = _by_hand(*inputs)
     shares = _loss(_LOSS, *inputs)
-    assert shares.task.item() == pytest.approx(task, rel=_EXACT)
-    assert shares.logit.item() == pytest.approx(logit, rel=_EXACT)
-    assert shares.feature.tolist() == pytest.approx(terms, rel=_EXACT)
+    assert shares.terms["task"].item() == pytest.approx(task, rel=_EXACT)
+    assert shares.terms["logit"].item() == pytest.approx(logit, rel=_EXACT)
+    assert shares.terms["feature"].tolist() == pytest.approx(terms, rel=_EXACT)
     assert shares.loss.item() == pytest.approx(0.7 * task + 0.4 * logit + 1.3 * sum(terms), rel=_EXACT)
     assert _squarehead(inputs[3], inputs[4], inputs[2]).tolist() == pytest.approx(terms, rel=_EXACT)
 
@@ -91,8 +106,8 @@ def test_what_stands_at_padding_changes_nothing():
 def test_weights_select_the_terms():
     logits, labels, attend, features, taught, _ = _inputs()
     plain = _loss(LossConfig(), logits, labels, attend)
-    assert plain.feature.numel() == 0 and plain.logit == 0
-    torch.testing.assert_close(plain.loss, plain.task)
+    assert plain.terms["feature"].numel() == 0 and plain.terms["logit"] == 0
+    torch.testing.assert_close(plain.loss, plain.terms["task"])
     assert _loss(LossConfig(task_weight=0, feature_weight=1.0), logits, labels, attend, features,
                              taught).loss.item() == pytest.approx(
         _squarehead(features, taught, attend).sum().item(), rel=_EXACT)
@@ -124,7 +139,7 @@ def _share(splits):
                                    torch.zeros_like(attend[:1]), [f[:1] for f in features],
                                    [f[:1] for f in taught], teacher_logits[:1])
     shares.loss.backward()
-    return shares.detached(), leaf.grad
+    return _vector(shares), leaf.grad
 
 
 @pytest.mark.parametrize("splits", [([0, 1, 2, 3], []), ([0], [1, 2, 3]), ([2], [0, 1, 3])], ids=str)
@@ -134,7 +149,7 @@ def test_shares_over_ranks_add_up_to_the_whole_batch(splits):
     whole = _loss(_LOSS, leaf, *inputs[1:])
     whole.loss.backward()
     ranks = run_ranks(_share, 2, splits)
-    torch.testing.assert_close(sum(terms for terms, _ in ranks), whole.detached(), rtol=_EXACT, atol=0)
+    torch.testing.assert_close(sum(terms for terms, _ in ranks), _vector(whole), rtol=_EXACT, atol=0)
     torch.testing.assert_close(sum(grad for _, grad in ranks), leaf.grad, rtol=_EXACT, atol=1e-18)
 
 
@@ -155,8 +170,8 @@ def test_presets_are_the_formulas_of_their_codes(preset, epsilon, over, task_wei
             else:
                 error, energy = (mask[..., None] * (s - t) ** 2).mean(), (mask[..., None] * t**2).mean()
             expected = expected + error / (energy + epsilon)
-        torch.testing.assert_close(shares.feature.sum(), expected, rtol=_EXACT, atol=0)
-        torch.testing.assert_close(shares.loss, task_weight * shares.task + expected, rtol=_EXACT, atol=0)
+        torch.testing.assert_close(shares.terms["feature"].sum(), expected, rtol=_EXACT, atol=0)
+        torch.testing.assert_close(shares.loss, task_weight * shares.terms["task"] + expected, rtol=_EXACT, atol=0)
 
 
 def test_the_paper_compares_logits_at_the_labelled_positions():
@@ -165,7 +180,8 @@ def test_the_paper_compares_logits_at_the_labelled_positions():
     chosen = labels != -100
     s, t = logits[chosen].log_softmax(-1), teacher_logits[chosen].log_softmax(-1)
     expected = (t.exp() * (t - s)).sum() / chosen.sum()
-    torch.testing.assert_close(_loss(config, logits, labels, attend, teacher_logits=teacher_logits).logit, expected)
+    torch.testing.assert_close(_loss(config, logits, labels, attend, teacher_logits=teacher_logits).terms["logit"],
+                               expected)
 
 
 def test_keys_beside_a_preset_win():
@@ -179,29 +195,29 @@ def _micro_batch_share(splits):
     rows = splits[dist.rank()]
     shares = _loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows],
                    [f[rows] for f in features], [f[rows] for f in taught])
-    return shares.detached()
+    return _vector(shares)
 
 
 def test_micro_batch_means_the_ranks_own_ratios():
     """Which is not the ratio over all ranks: that is why it is not the default."""
     logits, labels, attend, features, taught, _ = _inputs()
-    alone = [_loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows], [f[rows] for f in features],
-                   [f[rows] for f in taught]).detached() for rows in ([0], [1, 2, 3])]
+    alone = [_vector(_loss(LossConfig(preset="sparseml"), logits[rows], labels[rows], attend[rows],
+                           [f[rows] for f in features], [f[rows] for f in taught])) for rows in ([0], [1, 2, 3])]
     ranks = run_ranks(_micro_batch_share, 2, ([0], [1, 2, 3]))
     torch.testing.assert_close(sum(ranks), sum(alone) / 2)
-    whole = _loss(LossConfig(feature_weight=1.0), logits, labels, attend, features, taught).detached()
+    whole = _vector(_loss(LossConfig(feature_weight=1.0), logits, labels, attend, features, taught))
     assert not torch.allclose(sum(ranks), whole, rtol=1e-3)
 
 
 def test_encoder_and_decoder_features_have_their_own_masks():
     """Two stacks of different lengths in one loss: each feature counts where its own mask says."""
     _, _, attend, features, taught, _ = _inputs()
-    sums = FeatureSums(LossConfig(feature_weight=1.0))
+    sums = FeatureTerm(LossConfig(feature_weight=1.0))
     encoder, taught_encoder = torch.randn(2, B, 9, D, dtype=torch.float64)
     real = torch.arange(9) < torch.tensor([9, 2, 5, 1])[:, None]
     with Float64():
-        sums.add(encoder, taught_encoder, real)
-        sums.add(features[0], taught[0], attend)
+        sums.add_features(encoder, taught_encoder, real)
+        sums.add_features(features[0], taught[0], attend)
     for (error, energy), (s, t, mask) in zip(zip(sums.errors, sums.energies, strict=True),
                                              [(encoder, taught_encoder, real), (features[0], taught[0], attend)],
                                              strict=True):
@@ -215,3 +231,92 @@ def test_the_features_gradient_is_autograds():
     ((((theirs - taught[0])[attend]) ** 2).sum() / (taught[0][attend] ** 2).sum()).backward()
     torch.testing.assert_close(mine.grad, theirs.grad)
     assert not mine.grad[~attend].any()
+
+
+class Smoothness(LossTerm):
+    """A term of another package: the mean square of the logits at targets."""
+
+    uses_teacher_logits = False
+
+    def ratio(self, outputs):
+        return Ratio(outputs.predictions.square().sum(), outputs.num_targets)
+
+
+class Likeness(LossTerm):
+    """Another one: per block the mean square distance of the features."""
+
+    uses_features, uses_teacher_logits = True, False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.errors, self.counts = [], []
+
+    def add_features(self, student, teacher, attend):
+        self.errors.append((student - teacher)[attend].float().square().sum())
+        self.counts.append(attend.sum() * student.shape[-1])
+
+    def ratio(self, outputs):
+        return Ratio(torch.stack(self.errors), torch.stack(self.counts))
+
+
+@contextlib.contextmanager
+def _other_package():
+    """Adds both by entry points."""
+    points = [EntryPoint(name, f"{__name__}:{name.title()}", LOSS_TERMS.group) for name in ("smoothness", "likeness")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", lambda group: points if group == LOSS_TERMS.group else [])
+        LOSS_TERMS.__dict__.pop("entries", None)
+        yield patch
+    LOSS_TERMS.__dict__.pop("entries", None)
+
+
+def _step_of_another_package(loss):
+    """(metrics, gradients) of one step, and the same of the plain formulas."""
+    config = TrainConfig(steps=1, batch_size=4, clip=0, zero=ZeroConfig(stage=0))
+    run, gradients = replace(_training_run(config), loss=loss), {}
+    bits = {f"{name}.weight": linear.weight.keep for name, linear in sparse_linears(run.student).items()}
+
+    def keep_gradients(engine):
+        gradients.update((name, p.grad.clone()) for name, p in engine.module.named_parameters() if p.requires_grad)
+        return 1.0
+
+    with _other_package() as patch:
+        patch.setattr(step, "step_engine", keep_gradients)
+        trainer, meter = step.Trainer(run), Meter()
+        meter.add(trainer.step(1))
+        metrics = meter.report()
+    student, teacher = _models()
+    student, batch = densify(student).train(), _fetch(run.order.indices(0, 0))
+    logits, states = states_of(student, batch.inputs())
+    with torch.no_grad():
+        _, taught = states_of(teacher.eval(), batch.inputs())
+    chosen = batch.targets != -100
+    task = torch.nn.functional.cross_entropy(logits[chosen], batch.targets[chosen])
+    smoothness = logits[chosen].square().sum() / chosen.sum()
+    likeness = sum((states[name] - taught[name])[batch.attend].square().mean() for name in states)
+    total = task + 0.5 * smoothness + 2.0 * likeness
+    total.backward()
+    plain = {"loss": total.item(), "task": task.item(), "smoothness": smoothness.item(), "likeness": likeness.item()}
+    expected = {name: p.grad[bits[name]] if name in bits else p.grad for name, p in student.named_parameters()}
+    return metrics, gradients, plain, expected
+
+
+def test_terms_of_another_package_train_beside_ours():
+    with _other_package():
+        loss = LossConfig(terms={"smoothness": 0.5, "likeness": 2.0})
+        assert loss.needs_teacher
+    metrics, gradients, plain, expected = run_ranks(_step_of_another_package, 1, loss)[0]
+    assert metrics["feature"] == 0
+    for name, value in plain.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
+    assert len(gradients) == len(expected)
+    for name, gradient in gradients.items():
+        dense = name.removesuffix("values") + "weight" if name.endswith(".values") else name
+        torch.testing.assert_close(gradient, expected[dense], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("terms", "message"), [
+    ({"elsewhere": 1.0}, "there is no loss term elsewhere"), ({"task": 1.0}, "give task_weight")])
+def test_terms_that_are_unknown_or_ours_are_refused(terms, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(terms=terms)

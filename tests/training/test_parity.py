@@ -13,7 +13,7 @@ from sparse_train.config import LossConfig, TrainConfig, ZeroConfig
 from sparse_train.models import family_of
 from sparse_train.sparse import BitmaskTensor, sparsify
 from sparse_train.tasks import Batch
-from sparse_train.training import gathered_tensors, train
+from sparse_train.training import Hooks, TrainingRun, gathered_tensors, train
 from sparse_train.training.order import Order
 from tests.models import tiny_mpt
 from tests.ranks import run_ranks
@@ -65,15 +65,20 @@ def _fetch(indices):
     return Batch(input_ids, attend, labels)
 
 
+def _training_run(config, models=None):
+    """A training of the tiny model on `_fetch`'s examples."""
+    student, teacher = models or _models()
+    order = Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0, config.sequence_parallel)
+    return TrainingRun(student, _fetch, order, config, loss=_LOSS, teacher=teacher)
+
+
 def _train_ranks(folder):
     """One process group trains all cases: case -> (losses and norms, tensors)."""
     found = {}
     for case in _CASES:
         stage, accumulation, clip, precision, offload = case
         config, lines = _config(stage, clip, accumulation, precision, offload), Lines()
-        student, teacher = _models()
-        outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 8, accumulation, 0), config, _LOSS,
-                        folder / "-".join(map(str, case)), lines)
+        outcome = train(_training_run(config), folder / "-".join(map(str, case)), Hooks(lines))
         found[case] = lines.found, {name: tensor.float() for name, tensor in gathered_tensors(outcome.engine)}
     return found
 
@@ -81,7 +86,7 @@ def _train_ranks(folder):
 @functools.cache
 def _reference(accumulation, clip, dtype):
     config = _config(0, clip, accumulation)
-    return train_plain(*_models(), _fetch, Order(_NUM_EXAMPLES, 8, accumulation, 0), config, _LOSS, dtype)
+    return train_plain(_training_run(config), dtype)
 
 
 @functools.cache

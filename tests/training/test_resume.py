@@ -13,10 +13,10 @@ from sparse_train import dist
 from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.models import family_of
 from sparse_train.sparse import sparse_linears
-from sparse_train.training import checkpoint, gathered_tensors, train
+from sparse_train.training import Hooks, checkpoint, gathered_tensors, train
 from sparse_train.training.order import Order
 from tests.ranks import run_ranks
-from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
+from tests.training.test_parity import _models, _training_run
 
 
 def _config(stage=3, **extra):
@@ -41,10 +41,8 @@ class _Log:
 
 
 def _train(config, folder, stop_at=None, stop_rank=0, deadline=None):
-    student, teacher = _models()
     log = _Log(stop_at if dist.rank() == stop_rank else None)
-    outcome = train(student, teacher, _fetch, Order(_NUM_EXAMPLES, config.batch_size, config.accumulation, 0), config,
-                    _LOSS, folder, log, deadline=deadline if dist.rank() == 0 else None)
+    outcome = train(_training_run(config), folder, Hooks(log, deadline_s=deadline if dist.rank() == 0 else None))
     return outcome.finished, log.start, log.steps, dict(gathered_tensors(outcome.engine)), outcome.metrics
 
 
@@ -154,15 +152,13 @@ class _TakenOver(Exception):
 
 
 def _save_against_a_newer_process(folder):
-    student, teacher = _models()
-
-    def guard():
+    def require_newest_attempt():
         if (folder / "step-00000002").exists():
             (folder / "step-00000004.partial").mkdir()  # the other's save
             raise _TakenOver
 
     try:
-        train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _config(), _LOSS, folder, guard=guard)
+        train(_training_run(_config()), folder, Hooks(require_newest_attempt=require_newest_attempt))
     except _TakenOver:
         return True
 
@@ -185,7 +181,7 @@ def _flip_a_bit_on_rank_1(when, stage, folder):
         linear.bitmask[0, 0] ^= 1
     log = Log() if when == "save" and dist.rank() == 1 else None
     try:
-        train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _config(stage), _LOSS, folder, log)
+        train(_training_run(_config(stage), (student, teacher)), folder, Hooks(log))
     except RuntimeError as error:
         return str(error)
 
@@ -230,7 +226,7 @@ def _explode(folder, what):
 
     block.register_forward_hook(spoil)
     try:
-        train(student, teacher, _fetch, Order(_NUM_EXAMPLES, 6, 1, 0), _config(), _LOSS, folder)
+        train(_training_run(_config(), (student, teacher)), folder)
     except FloatingPointError as error:
         return str(error)
 

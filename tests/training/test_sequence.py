@@ -10,13 +10,12 @@ from sparse_train.config import TrainConfig, ZeroConfig
 from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.sparse import BitmaskTensor, sparsify
-from sparse_train.training import gathered_tensors, train
-from sparse_train.training.order import Order
+from sparse_train.training import Hooks, gathered_tensors, train
 from sparse_train.training.sequence import parallelise_attention, split_tokens
 from tests.models import tiny_mpt
 from tests.ranks import run_ranks
 from tests.training.plain import Float64, Lines, assert_as_exact, assert_trained_as_exact, train_plain
-from tests.training.test_parity import _LOSS, _NUM_EXAMPLES, _fetch, _models
+from tests.training.test_parity import _training_run
 
 
 def _model(kind):
@@ -108,17 +107,17 @@ def _training(stage, num_sharing):
     """What train and train_plain begin with."""
     config = TrainConfig(steps=4, batch_size=6, accumulation=2, learning_rate=2e-3, warmup_steps=1, weight_decay=0.1,
                          sequence_parallel=num_sharing, zero=ZeroConfig(stage=stage, persistence_threshold=0))
-    return *_models(), _fetch, Order(_NUM_EXAMPLES, 6, 2, 0, num_sharing), config, _LOSS
+    return _training_run(config)
 
 
 def _train(folder, stage):
     lines = Lines()
-    outcome = train(*_training(stage, num_sharing=2), folder, lines)
+    outcome = train(_training(stage, num_sharing=2), folder, Hooks(lines))
     return lines.found, dict(gathered_tensors(outcome.engine))
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (3, 2), (3, 4)])
 def test_training_with_shared_tokens_is_training_on_one_process(stage, world, tmp_path):
     """Losses over partitioned hidden states, targets across the cut, and with four ranks two groups of two."""
-    plain, exact = (train_plain(*_training(stage, 1), dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (train_plain(_training(stage, 1), dtype) for dtype in (torch.float32, torch.float64))
     assert_trained_as_exact(*run_ranks(_train, world, tmp_path, stage)[0], plain, exact)

@@ -12,7 +12,7 @@ from sparse_train.models import build_model, build_processor, family_of
 from sparse_train.sparse import BitmaskTensor, densify, sparsify
 from sparse_train.tasks import Example
 from sparse_train.tasks.batch import collate
-from sparse_train.training import gathered_tensors, train
+from sparse_train.training import Hooks, TrainingRun, gathered_tensors, train
 from sparse_train.training.order import Order
 from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
@@ -60,20 +60,20 @@ def _training(family):
     examples = _examples(processor)
     config = TrainConfig(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=1, log_every=1,
                          zero=ZeroConfig(stage=3, persistence_threshold=0), activation_checkpointing=True)
-    return (student, teacher, lambda indices: collate([examples[i] for i in indices], processor),
-            Order(len(examples), 3, 1, 0), config, _LOSS)
+    return TrainingRun(student, lambda indices: collate([examples[i] for i in indices], processor),
+                       Order(len(examples), 3, 1, 0), config, loss=_LOSS, teacher=teacher)
 
 
 def _train(family, folder):
     lines = Lines()
-    outcome = train(*_training(family), folder, lines)
+    outcome = train(_training(family), folder, Hooks(lines))
     return outcome.metrics, lines.found, dict(gathered_tensors(outcome.engine))
 
 
 @pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "t5-gated", "whisper"])
 def test_ranks_do_not_change_what_an_encoder_decoder_learns(family, tmp_path):
     """With two ranks one has a single example; with four, one has none."""
-    plain, exact = (train_plain(*_training(family), dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (train_plain(_training(family), dtype) for dtype in (torch.float32, torch.float64))
     for world in (1, 2, 4):
         metrics, lines, tensors = run_ranks(_train, world, family, tmp_path / str(world))[0]
         assert metrics["squarehead"].keys() == {"0", "1", "2", "3"}
@@ -85,8 +85,9 @@ def _squarehead(family, padding, folder):
     student, teacher, processor = _parts(family)
     batch = collate(_examples(processor), processor)
     config = TrainConfig(steps=1, batch_size=5, learning_rate=0.0, zero=ZeroConfig(stage=0))
-    outcome = train(student, teacher, lambda indices: batch, Order(5, 5, 1, 0), config,
-                    LossConfig(feature_weight=1.0, encoder_padding=padding), folder)
+    loss = LossConfig(feature_weight=1.0, encoder_padding=padding)
+    outcome = train(TrainingRun(student, lambda indices: batch, Order(5, 5, 1, 0), config, loss=loss, teacher=teacher),
+                    folder)
     return list(outcome.metrics["squarehead"].values()), batch
 
 

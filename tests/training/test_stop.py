@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sparse_train.training.loop import _Stop
+from sparse_train.training.stopping import StopMonitor
 
 
 class _Left(Exception):
@@ -27,11 +27,11 @@ def leave(monkeypatch):
     ("SIGUSR2", "SIGUSR2", None),
 ])
 def test_a_second_signal_leaves_at_once_unless_it_is_a_warning(first, second, code, leave, monkeypatch):
-    with _Stop(None) as stop:
-        assert not stop.requested()
+    with StopMonitor(None) as monitor:
+        assert not monitor.end_step()
         signal.raise_signal(signal.Signals[first])
         signal.raise_signal(signal.Signals[second])  # the same event
-        assert stop.requested()
+        assert monitor.end_step()
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 3)
         if code:
@@ -45,11 +45,11 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save_as_long_as_the_last(monk
     now = [1000.0]
     for clock in ("monotonic", "time"):
         monkeypatch.setattr(time, clock, lambda: now[0])
-    with _Stop(1400.0) as stop:
-        assert not stop.requested()
-        with stop.saving():
+    with StopMonitor(1400.0) as monitor:
+        assert not monitor.end_step()
+        with monitor.saving():
             now[0] += 100
         now[0] += 20
-        assert not stop.requested()  # 120 + 1.5 * (20 + 100) = 300 of 400
+        assert not monitor.end_step()  # 120 + 1.5 * (20 + 100) = 300 of 400
         now[0] += 100
-        assert stop.requested()  # 220 + 1.5 * (100 + 100) = 520
+        assert monitor.end_step()  # 220 + 1.5 * (100 + 100) = 520
