@@ -5,6 +5,7 @@ from typing import Any
 
 from sparse_train import dist
 from sparse_train.artifacts import write_json
+from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import densify, sparse_linears
@@ -15,14 +16,14 @@ def run(job: Job) -> dict[str, Any]:
     spec, task = job.config.evaluate, build_task(job.config.task)
     processor = load_processor(job.inputs[0].path, job.config.task.language)  # the same for all
     examples, num_left_out = scored_examples(task, processor, spec)
-    found = []
+    found: list[dict[str, Any]] = []
     for index, source in enumerate(job.inputs):
         stage, model = source.stage, load_model(source.path)
         linears = sparse_linears(model).values()
         num_weights = sum(linear.in_features * linear.out_features for linear in linears)
         sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
         # Batches of many tokens are what dense matrix products are for; the score does not depend on it.
-        score = task.score(densify(model).to(dist.device()), processor, examples, spec,
+        score = task.score(to_device(densify(model), dist.device()), processor, examples, spec,
                            job.progress_of_part(index, len(job.inputs), stage.id))
         found.append({"stage": stage.id, "loss": stage.model_name, "sparsity": sparsity,
                       "metrics": score.metrics | {"num_left_out": num_left_out}})

@@ -6,6 +6,7 @@ The model is the dense one, or the fine-tuned one of the level before, whose zer
 from typing import Any
 
 from sparse_train import dist
+from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor, save_model
 from sparse_train.pruning import prune
@@ -19,7 +20,7 @@ def run(job: Job) -> dict[str, Any]:
     (source,) = job.inputs
     processor, model = load_processor(source.path, job.config.task.language), load_model(source.path)
     earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
-    model = densify(model).to(dist.device())
+    model = to_device(densify(model), dist.device())
     task = build_task(spec.calibration or job.config.task)
     calibrates = PRUNERS.entries[spec.method].calibrates
     examples = training_examples(task, processor, spec.num_calibration)[0] if calibrates else []

@@ -164,6 +164,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def require_manifest(folder: Path) -> dict[str, Any]:
+    """As read_manifest; raises UserError where the folder is not signed."""
+    if (manifest := read_manifest(folder)) is None:
+        raise UserError(f"{folder} is not signed; run the stage that makes it again")
+    return manifest
+
+
 def damage(folder: Path, share: Callable[[list[str]], list[str]] = lambda names: names) -> str | None:
     """What is wrong with a signed folder's files (one line), None when each has its recorded digest.
 

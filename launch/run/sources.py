@@ -68,7 +68,8 @@ def dense_of_sweep(config: RunConfig) -> RunConfig:
     # Without what is at its default, so that a release that adds keys finds the models of an older one.
     given = config.model_dump(mode="json", exclude_defaults=True)
     keys = {key: found for key in dense.reads if (found := _at(given, key)) is not None}
-    made_from = artifacts.digest([keys, sources(dense, config)["inputs"]])
+    outside = {name: _fingerprint(path) for name, path in _outside(dense, config).items()}
+    made_from = artifacts.digest([keys, outside])
     return config.model_copy(update={"name": f"dense-{made_from[:8]}"})
 
 

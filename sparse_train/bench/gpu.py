@@ -14,6 +14,7 @@ from torch import nn
 from sparse_train.bench.decode import decode_rows
 from sparse_train.bench.layers import rows_of
 from sparse_train.bench.timing import interleave
+from sparse_train.compat.transformers import to_device
 from sparse_train.inference import Runtime
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import BitmaskTensor, SparseLinear
@@ -57,6 +58,7 @@ def device_decode_rows(name: str, dense: Path | str, sparse: Path | str, sparsit
                        new_tokens: int, repeats: int, bandwidth: float, device: torch.device,
                        progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """As decode_rows, of the model folders `dense` and `sparse`."""
-    runtimes = {(engine, "bf16", zeros): Runtime(load_model(path, _DTYPE).to(device).eval(), load_processor(path))
+    runtimes = {(engine, "bf16", zeros): Runtime(to_device(load_model(path, _DTYPE).eval(), device),
+                                                 load_processor(path))
                 for engine, zeros, path in (("torch", 0.0, dense), ("expand", sparsity, sparse))}
     return decode_rows(name, runtimes, example, new_tokens, repeats, bandwidth, progress)

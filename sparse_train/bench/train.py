@@ -54,7 +54,7 @@ class TrainBench:
     checkpointing: bool = False
     repeats: int = 7
 
-    def model(self) -> nn.Module:
+    def model(self) -> MptForCausalLM:
         torch.manual_seed(0)
         return MptForCausalLM(MptConfig(d_model=self.d_model, n_layers=self.n_layers, n_heads=self.d_model // 64,
                                         vocab_size=self.vocab_size, max_seq_len=self.num_tokens, use_cache=False))
@@ -75,8 +75,8 @@ class TrainBench:
 def train_bench(bench: TrainBench, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Collective. {"step_time", "peak_memory", "traffic_bytes", "state_bytes"}: {"masked", "ours"} relative to dense
     (step_time with its quartiles over rounds), and under "measured" what they are made of, this rank's."""
-    candidates = {"dense": _trainer(bench, sparse=False), "masked": _Masked(bench),
-                  "ours": _trainer(bench, sparse=True)}
+    candidates: dict[str, Trainer | _Masked] = {
+        "dense": _trainer(bench, sparse=False), "masked": _Masked(bench), "ours": _trainer(bench, sparse=True)}
     steps = {name: functools.partial(_step, candidate) for name, candidate in candidates.items()}
     timings = interleave(steps, bench.repeats, progress)
     measured: dict[str, dict[str, Any]] = {}
@@ -97,12 +97,14 @@ def _trainer(bench: TrainBench, sparse: bool) -> Trainer:
     student = bench.model()
     if sparse:
         sparsify(student, {name: BitmaskTensor.from_dense(linear.weight.detach(), bench.keep(linear))
-                           for name, linear in family_of(student).prunable_linears(student).items()})
+                           for name, linear in family_of(student).dense_linears(student).items()})
     run = TrainingRun(student, bench.batch, Order(None, dist.world_size(), 1, 0), bench.train_config())
     return Trainer(replace(run, loss=_SQUAREHEAD, teacher=bench.model()) if sparse else run)
 
 
 class _MaskedLinear(nn.Module):
+    mask: torch.Tensor
+
     def __init__(self, linear: nn.Linear, keep: torch.Tensor):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -117,7 +119,7 @@ class _Masked:
 
     def __init__(self, bench: TrainBench):
         student, config = bench.model(), bench.train_config()
-        for name, linear in family_of(student).prunable_linears(student).items():
+        for name, linear in family_of(student).dense_linears(student).items():
             replace_module(student, name, _MaskedLinear(linear, bench.keep(linear)))
         self._bench = bench
         self.engine = build_student(student, config)

@@ -25,9 +25,14 @@ def disable_shared_memory_collectives() -> None:
 def convert_to_partitioned(init: Any, parameter: torch.nn.Parameter) -> None:
     """Give `parameter` the attributes and methods of ZeRO-3, as a deepspeed.zero.Init does for the modules made in it.
 
-    It stays whole until its `partition()` is called. There is no public way for a module that exists already.
+    It stays whole until `partition`. There is no public way for a module that exists already.
     """
     init._convert_to_deepspeed_param(parameter)
+
+
+def partition(parameter: Any) -> None:
+    """Of a parameter under ZeRO-3, keep this rank's part and free the rest."""
+    parameter.partition()
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -58,7 +63,7 @@ class FlatRange:
 
 def flat_range(parameter: torch.Tensor) -> FlatRange | None:
     """This rank's range of `parameter`, None where it has none. The public safe_get functions gather whole tensors."""
-    mapping = parameter._hp_mapping
+    mapping: Any = getattr(parameter, "_hp_mapping")  # noqa: B009 - unknown to the type of tensors
     if mapping is None:
         return None
     flat = mapping.hp_fragment_address

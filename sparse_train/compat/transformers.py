@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -23,6 +23,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 natural_order = dot_natural_key
 """Sort key of tensor names, in which layer 2 comes before layer 10, as converters expect their inputs."""
@@ -142,3 +144,8 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
                    _raise_exceptions_for_connection_errors=False) is None:
         source = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
     return GenerationConfig.from_pretrained(path, **source)
+
+
+def to_device(model: M, device: torch.device) -> M:
+    """`model.to(device)`: transformers' own is wrapped so that type checkers take the device for the model."""
+    return torch.nn.Module.to(model, device)

@@ -61,8 +61,8 @@ def expand(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
     """As reference.expand. Raises ValueError when bits and values do not belong together."""
     dense = check_target(out, (len(bitmask), num_columns), values)
     values, bitmask = consecutive(values), consecutive(bitmask)
-    _native.expand(values.data_ptr(), bitmask.data_ptr(), dense.data_ptr(), *dense.shape, values.numel(),
-                   values.element_size(), torch.get_num_threads())
+    _native.expand(values.data_ptr(), bitmask.data_ptr(), dense.data_ptr(), dense.shape[0], dense.shape[1],
+                   values.numel(), values.element_size(), torch.get_num_threads())
     return dense
 
 
@@ -71,7 +71,7 @@ def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int,
     """As reference.compact. Raises ValueError when the bits keep another number than `num_values`."""
     values = check_target(out, (num_values,), dense)
     dense, bitmask = consecutive(dense), consecutive(bitmask)
-    _native.compact(dense.data_ptr(), bitmask.data_ptr(), values.data_ptr(), *dense.shape, num_values,
+    _native.compact(dense.data_ptr(), bitmask.data_ptr(), values.data_ptr(), dense.shape[0], dense.shape[1], num_values,
                     dense.element_size(), torch.get_num_threads())
     return values
 

@@ -126,6 +126,10 @@ class Family:
             points += [FeaturePoint(stack.side, index, module) for index, module in enumerate(modules)]
         return points
 
+    def dense_linears(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """prunable_linears of a model without sparse layers."""
+        return {name: linear for name, linear in self.prunable_linears(model).items() if isinstance(linear, nn.Linear)}
+
     def prunable_linears(self, model: nn.Module) -> dict[str, nn.Linear | SparseLinear]:
         """Full module name -> linear, block after block."""
         return {f"{prefix}.{name}": module for prefix, block in self.blocks(model).items()

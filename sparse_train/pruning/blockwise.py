@@ -40,8 +40,8 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, p
     """
     (level,) = spec.levels  # those of a chain are pruned one by one
     pruner = build_pruner(level)
-    linears = family_of(model).prunable_linears(model)
-    specs = choose_layers({name: tuple(linear.weight.shape) for name, linear in linears.items()}, level)
+    linears = family_of(model).dense_linears(model)
+    specs = choose_layers({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, level)
     layers = {name: Layer(name, linears[name].weight, layer, (earlier or {}).get(name))
               for name, layer in specs.items()}
     was_training = model.training
@@ -86,6 +86,7 @@ def _prune_blocks(model: PreTrainedModel, pruner: Pruner, layers: dict[str, Laye
                   progress: Progress | None) -> dict[str, BitmaskTensor]:
     weights: dict[str, BitmaskTensor] = {}
     family = family_of(model)
+    all_linears = {name: linear for name, linear in family.dense_linears(model).items() if name in layers}
     blocks, num_done = family.blocks(model), 0
     for stack in family.stacks:
         stack_blocks = {name: block for name, block in blocks.items() if name.startswith(f"{stack.blocks}.")}
@@ -93,7 +94,7 @@ def _prune_blocks(model: PreTrainedModel, pruner: Pruner, layers: dict[str, Laye
         hidden = [record[0].hidden for record in records]
         for index, (prefix, block) in enumerate(stack_blocks.items()):
             calls = [record[index].with_hidden(states) for record, states in zip(records, hidden, strict=True)]
-            linears = {name: model.get_submodule(name) for name in layers if name.startswith(f"{prefix}.")}
+            linears = {name: linear for name, linear in all_linears.items() if name.startswith(f"{prefix}.")}
             for name, statistics in _collect(pruner, block, linears, calls, batches, stack.side).items():
                 _require_tokens(name, statistics, layers[name].spec.method)
                 weights[name] = _apply(layers[name], pruner.prune(layers[name], statistics))
@@ -128,7 +129,7 @@ def _record_calls(model: PreTrainedModel, blocks: list[nn.Module], batch: Batch)
     return calls
 
 
-def _collect(pruner: Pruner, block: nn.Module, linears: dict[str, nn.Module], calls: list[_Call], batches: list[Batch],
+def _collect(pruner: Pruner, block: nn.Module, linears: dict[str, nn.Linear], calls: list[_Call], batches: list[Batch],
              side: str) -> dict[str, Statistics]:
     """Statistics of what each of `linears` (by module name) multiplies while `block` runs, padding left out."""
     collector = _Collector(pruner, linears, side)
@@ -145,10 +146,12 @@ class _Collector:
     call: _Call
     batch: Batch
 
-    def __init__(self, pruner: Pruner, linears: dict[str, nn.Module], side: str):
+    def __init__(self, pruner: Pruner, linears: dict[str, nn.Linear], side: str):
+        assert pruner.Statistics is not None  # or nothing would be collected
         self.statistics: dict[str, Statistics] = {
             name: pruner.Statistics(linear.in_features, linear.weight.device) for name, linear in linears.items()}
-        self._names, self._side = {linear: name for name, linear in linears.items()}, side
+        self._names: dict[nn.Module, str] = {linear: name for name, linear in linears.items()}
+        self._side = side
 
     def add(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, name = args[0], self._names[linear]

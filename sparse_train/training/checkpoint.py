@@ -79,7 +79,7 @@ def resume(engine, bits: FrozenBits, folder: Path) -> tuple[int, dict[str, Any]]
     dist.barrier()
     if newest is None:
         return 0, {}
-    manifest = artifacts.read_manifest(newest)
+    manifest = artifacts.require_manifest(newest)
     _check_same_model(engine, bits, newest, manifest)
     restore(engine, _Reader(newest, manifest["sizes"]).read, manifest["step"])
     return manifest["step"], json.loads(manifest.get("metrics", "{}"))  # {}: of an older release
@@ -150,7 +150,7 @@ def _ranges(files: list[Path]) -> dict[tuple[str, str], list[tuple[int, int, Pat
 
 def save_seconds(folder: Path) -> float | None:
     """What the newest signed checkpoint took to write."""
-    return artifacts.read_manifest(signed[-1]).get("seconds") if (signed := _signed(folder)) else None
+    return artifacts.require_manifest(signed[-1]).get("seconds") if (signed := _signed(folder)) else None
 
 
 def newest_step(folder: Path) -> int:

@@ -37,7 +37,8 @@ def build_teacher(model: PreTrainedModel, config: TrainConfig, teacher: TeacherC
     def stay_in_eval_mode(mode: bool = True) -> nn.Module:
         return model
 
-    model.train = stay_in_eval_mode  # type: ignore[method-assign] - helpers of both libraries call train()
+    # Helpers of both libraries call train().
+    model.train = stay_in_eval_mode  # type: ignore[method-assign]
     return deepspeed.initialize(model=model, config=teacher_settings(config, teacher))[0]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train import dist
-from sparse_train.compat.deepspeed import convert_to_partitioned
+from sparse_train.compat.deepspeed import convert_to_partitioned, partition
 from sparse_train.config import TeacherConfig, TrainConfig
 from sparse_train.models import load_model, open_model
 from sparse_train.models.checkpoint import ModelFolder
@@ -65,5 +65,5 @@ def _read_part(init: deepspeed.zero.Init, folder: ModelFolder, name: str, empty:
     start, stop = shard_bounds(whole.numel(), dist.rank(), dist.world_size())
     part = folder.get_range(name, start, stop) if empty.is_meta else empty.detach().flatten()[start:stop]
     whole.view(-1)[start:stop] = part.to(whole)
-    parameter.partition()
+    partition(parameter)
     return parameter
