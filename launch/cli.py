@@ -1,4 +1,4 @@
-"""sparse-train: run a recipe, look at runs and models, generate.
+"""The command line: its parser, and what becomes one line and an exit code.
 
 Exit codes: 0 done; 1 a stage failed (its log is named); 2 user error, in one line; 130 stopped by Ctrl-C or
 another signal.
@@ -12,18 +12,19 @@ import re
 import sys
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
 from sparse_train import log
-from sparse_train.errors import StageFailed, UserError, is_of_a_path, printable, told_of
+from sparse_train.errors import StageFailed, UserError, is_of_a_path, told_of
 from sparse_train.launch.monitor.cancel import add_cancel
+from sparse_train.launch.monitor.inspect import add_inspect
 from sparse_train.launch.monitor.logs import add_logs
 from sparse_train.launch.monitor.status import add_status
-from sparse_train.launch.submit.bench import add_commands as add_bench_commands
+from sparse_train.launch.submit.bench import add_bench
 from sparse_train.launch.submit.command import add_run
+from sparse_train.launch.submit.generate import add_generate
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,16 +53,16 @@ def _answer(arguments: list[str] | None) -> int:
     try:
         return options.command(options, console) or 0
     except StageFailed as error:
-        told, code = str(error), 1
+        message, code = str(error), 1
     except UserError as error:
-        told, code = str(error), 2
+        message, code = str(error), 2
     except OSError as error:
         if not is_of_a_path(error):
             raise
-        told, code = told_of(error), 2
+        message, code = told_of(error), 2
     except KeyboardInterrupt:
         return 130
-    complaints.print(f"sparse-train: {told}", style="red", markup=False, highlight=False)
+    complaints.print(f"sparse-train: {message}", style="red", markup=False, highlight=False)
     return code
 
 
@@ -89,52 +90,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
     parser.add_argument("--version", action="version", version=f"sparse-train {version('sparse-train')}")
-    add_run(commands)
-    add_status(commands)
-    add_logs(commands)
-    add_cancel(commands)
-
-    inspect = commands.add_parser("inspect", help="tensors, shapes, sparsity and bytes of a checkpoint folder")
-    inspect.add_argument("folder", type=Path, metavar="FOLDER")
-    inspect.set_defaults(command=_inspect)
-
-    bench = commands.add_parser("bench", help="measure kernels and training steps on this machine")
-    add_bench_commands(bench)
-
-    generate = commands.add_parser("generate", help="generate text with a dense or sparse model folder")
-    generate.add_argument("folder", metavar="FOLDER", help="or a name on the hub")  # a Path would drop the "./"
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, metavar="N",
-                          help="128 unless given, or as many as the model has positions for")
-    generate.set_defaults(command=_generate)
-
+    for add_command in (add_run, add_status, add_logs, add_cancel, add_inspect, add_bench, add_generate):
+        add_command(commands)
     parser.set_defaults(log_level=logging.WARNING)
     for each in (parser, *commands.choices.values()):
         log.add_options(each)
     return parser
-
-
-def _inspect(options: argparse.Namespace, console: Console) -> None:
-    from sparse_train.launch.monitor.inspect import print_folder
-
-    print_folder(options.folder, console)
-
-
-def _generate(options: argparse.Namespace, console: Console) -> None:
-    from sparse_train import kernels
-    from sparse_train.cpus import set_threads
-    from sparse_train.inference import load
-
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: it must be at least 1")
-    set_threads()
-    model = load(options.folder)
-    if model.is_sparse and kernels.backend() == "portable":
-        Console(stderr=True, soft_wrap=True).print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
-    answer = model.complete(options.prompt, options.max_new_tokens)
-    console.print(printable(answer, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,16 @@ def test_a_failing_wandb_is_left_out_and_metrics_go_on(fail_at, tmp_path, monkey
     assert sum(name == fail_at for name, *_ in calls) == 1
 
 
+def test_where_wandb_is_not_installed_a_rank_warns_once_and_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = Tracker(tmp_path, tmp_path, "dense", "dense", {}, WandbConfig())
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    assert len(tracker.path.read_text().splitlines()) == 1
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "pip install 'sparse-train[wandb]'" in warning
+
+
 def test_wandb_gets_one_run_per_stage_with_a_step_of_our_own(tmp_path, monkeypatch):
     calls, run = _fake_wandb(monkeypatch, None), tmp_path / "demo"
     tracker = Tracker(tmp_path, run, "finetune/ce", "finetune", {"a": 1}, WandbConfig(mode="offline"))

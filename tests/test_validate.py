@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def test_sound_is_for_speech_models_and_for_them_only(family, task):
 @pytest.mark.parametrize("family", ["mpt", "t5", "whisper", "llama"])
 def test_every_family_has_an_embedded_task(family):
     validate(_run(family))
+
+
+def test_a_run_that_logs_to_wandb_needs_it_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    validate(_run("mpt"))
+    with pytest.raises(UserError, match=r"^wandb not installed; pip install 'sparse-train\[wandb\]'$"):
+        validate(_run("mpt", tracking={"wandb": {"mode": "offline"}}))
 
 
 def test_text_has_nothing_for_an_encoder(tmp_path):

@@ -1,1 +1,1 @@
-"""Start work: the `run` and `bench` commands, processes on this machine, jobs on SLURM, sweeps."""
+"""Start work: the `run`, `bench` and `generate` commands, processes on this machine, jobs on SLURM, sweeps."""

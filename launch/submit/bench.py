@@ -12,7 +12,8 @@ from sparse_train.errors import StageFailed
 from sparse_train.tables import print_table
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
+def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
+    parser = commands.add_parser("bench", help="measure kernels and training steps on this machine")
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
 
     layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, dense and sparse, one token at a time")

@@ -5,8 +5,8 @@
     RUN/sweep.json          one row per model of every combination: its keys, loss, sparsity and metrics
 """
 
-import math
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,25 +141,23 @@ def print_sweep(table: list[dict[str, Any]], metric: str, console: Console) -> N
     keys = [key for key in table[0]["point"] if key not in ("seed", "prune.sparsity")]
     losses = list(dict.fromkeys(row["loss"] for row in table))
     for name in (metric, "cross_entropy"):
-        # (case, sparsity) -> loss -> seed -> value; a seed's dense model counts once, however many were pruned from it.
-        cells: dict[tuple, dict[str, dict]] = {}
-        dense: dict[tuple, dict] = {}
+        # (combination, sparsity, loss) -> seed -> value. A dense model has no sparsity here, so that a seed's counts
+        # once, however many models were pruned from it.
+        values: defaultdict[tuple[tuple[str, ...], str, str], dict[Any, float | None]] = defaultdict(dict)
         for row in table:
-            case, seed = tuple(str(row["point"][key]) for key in keys), row["point"].get("seed")
-            if row["loss"] == "dense":
-                dense.setdefault(case, {})[seed] = row["metrics"][name]
-            else:
-                losses_of = cells.setdefault((*case, f"{row['sparsity']:.2f}"), {})
-                losses_of.setdefault(row["loss"], {})[seed] = row["metrics"][name]
-        rows = [[*case, *(_mean(found | {"dense": dense[case[:-1]]}, loss) for loss in losses)]
-                for case, found in cells.items()]
+            combination, loss = tuple(str(row["point"][key]) for key in keys), row["loss"]
+            sparsity = "" if loss == "dense" else f"{row['sparsity']:.2f}"
+            values[combination, sparsity, loss][row["point"].get("seed")] = row["metrics"][name]
+        lines = dict.fromkeys((combination, sparsity) for combination, sparsity, _ in values if sparsity)
+        rows = [[*combination, sparsity, *(_mean(values[combination, "" if loss == "dense" else sparsity, loss])
+                                           for loss in losses)] for combination, sparsity in lines]
         console.print(f"[bold]{name.replace('_', ' ')}")
         print_table(console, (*(key.rpartition(".")[2] for key in keys), "sparsity", *losses), rows, len(keys) + 1)
 
 
-def _mean(found: dict[str, dict[Any, float]], loss: str) -> str:
-    values = [value for value in found.get(loss, {}).values() if value is not None]
-    if not values:
+def _mean(value_of_seed: dict[Any, float | None]) -> str:
+    numbers = [value for value in value_of_seed.values() if value is not None]
+    if not numbers:
         return "-"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{math.fsum(values) / len(values):.3f}{spread}"
+    spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.3f}{spread}"
