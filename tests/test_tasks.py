@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from sparse_train.config import EvaluateConfig, TaskConfig
+from sparse_train.config import EvaluateConfig, RunConfig, Section, TaskConfig
 from sparse_train.errors import UserError
+from sparse_train.launch.submit.validate import validate
 from sparse_train.models import Processor, load_processor
+from sparse_train.registry import TASKS, Registry, TaskEntry
 from sparse_train.tasks import build_task, build_tokenizer, generate, scored_examples, training_examples
+from sparse_train.tasks.arithmetic import Arithmetic
 from sparse_train.tasks.batch import Example, collate, encode
 from sparse_train.tasks.gsm8k import final_number, last_number
 from tests.models import tiny_mpt
@@ -313,3 +317,39 @@ def test_the_real_gsm8k_has_its_known_size():
     task = build_task(TaskConfig(name="gsm8k", path=str(_GSM8K)))
     assert len(task.examples("train")) == 7473 and len(task.examples("test")) == 1319
     assert all(final_number(example.answer) for example in task.examples("test"))
+
+
+class _Steps(Section):
+    num_words: int = 2
+
+
+class Echo(Arithmetic):
+    """A task of another package."""
+
+    Options = _Steps
+
+    def read(self, split):
+        return [Example("word " * self.options.num_words, "word")] * 10
+
+
+def test_a_task_of_another_package_gets_its_own_options(monkeypatch):
+    point = EntryPoint("echo", f"{__name__}:Echo", TASKS.group)
+    registry = Registry("task", TASKS.group, TaskEntry, TASKS.entries)
+    monkeypatch.setattr("sparse_train.registry.entry_points", lambda group: [point] if group == TASKS.group else [])
+    monkeypatch.setitem(vars(TASKS), "entries", registry.entries)
+
+    def run(name, options, **more):
+        task = {"name": name, "options": options, **more}
+        return RunConfig.model_validate({"task": task, "model": {"d_model": 32, "n_layers": 1, "max_seq_len": 512},
+                                         "prune": {"sparsity": 0.5}})
+
+    assert build_task(run("echo", {"num_words": 3}).task).examples("test")[0].prompt.split() == ["word"] * 3
+    validate(run("echo", {"num_words": 3}))
+    for name, options, message in (
+            ("echo", {"num_words": "x"}, r"^task\.options\.num_words=x: give a whole number$"),
+            ("echo", {"words": 1}, r"^there is no key task\.options\.words; .*valid here: num_words"),
+            ("arithmetic", {"num_words": 1}, r"^task\.options: task\.name=arithmetic has no options of its own")):
+        with pytest.raises(UserError, match=message):
+            validate(run(name, options))
+        with pytest.raises(UserError, match=message):  # without looking at the data, which is elsewhere
+            validate(run(name, options, path="owner/data"), dry_run=True)

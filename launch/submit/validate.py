@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
+from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.extras import require
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
@@ -138,10 +139,11 @@ def _read_model_config(config: RunConfig, path: str | None, dry_run: bool, remar
 
 
 def _check_task(task: TaskConfig, model: "PretrainedConfig", key: str) -> None:
-    """Whether the model can do the task. `key` of the config: task or prune.calibration."""
+    """Whether the task has the options, and the model can do it. `key` of the config: task or prune.calibration."""
     from sparse_train.models import family_of_type
 
     kind, model_takes_audio = TASKS.load(task.name), family_of_type(model.model_type).takes_audio
+    read_options(kind.Options, task.options, f"{key}.options", f"{key}.name={task.name}")
     if kind.takes_audio != model_takes_audio:
         families = " or ".join(name for name, entry in FAMILIES.entries.items() if entry.audio_step_s)
         remedy = f"another model.family than {families}" if model_takes_audio else f"model.family={families}"

@@ -5,6 +5,7 @@
     run.py                              the whole of it
     load.py                             files, `extends` and key=value overrides -> a section
     mistakes.py, yaml_core.py           a mistake as one line; YAML 1.2's core schema
+    options.py                          the settings that methods and tasks of other packages declare
 
 Nothing here loads torch: commands that only look at runs read configs too.
 """

@@ -15,6 +15,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
                       "epsilon_per": "position", "layers": tuple(range(10)), "encoder_padding": True},
     "sparseml": {"feature_weight": 1.0, "normalise": "micro_batch"},
 }
+METRICS = frozenset({"step", "loss", "squarehead", "num_tokens", "learning_rate", "gradient_norm", "tokens_per_second",
+                     "nodes", "global_step"})
+"""What a line of metrics holds beside the terms of the loss (sparse_train/training/metrics.py)."""
 
 
 class LossConfig(Section):
@@ -65,6 +68,9 @@ class LossConfig(Section):
             LOSS_TERMS.check(name)
             if f"{name}_weight" in cls.model_fields:
                 raise ValueError(f"terms is for the terms of other packages; give {name}_weight")
+            if name in METRICS or name in cls.model_fields:
+                raise ValueError(f"terms.{name} is called like {'a metric' if name in METRICS else 'a key'} of every "
+                                 "loss; rename the entry point in the package that adds it")
         return terms
 
     @property

@@ -1,6 +1,6 @@
 """`task`: the data that a run trains on and is scored on (sparse_train/tasks)."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -39,6 +39,9 @@ class TaskConfig(Section):
     """More unusable rows than this are an error; fewer are counted and named in the log."""
     max_length: Positive = 512
     """Longest example in tokens; longer training examples are left out, counted and some of them named in the log."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
+    """Settings of a task that another package adds; the task's own schema checks them."""
 
     def split_name(self, split: str) -> str:
         """What the data calls "train" or "test"."""

@@ -4,15 +4,13 @@ A method is one class in a file of its own and one line in sparse_train/registry
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from pydantic import ValidationError
 
 from sparse_train.config import PruneConfig, PruneLevel, Section
-from sparse_train.config.mistakes import describe
+from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.registry import PRUNERS
 
@@ -56,8 +54,9 @@ class Pruner(ABC, Generic[S]):
     Options: ClassVar[type[Section]] = Section
     """Schema of `prune.options`, the method's own settings."""
 
-    def __init__(self, options: Mapping[str, Any] | None = None):
-        self.options = self.Options.model_validate(options or {}, strict=True)
+    def __init__(self, options: Section | None = None):
+        """`options`: an instance of the class's Options; None: its defaults."""
+        self.options = options or self.Options()
 
     @abstractmethod
     def prune(self, layer: Layer, statistics: S) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,9 +66,4 @@ class Pruner(ABC, Generic[S]):
 def build_pruner(spec: PruneConfig) -> Pruner:
     """Raises UserError for options that the method does not have."""
     kind = PRUNERS.load(spec.method)
-    if spec.options and not kind.Options.model_fields:
-        raise UserError(f"prune.options: prune.method={spec.method} has no options of its own; leave it out")
-    try:
-        return kind(spec.options)
-    except ValidationError as error:
-        raise UserError(describe(error, kind.Options, "prune.options.")) from error
+    return kind(read_options(kind.Options, spec.options, "prune.options", f"prune.method={spec.method}"))

@@ -12,5 +12,5 @@ __all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer",
            "scored_examples", "training_examples"]
 
 def build_task(config: TaskConfig) -> Task:
-    """Raises UserError where the task's data is missing."""
+    """Raises UserError where the task's data is missing, or for options that it does not have."""
     return TASKS.load(config.name)(config)

@@ -4,13 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sparse_train.config import EvaluateConfig, TaskConfig
+from sparse_train.config import EvaluateConfig, Section, TaskConfig
+from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.models import Processor
 from sparse_train.tasks import read
@@ -26,6 +27,8 @@ class Score:
 
 
 class Task(ABC):
+    Options: ClassVar[type[Section]] = Section
+    """Schema of `task.options`, the task's own settings."""
     endless = False
     """Whether the training examples never repeat."""
     takes_audio = False
@@ -42,7 +45,9 @@ class Task(ABC):
     """Whether the model generates answers; otherwise only the cross-entropy of the true ones is measured."""
 
     def __init__(self, config: TaskConfig):
+        """Raises UserError for options that the task does not have."""
         self.config = config
+        self.options = read_options(self.Options, config.options, "task.options", f"task.name={config.name}")
         self._splits: dict[str, Sequence[Example]] = {}
 
     @abstractmethod

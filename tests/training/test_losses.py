@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from sparse_train import registry
-from sparse_train.config import LossConfig, TrainConfig, ZeroConfig
-from sparse_train.registry import LOSS_TERMS
+from sparse_train.config import LossConfig, RunConfig, TrainConfig, ZeroConfig
+from sparse_train.config.load import load_config
+from sparse_train.config.loss import METRICS
+from sparse_train.errors import UserError
+from sparse_train.registry import LOSS_TERMS, LossTermEntry
 from sparse_train.sparse import densify, sparse_linears
 from sparse_train.training import step
 from sparse_train.training.losses import new_terms, weighted_loss
@@ -307,6 +310,7 @@ def test_terms_of_another_package_train_beside_ours():
         assert loss.needs_teacher
     metrics, gradients, plain, expected = run_ranks(_step_of_another_package, 1, loss)[0]
     assert metrics["feature"] == 0
+    assert set(metrics) - set(loss.weights) < METRICS
     for name, value in plain.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
     assert len(gradients) == len(expected)
@@ -320,3 +324,14 @@ def test_terms_of_another_package_train_beside_ours():
 def test_terms_that_are_unknown_or_ours_are_refused(terms, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(terms=terms)
+
+
+@pytest.mark.parametrize(("name", "what"), [("num_tokens", "a metric"), ("loss", "a metric"), ("epsilon", "a key")])
+def test_a_term_called_like_a_metric_or_a_key_is_refused_in_one_line(name, what, monkeypatch, tmp_path):
+    monkeypatch.setitem(LOSS_TERMS.entries, name, LossTermEntry(f"{__name__}:Smoothness"))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"prune: {{sparsity: 0.5}}\nfinetune: {{losses: {{mine: {{terms: {{{name}: 1.0}}}}}}}}\n")
+    with pytest.raises(UserError) as error:
+        load_config(RunConfig, file)
+    assert str(error.value) == (f"{file}: finetune.losses.mine.terms.{name} is called like {what} of every loss; "
+                                "rename the entry point in the package that adds it")
