@@ -17,7 +17,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from sparse_train import log
-from sparse_train.errors import StageFailed, UserError, is_of_a_path, told_of
+from sparse_train.errors import REMEDIES, StageFailed, UserError, describe_error
 from sparse_train.launch.monitor.cancel import add_cancel
 from sparse_train.launch.monitor.inspect import add_inspect
 from sparse_train.launch.monitor.logs import add_logs
@@ -57,9 +57,9 @@ def _answer(arguments: list[str] | None) -> int:
     except UserError as error:
         message, code = str(error), 2
     except OSError as error:
-        if not is_of_a_path(error):
+        if error.errno not in REMEDIES:
             raise
-        message, code = told_of(error), 2
+        message, code = describe_error(error), 2
     except KeyboardInterrupt:
         return 130
     complaints.print(f"sparse-train: {message}", style="red", markup=False, highlight=False)

@@ -12,12 +12,14 @@ _MEMBERSHIP, _MOUNT, _CPUINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"
 
 
 def cpu_name() -> str:
-    found = re.search(r"^model name\s*: *(.+)$", _read(_CPUINFO), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    """The model's name, such as AMD EPYC 7B13; the architecture where the system does not know it."""
+    match = re.search(r"^model name\s*: *(.+)$", _read(_CPUINFO), re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def available_cpus() -> int:
-    """At least 1. A quota of one and a half CPUs is one: the parts of a product wait for the slowest."""
+    """How many CPUs this process may use, at least 1. A quota of one and a half counts as one: threads that share the
+    work of a matrix product wait for the slowest."""
     return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas()])))
 
 
@@ -28,14 +30,15 @@ def set_threads(num_processes: int = 1) -> None:
     """
     if os.environ.get("OMP_NUM_THREADS"):
         return
-    given, bound = available_cpus(), os.environ.get("SLURM_CPUS_PER_TASK", "")
-    # Where SLURM binds each rank to CPUs of its own, there is nothing to divide.
-    own = min(given, int(bound)) if bound.isdecimal() and int(bound) else given // num_processes
-    torch.set_num_threads(max(1, own))
+    num_visible, per_task = available_cpus(), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    # Where SLURM binds each rank to its CPUs, there is nothing to divide.
+    is_bound = per_task.isdecimal() and int(per_task) > 0
+    num_threads = min(num_visible, int(per_task)) if is_bound else num_visible // num_processes
+    torch.set_num_threads(max(1, num_threads))
 
 
 def _quotas() -> Iterator[float]:
-    """CPUs' worth of time that each group on the way up from ours allows, where it sets a limit."""
+    """The limit in CPUs that each control group above this process sets, for those that set one."""
     for line in _read(_MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -46,11 +49,11 @@ def _quotas() -> Iterator[float]:
             if not folder.is_relative_to(mount):
                 break
             if controllers:
-                found = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+                numbers = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
             else:
-                found = _read(folder / "cpu.max").split()
-            if len(found) == 2 and all(number.strip().isdecimal() for number in found) and int(found[1]):
-                yield int(found[0]) / int(found[1])  # "max" and -1 are no limit
+                numbers = _read(folder / "cpu.max").split()
+            if len(numbers) == 2 and all(number.strip().isdecimal() for number in numbers) and int(numbers[1]):
+                yield int(numbers[0]) / int(numbers[1])  # "max" and -1 mean that there is no limit
 
 
 def _read(path: Path) -> str:

@@ -6,49 +6,52 @@ from huggingface_hub import constants, get_safetensors_metadata, get_session, re
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-_PATIENCE_S = 5
-_OF_FILES = (".bin", ".csv", ".gguf", ".gz", ".json", ".jsonl", ".safetensors", ".tsv", ".txt", ".xz", ".zip")
+_TIMEOUT_S = 5
+_FILE_SUFFIXES = (".bin", ".csv", ".gguf", ".gz", ".json", ".jsonl", ".safetensors", ".tsv", ".txt", ".xz", ".zip")
 
 
 def may_be_hub_name(name: str) -> bool:
-    """NAME or OWNER/NAME; anything else can only be a file or folder."""
+    """Whether `name` is NAME or OWNER/NAME; anything else can only be a file or folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not name.endswith(_OF_FILES)
+    return not name.endswith(_FILE_SUFFIXES)
 
 
 def has_data_set(name: str) -> bool | None:
-    """None where the hub cannot tell."""
+    """Whether the hub has a data set of this name; None where it does not answer."""
     if not hub_answers():
         return None
     try:
         return repo_exists(name, repo_type="dataset")
-    except Exception:  # as below; it does answer, but not this
+    except Exception:  # as in hub_answers; it answers other requests, but not this one
         return None
 
 
 def tensors_on_hub(name: str) -> dict[str, tuple[tuple[int, ...], str]] | None:
-    """Shape and dtype of each tensor of a model, from the headers of its model.safetensors; None where the hub cannot
-    tell, as of what is only in the cache here."""
+    """Shape and dtype of each tensor of a model, from the headers of its model.safetensors; None where they cannot be
+    fetched, also where only the local cache has the model."""
     if not hub_answers():
         return None
     try:
         files = get_safetensors_metadata(name).files_metadata.values()
-    except Exception:  # as below; what is wrong is told when it is downloaded
+    except Exception:  # as in hub_answers; the download reports what is wrong
         return None
     return {tensor: (tuple(info.shape), info.dtype) for file in files for tensor, info in file.tensors.items()}
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """Asked once per process. A hub that does not answer is not asked again, only its cache: huggingface_hub would try
-    six times for each file, over half a minute."""
+    """Whether the hub can be reached; checked once per process.
+
+    Where it cannot, huggingface_hub is set to its offline mode, which reads the cache alone: it would otherwise try six
+    times for each file, for over half a minute.
+    """
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE_S)
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_S)
     except Exception:  # of whichever HTTP client huggingface_hub uses; a wrong status is an answer
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""A disk that is full is told as that, by the rank and by the launcher, also where the ending itself has no room."""
+"""A full disk is reported by the rank and by the launcher, also where the ending itself has no room."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ def _fill(folder):
             pass
 
 
-def test_a_full_disk_is_told_by_the_rank_and_by_the_launcher(small, caplog):
+def test_a_full_disk_is_reported_by_the_rank_and_by_the_launcher(small, caplog):
     reserve_ending(small, Attempt("7", 0), 0)
     ending = run_to_ending(lambda: _fill(small), 0, small)
     assert ending.status == "mistake"
@@ -65,7 +65,7 @@ def test_what_storage_refuses_is_one_line(error, told, tmp_path):
 
 def test_other_errors_are_not_taken_for_it(tmp_path):
     for error in (ValueError("No such luck"), OSError(errno.EIO, "Input/output error"), PermissionError("no file")):
-        assert storage.told(error, tmp_path) is None
+        assert storage.explain(error, tmp_path) is None
 
 
 def test_the_log_may_be_on_the_full_disk_too(tmp_path, monkeypatch):

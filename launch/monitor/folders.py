@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_train.errors import told_of
+from sparse_train.errors import describe_error
 from sparse_train.launch.run.folder import CONFIG
 
 
@@ -32,5 +32,5 @@ def find_runs(folder: Path, depth: int) -> dict[Path, RunFolder]:
             elif depth > 1 and path.is_dir():
                 runs |= find_runs(path, depth - 1)
         except OSError as error:
-            runs[path] = RunFolder(0.0, told_of(error))
+            runs[path] = RunFolder(0.0, describe_error(error))
     return runs

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
-from sparse_train.errors import UserError, told_of
+from sparse_train.errors import UserError, describe_error
 from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.folder import log_folder, read_progress
 from sparse_train.launch.run.lock import find_launcher
@@ -77,7 +77,7 @@ def plan_alone(stage: Stage, config: RunConfig) -> PlannedStage:
     try:
         return next(planned for planned in plan(config, [stage.id]) if planned.stage.id == stage.id)
     except (UserError, OSError) as error:
-        return PlannedStage(stage, PlanStatus.BROKEN, told_of(error))
+        return PlannedStage(stage, PlanStatus.BROKEN, describe_error(error))
 
 
 def read_status(runs: Sequence[RunFiles], console: Console) -> list[list[StageStatus]]:
@@ -107,7 +107,7 @@ def _status_of_run(run: RunFiles, states: Mapping[str, JobState]) -> list[StageS
             else:
                 statuses.append(_status_of_stage(run, stage, planned.reason, states.get(stage.id), unfinished))
         except (UserError, OSError) as error:  # such as logs of another user's
-            statuses.append(StageStatus(stage, State.UNREADABLE, told_of(error)))
+            statuses.append(StageStatus(stage, State.UNREADABLE, describe_error(error)))
     return statuses
 
 

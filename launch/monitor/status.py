@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from sparse_train.config import RunConfig
-from sparse_train.errors import UserError, told_of
+from sparse_train.errors import UserError, describe_error
 from sparse_train.launch.monitor.folders import find_runs, run_folders
 from sparse_train.launch.monitor.state import RunFiles, StageStatus, State, read_files, read_status
 from sparse_train.launch.run.folder import read_run
@@ -65,7 +65,7 @@ def _read_runs(folders: Sequence[Path]) -> tuple[list[RunFiles], dict[str, str]]
         except (UserError, OSError) as error:
             if len(folders) == 1:
                 raise
-            problems[folder.name] = told_of(error)
+            problems[folder.name] = describe_error(error)
     return runs, problems
 
 
@@ -106,7 +106,7 @@ def _runs(options: argparse.Namespace, console: Console) -> None:
             if not folders[path].problem:
                 runs[path] = read_files(read_run(path))
         except (UserError, OSError) as error:  # such as a config of another release
-            rows[path] = "", told_of(error)
+            rows[path] = "", describe_error(error)
     for path, statuses in zip(runs, read_status(list(runs.values()), console), strict=True):
         rows[path] = _summarise(statuses)
     print_table(console, ("run", "stages", "state"), [

@@ -114,7 +114,7 @@ def _ending_of_killed(log: Path, rank: int) -> Ending:
         lines = file.read().decode(errors="replace").strip().splitlines() or lines
     if re.match(r"[\w.]*(Error|Exception)\b", lines[-1]):
         return Ending("broken", f"ended before it began: {lines[-1]}", rank)
-    cause = storage.fills(log.parent) or "it was killed, or ran out of memory"
+    cause = storage.describe_full(log.parent) or "it was killed, or ran out of memory"
     return Ending("lost", f"ended without a result; {cause}", rank)
 
 

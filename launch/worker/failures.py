@@ -34,7 +34,7 @@ def run_to_ending(run_stage: Callable[[], None], rank: int, run: Path = Path()) 
         return None
     except Exception as error:
         log.exception("the stage failed")
-        if line := storage.told(error, run):
+        if line := storage.explain(error, run):
             log.error("%s", line)
             return Ending("mistake", line, rank)
         return Ending("lost" if _is_transient(error) else "broken", _describe(error), rank)

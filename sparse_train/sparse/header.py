@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from sparse_train.errors import UserError, told_of
+from sparse_train.errors import UserError, describe_error
 
 HEADER, VERSION = "sparse_train", 1
 SPARSE, DENSE = "sparse", "model"
@@ -81,7 +81,7 @@ def require_plain_files(folder: Path) -> None:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"cannot read the folder {told_of(error)}") from error
+        raise UserError(f"cannot read the folder {describe_error(error)}") from error
     for entry in entries:
         is_read = Path(entry.name).suffix in _READ
         if not (os.path.isfile(entry) or (os.path.isdir(entry) and not is_read)):
