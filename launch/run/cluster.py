@@ -13,25 +13,27 @@ from sparse_train.jobs.stage import Stage, kind_of
 from sparse_train.launch.run.recipes import CONFIGS
 
 CLUSTER, UNDER = "cluster.yaml", "cluster."
-_SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",
-              "open-mode", "output", "requeue", "signal", "wrap"}
-_NAMED = {"nodes": "nodes", "cpus-per-task": "cpus_per_rank", "gpus-per-node": "gpus_per_node", "mem": "memory",
-          "time": "time", "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint"}
+_RESERVED = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "ntasks-per-node",
+             "open-mode", "output", "requeue", "signal", "wrap"}
+_FIELD_OF_OPTION = {
+    "nodes": "nodes", "cpus-per-task": "cpus_per_rank", "gpus-per-node": "gpus_per_node", "mem": "memory",
+    "time": "time", "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint"}
 
 
 class Resources(Section):
-    """What one stage gets. All but nodes, ranks_per_node and gpus_per_node are SLURM's."""
+    """What one stage runs on. All but nodes, ranks_per_node and gpus_per_node only concern SLURM."""
 
     nodes: Positive = 1
     ranks_per_node: Positive = 1
     """Processes of a training stage on each node, one per GPU; the other stages have one in all."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    """None: on this machine one per rank where there are that many; on SLURM none are asked for."""
+    """None: on this machine one per rank where there are that many; on SLURM none are requested."""
     cpus_per_rank: Positive | None = None
     memory: str | None = None
     """Of each node, such as 64G; "0" is all of it."""
     time: str | None = None
-    """Limit as sbatch takes it, such as 30 (minutes) or 1-12:00:00. A training that meets it saves and is requeued."""
+    """Limit in the format of sbatch, such as 30 (minutes) or 1-12:00:00. A training that reaches it saves and is
+    requeued."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -45,19 +47,19 @@ class Resources(Section):
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
-    def _options_are_ours_to_pass_on(self):
+    def _options_can_be_passed_on(self):
         for option, value in self.sbatch.items():
-            if option.replace("_", "-") in _SET_BY_US:
+            if option.replace("_", "-") in _RESERVED:
                 raise ValueError(f"sbatch.{option} is set by sparse-train itself; leave it out")
             if option in ("clusters", "M"):
                 raise ValueError(f"sbatch.{option}: status and cancel ask one cluster; submit from a login node of the "
                                  "other one")
-            if named := _NAMED.get(option.replace("_", "-")):
-                raise ValueError(f"sbatch.{option} has a name of its own; give {named}")
+            if field := _FIELD_OF_OPTION.get(option.replace("_", "-")):
+                raise ValueError(f"sbatch.{option} has its own key; give {field}")
             if isinstance(value, str) and not value.isprintable():
                 raise ValueError(f"sbatch.{option}={value!r} must be one line of printable text")
             if not option.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"sbatch.{option!r} is no option of sbatch; give names without dashes in front")
+                raise ValueError(f"sbatch.{option!r} is not an option of sbatch; give names without leading dashes")
         for key in ("memory", "time", "partition", "account", "qos", "constraint"):
             value = getattr(self, key)
             if value is not None and not value.isprintable():
@@ -69,24 +71,25 @@ class Resources(Section):
         return self.nodes * self.ranks_per_node
 
     def options(self) -> dict[str, str | int | bool]:
-        """All of it as options of sbatch, without their dashes; True stands for one without a value."""
-        given = {"ntasks-per-node": self.ranks_per_node, **{key: getattr(self, name) for key, name in _NAMED.items()},
-                 **{key.replace("_", "-"): value for key, value in self.sbatch.items()}}
-        return {key: value for key, value in given.items() if value is not None and value is not False}
+        """As options of sbatch, without their dashes; True stands for an option without a value."""
+        options = {"ntasks-per-node": self.ranks_per_node,
+                   **{option: getattr(self, field) for option, field in _FIELD_OF_OPTION.items()},
+                   **{key.replace("_", "-"): value for key, value in self.sbatch.items()}}
+        return {key: value for key, value in options.items() if value is not None and value is not False}
 
 
 class ClusterConfig(Resources):
     executor: Literal["local", "slurm"] = "local"
     """local: processes on this machine; slurm: jobs, one per stage. Both are started by submitit."""
     silence_s: Annotated[float, Field(gt=0)] = 600
-    """Ranks give up when one of them has not been heard of for this long, or a collective takes twice as long."""
+    """Ranks give up when one of them sends no heartbeat for this long, or when a collective takes twice as long."""
     warning_s: Positive = 120
-    """SLURM signals this long before the time limit or a preemption; training saves then."""
+    """SLURM sends its warning signal this long before the time limit or a preemption; training then saves."""
     tries: Positive = 3
-    """A job that lost a rank, or was stopped and keeps no state, is requeued while it gets further; after this many
-    tries from the same step it fails."""
+    """A job that lost a rank, or was stopped and keeps no state, is requeued as long as it makes progress; after
+    this many attempts from the same step it fails."""
     setup: tuple[str, ...] = ()
-    """Shell lines that each job runs first, such as "module load cuda/12.8". They are yours, and not quoted."""
+    """Shell lines that each job runs first, such as "module load cuda/12.8". The shell gets them as they are."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}  # noqa: RUF012
     """Variables of each process."""
     preflight: bool = True
@@ -119,33 +122,34 @@ class ClusterConfig(Resources):
             raise ValueError(f"nodes={self.nodes}: this machine is one node; use --on slurm")
         for key in ("partition", "account", "qos", "constraint"):
             if self.executor == "local" and getattr(self, key) is not None:
-                raise ValueError(f"{key}={getattr(self, key)}: this machine has no such thing; use --on slurm")
+                raise ValueError(f"{key}={getattr(self, key)}: only SLURM has this; use --on slurm")
         return self
 
     def resources(self, stage: Stage) -> Resources:
-        """The most exact entry of `stages` over the common ones. One process when not distributed."""
-        found = {key: getattr(self, key) for key in Resources.model_fields}
+        """The common resources, overridden by the entries of `stages` for the stage's kind and for its id. A stage
+        that is not distributed gets one process. Raises UserError where an entry gives it more."""
+        values = {key: getattr(self, key) for key in Resources.model_fields}
         if not stage.is_distributed:
-            found |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": found["gpus_per_node"] and 1}
+            values |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": values["gpus_per_node"] and 1}
         for name in dict.fromkeys((stage.kind.value, stage.id)):
-            if own := self.stages.get(name):
-                given = {key: getattr(own, key) for key in own.model_fields_set}
-                found |= given | {"sbatch": {**found["sbatch"], **own.sbatch}}
-        resources = Resources.model_validate(found)
+            if entry := self.stages.get(name):
+                sbatch = {**values["sbatch"], **entry.sbatch}
+                values |= {key: getattr(entry, key) for key in entry.model_fields_set} | {"sbatch": sbatch}
+        resources = Resources.model_validate(values)
         if not stage.is_distributed and resources.ranks > 1:
             raise UserError(f"stages.{stage.id}: {resources.ranks} ranks, but this stage is one process; leave nodes "
                             "and ranks_per_node out")
         return resources
 
     def visible_gpus(self, num_ranks: int) -> int:
-        """On this machine. Raises UserError where it has fewer than asked for."""
-        import torch  # seconds, which most commands can do without
+        """How many GPUs of this machine the processes use. Raises UserError where it has fewer than gpus_per_node."""
+        import torch  # takes seconds, and most commands do not need it
 
-        found = torch.cuda.device_count()
-        if (self.gpus_per_node or 0) > found:
-            raise UserError(f"cluster.gpus_per_node={self.gpus_per_node}: this machine has {found} GPUs; leave it "
+        num_gpus = torch.cuda.device_count()
+        if (self.gpus_per_node or 0) > num_gpus:
+            raise UserError(f"cluster.gpus_per_node={self.gpus_per_node}: this machine has {num_gpus} GPUs; leave it "
                             "out")
-        return min(num_ranks, found) if self.gpus_per_node is None else self.gpus_per_node
+        return min(num_ranks, num_gpus) if self.gpus_per_node is None else self.gpus_per_node
 
 
 def load_cluster(name: str, overrides: list[str] | tuple[str, ...] = ()) -> ClusterConfig:

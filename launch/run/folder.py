@@ -1,8 +1,8 @@
-"""The folder of a run: its config, and where each stage's result, logs and progress are.
+"""The folder of a run: where its config and each stage's result, logs and progress are.
 
-    RUN/config.yaml, RUN/cluster.yaml     the resolved recipe and where it runs: what the processes of the run read
+    RUN/config.yaml, RUN/cluster.yaml     the resolved recipe and where it runs; the processes of the run read these
     RUN/STAGE, RUN/STAGE.partial          a finished result; one that is being written
-    RUN/logs/STAGE                        what its processes print, its progress, its attempts and their endings
+    RUN/logs/STAGE                        its processes' output, its progress, its attempts and their endings
 """
 
 import contextlib
@@ -21,21 +21,21 @@ CONFIG, JOB_FILE = "config.yaml", "job"
 
 
 def read_run(folder: Path) -> RunConfig:
-    """The config of the run in `folder`, whose path is where it is now, as seen from here."""
+    """The config of the run in `folder`, with `folder` as its path, wherever it was first written. Raises UserError."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no run folder: it has no {CONFIG}; give the folder that a run made")
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}; give the folder of a run")
     folder = folder.absolute()
     return load_frozen(folder / CONFIG).model_copy(update={"folder": str(folder.parent), "name": folder.name})
 
 
 def freeze(config: RunConfig, cluster: ClusterConfig) -> None:
-    """What the processes of a run read: its resolved recipe and where it runs."""
+    """Write what the processes of a run read: its resolved recipe and where it runs."""
     artifacts.write_text(config.path / CONFIG, dump_config(config))
     artifacts.write_text(config.path / CLUSTER, dump_config(cluster))
 
 
 def read_inputs(stage: Stage, config: RunConfig) -> tuple[Input, ...]:
-    """Dense first, then in the order of the graph."""
+    """The results that the stage reads, in the order of stage.inputs."""
     return tuple(Input(source, source.external or config.path / source.id) for source in stage.inputs)
 
 
@@ -52,10 +52,10 @@ def progress_file(stage: Stage, config: RunConfig) -> Path:
 
 
 def read_progress(stage: Stage, config: RunConfig) -> dict[str, Any] | None:
-    """What sparse_train.tracking.Progress wrote last; None where there is nothing, or nothing that can be read."""
+    """What sparse_train.tracking.Progress wrote last; None where there is no file, or it cannot be read."""
     types = {"done": int, "total": int, "note": str, "seconds_left": int | float | None}
     with contextlib.suppress(UserError, OSError):
-        found = artifacts.read_json(progress_file(stage, config))
-        if isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in types.items()):
-            return found
+        progress = artifacts.read_json(progress_file(stage, config))
+        if isinstance(progress, dict) and all(isinstance(progress.get(key), kind) for key, kind in types.items()):
+            return progress
     return None

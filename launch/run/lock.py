@@ -1,6 +1,6 @@
 """The lock of a run folder: one launcher at a time, and which process it is.
 
-    RUN/.lock     while a launcher is at work: its host, its pid, and when that process started
+    RUN/.lock     while a launcher works in it: its host, its pid, and when that process started
 """
 
 import contextlib
@@ -20,8 +20,11 @@ _FILE = ".lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The run folder, made where it is missing, for one launcher at a time; the file says which."""
-    if re.search("%[jtAa]", str(folder.absolute())):  # submitit replaces these in the path of the logs
+    """Hold the lock of the run folder, which is created where it is missing.
+
+    Raises UserError where another launcher has it, and where the folder cannot be a run's.
+    """
+    if re.search("%[jtAa]", str(folder.absolute())):  # submitit replaces these in paths of logs
         raise UserError(f"{folder.absolute()}: %j, %t, %A and %a stand for a job's numbers in paths of logs; give a "
                         "folder without them (folder=...)")
     require_own_run(folder)
@@ -40,14 +43,14 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            file.truncate(0)  # a sweep's launcher goes on with another run
+            file.truncate(0)  # the launcher of a sweep continues with another run
 
 
 def require_own_run(folder: Path) -> None:
-    """It can be written, and is new, empty, locked by a launcher before, or the copy of a run. Raises UserError."""
+    """Raises UserError unless the folder can be written, and is new, empty, a run's, or a copy of a run's."""
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not above.is_dir():
-        raise UserError(f"{above} is no folder, so no run can be in it; give folder=ELSEWHERE")
+        raise UserError(f"{above} is not a folder, so no run can be in it; give folder=ELSEWHERE")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{above} cannot be written (its permissions, or a read-only file system); give "
                         "folder=ELSEWHERE")
@@ -72,18 +75,18 @@ class Launcher:
 
 
 def find_launcher(run: Path) -> Launcher | None:
-    """None where none is alive here."""
-    host, launcher = _noted(run)
+    """The launcher that works in the run folder; None where there is none on this machine."""
+    host, launcher = _read_lock(run)
     return launcher if launcher and host == platform.node() and launcher.is_alive else None
 
 
 def other_host(run: Path) -> str:
-    """The machine whose launcher took the lock and has not given it back, or was killed; "" where it is this one."""
-    host, launcher = _noted(run)
+    """The other machine whose launcher has the lock, or had it when it was killed; "" where there is none."""
+    host, launcher = _read_lock(run)
     return host if launcher and host != platform.node() else ""
 
 
-def _noted(run: Path) -> tuple[str, Launcher | None]:
+def _read_lock(run: Path) -> tuple[str, Launcher | None]:
     with contextlib.suppress(OSError, ValueError):
         host, pid, started = (run / _FILE).read_text(encoding="utf-8").split()
         return host, Launcher(int(pid), started)
@@ -91,7 +94,8 @@ def _noted(run: Path) -> tuple[str, Launcher | None]:
 
 
 def _start_time(pid: int) -> str | None:
-    """In ticks since the machine's start, None where no such process is alive. A pid alone may by now be another's."""
+    """In ticks since the machine booted; None where the process is not alive. It tells a process from a later one with
+    the same pid."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (OSError, ValueError):

@@ -18,7 +18,7 @@ from sparse_train.launch.run.stages import build_stages, select
 
 class PlanStatus(Enum):
     CURRENT = auto()
-    """Its result is there and made from what it would be made from today."""
+    """It has a result, made from the same sources as it would be today."""
     NEW = auto()
     """It has no result yet."""
     STALE = auto()
@@ -52,7 +52,7 @@ def plan(config: RunConfig, names: list[str]) -> list[PlannedStage]:
 
 def _plan_stage(stage: Stage, config: RunConfig, inputs_to_run: list[str]) -> PlannedStage:
     if inputs_to_run:
-        return PlannedStage(stage, PlanStatus.BEHIND, f"{inputs_to_run[0]} will be new")
+        return PlannedStage(stage, PlanStatus.BEHIND, f"{inputs_to_run[0]} changes")
     manifest = artifacts.read_manifest(config.path / stage.id)
     if manifest is None:
         return PlannedStage(stage, PlanStatus.NEW, "not done yet")
@@ -62,15 +62,15 @@ def _plan_stage(stage: Stage, config: RunConfig, inputs_to_run: list[str]) -> Pl
 
 
 def check_replaced(configs: Sequence[RunConfig], names: list[str], replace: bool) -> None:
-    """Raises UserError where a run or a selected stage would take a folder that is not its own, and, without `replace`,
-    where it would take the place of earlier work."""
-    if (told := replaced(configs, names)) and not replace:
-        raise UserError(told)
+    """Raises UserError where a run or a selected stage would write to a folder of something else, and, without
+    `replace`, where it would replace earlier work."""
+    if (message := describe_replaced(configs, names)) and not replace:
+        raise UserError(message)
 
 
-def replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
-    """A line on the selected stages that would take the place of a finished one, or begin anew although they have saved
-    their state; "" where there is none. Raises UserError as check_replaced does."""
+def describe_replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
+    """A line on the selected stages that would replace a finished one, or start over although they have saved their
+    state; "" where there are none. Raises UserError where a stage would write to a folder of something else."""
     losses = []
     for config in configs:
         require_own_run(config.path)
@@ -82,14 +82,14 @@ def replaced(configs: Sequence[RunConfig], names: list[str]) -> str:
     if not losses:
         return ""
     return (f"these stages would be done again: {', '.join(losses)}; give --replace to replace what they have, or "
-            "name=OTHER for a run of its own")
+            "name=OTHER for a new run")
 
 
 def _require_own_folders(stage: Stage, config: RunConfig) -> None:
     for above in Path(stage.id).parents:
         if (config.path / above / artifacts.MANIFEST).is_file():  # replacing that one would remove this one
             raise UserError(f"{config.path / above} is a finished stage, and {stage.id} would be written into it; give "
-                            "name=OTHER for a run of its own")
+                            "name=OTHER for a new run")
     for folder in (config.path / stage.id, partial_folder(stage, config)):
         artifacts.require_own(folder, stage.id)
 
@@ -97,7 +97,7 @@ def _require_own_folders(stage: Stage, config: RunConfig) -> None:
 def _work_lost(planned: PlannedStage, config: RunConfig) -> str:
     """The earlier work that running the stage would replace; "" where there is none."""
     stage = planned.stage
-    if stage.kind is Kind.REPORT:  # the work of seconds, on what the other stages measured
+    if stage.kind is Kind.REPORT:  # takes seconds, from the other stages' measurements
         return ""
     if artifacts.read_manifest(config.path / stage.id) or (config.path / stage.id).exists():
         return f"{stage.id} ({planned.reason})"
@@ -105,7 +105,7 @@ def _work_lost(planned: PlannedStage, config: RunConfig) -> str:
 
 
 def _saved_state(planned: PlannedStage, config: RunConfig) -> str:
-    """Of a training that is not finished and would begin anew: how far it is, and why it cannot go on."""
+    """How far an unfinished training is that would start over, and why it cannot continue; "" where there is none."""
     partial = partial_folder(planned.stage, config)
     saved = sorted(path.parent.name for path in partial.glob(f"checkpoints/step-*/{artifacts.DONE}"))
     if not saved or not (partial / artifacts.SOURCES).is_file():
@@ -132,8 +132,8 @@ def require_inputs(config: RunConfig, names: list[str]) -> None:
 
 
 def claim(config: RunConfig, cluster: ClusterConfig, names: list[str], replace: bool) -> None:
-    """Under the lock, since another command may have ended meanwhile: what it left is put right and is not replaced
-    unasked, and the run's config stands."""
+    """Complete replacements that were cut off, check again that nothing is replaced without `replace`, and write the
+    run's config. Call it under the lock: another command may have finished a stage since the first check."""
     for stage in build_stages(config):
         artifacts.heal(config.path / stage.id)
     check_replaced([config], names, replace)

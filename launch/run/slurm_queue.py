@@ -49,17 +49,18 @@ def read_jobs(run: Path) -> dict[str, str]:
             for file in sorted(logs.rglob(JOB_FILE))}
     for stage, job in jobs.items():
         if not re.fullmatch(r"\d+(_\d+)?", job):
-            raise UserError(f"{logs / stage / JOB_FILE} holds {job[:40]!r}, which is no number of a job; delete it")
+            raise UserError(f"{logs / stage / JOB_FILE} holds {job[:40]!r}, which is not the number of a job; "
+                            "delete it")
     return jobs
 
 
 def output_folder(config: RunConfig, stage: Stage, job: str) -> Path:
-    """Where the output of `job` is; the tasks of an array print into the sweep's folder."""
+    """The folder of the output of `job`; the tasks of an array write to that of the sweep."""
     return config.path.parent / "logs" / stage.id if "_" in job else log_folder(stage, config)
 
 
 def job_states(jobs: Mapping[Key, str]) -> dict[Key, JobState]:
-    """The state of each job: from squeue of those in the queue, from sacct of the others.
+    """The state of each job, from squeue for those in the queue and from sacct for the others.
 
     sacct alone is not enough: between a node's failure and the requeue it reports NODE_FAIL for a job that will run
     again. Raises UserError where SLURM does not answer.
@@ -80,12 +81,12 @@ def _queued(ids: list[str]) -> dict[str, JobState]:
 
 
 def _accounted(ids: list[str]) -> dict[str, JobState]:
-    # By whole arrays: a task that never started has no line of its own, but one as 9_[0-3] with its peers.
+    # Ask for whole arrays: tasks that never started share one line, such as 9_[0-3].
     lines = _run_slurm(["env", "SLURM_BITSTR_LEN=0", "sacct", "-n", "-P", "-X", "-j",
                         ",".join(dict.fromkeys(map(array_of, ids))), "-o", "JobID,State,ExitCode,NodeList"])
     states: dict[str, JobState] = {}
-    for some, state, code, nodes in (line.split("|") for line in lines):
-        for job in set(_expand_job_ids(some)) & set(ids):
+    for text, state, code, nodes in (line.split("|") for line in lines):
+        for job in set(_expand_job_ids(text)) & set(ids):
             states[job] = JobState(state.split()[0], f"exit code {code}", nodes)  # "CANCELLED by 0"
     return states
 
@@ -102,7 +103,7 @@ def _expand_job_ids(text: str) -> Iterator[str]:
 
 
 def cancel(jobs: Mapping[str, str]) -> list[str]:
-    """Withdraw the active ones; returns their stages."""
+    """Withdraw the active jobs; returns their stages."""
     active = [stage for stage, state in job_states(jobs).items() if state.is_active]
     if active:
         _run_slurm(["scancel", *(jobs[stage] for stage in active)])
@@ -110,7 +111,7 @@ def cancel(jobs: Mapping[str, str]) -> list[str]:
 
 
 def _run_slurm(command: list[str]) -> list[str]:
-    """The lines that it prints. squeue fails where all jobs have left the queue, and sacct where there is no
+    """The lines that the command prints. squeue fails where all jobs have left the queue, and sacct where there is no
     accounting; both count as no lines."""
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)

@@ -1,10 +1,9 @@
-"""The code of a run as it was at submission: editing the checkout changes no queued or requeued job.
+"""A copy of the code as it was at submission, so that editing the checkout changes no queued or requeued job.
 
     RUN/code/sparse_train         a copy as a wheel lays it out: launch, jobs, configs and native kernels inside
-    RUN/code/sitecustomize.py     makes Python take the copy rather than an editable install
+    RUN/code/sitecustomize.py     makes Python import the copy rather than an editable install
 
-Jobs find it through PYTHONPATH. Packages from elsewhere are those of the environment; their versions are in each
-manifest.
+Jobs find it through PYTHONPATH. Other packages are those of the environment; each manifest has their versions.
 """
 
 import os
@@ -32,17 +31,17 @@ if _spec and _spec.loader:
 
 
 def freeze_code(run: Path) -> Path:
-    """Copy the code into `run`/code, replacing what was there; returns that folder."""
+    """Copy the code to `run`/code, replacing an earlier copy; returns that folder."""
     from sparse_train.kernels import _native
 
-    top, final, aside = CONFIGS.parent, run / "code", run / f".code.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    package, ignored = aside / "sparse_train", shutil.ignore_patterns("__pycache__", "csrc")
+    top, final, partial = CONFIGS.parent, run / "code", run / f".code.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    package, ignored = partial / "sparse_train", shutil.ignore_patterns("__pycache__", "csrc")
     shutil.copytree(Path(sparse_train.__file__).parent, package, ignore=ignored)
     for name in _INSIDE:
         shutil.copytree(top / name, package / name, ignore=ignored, dirs_exist_ok=True)
     shutil.copy2(_native.__file__, package / "kernels")
-    (aside / "sitecustomize.py").write_text(_CUSTOMIZE, encoding="utf-8")
+    (partial / "sitecustomize.py").write_text(_CUSTOMIZE, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
+    os.replace(partial, final)
     return final

@@ -1,8 +1,8 @@
 """What a stage is made from, and when its result is no longer current.
 
-A stage's *sources* are the values of the config that it reads and the digests of its inputs. They stand in the manifest
-of the finished folder; a folder whose sources are still the same is current, and of others the difference is known.
-A key that the manifest does not know counts as its default, so a release that adds keys makes nothing stale.
+A stage's *sources* are the values of the config that it reads and the digests of its inputs. They are recorded in the
+manifest of the finished folder. A folder whose sources are still the same is current; for any other the difference can
+be named. A key that is missing in the manifest counts as its default, so a release that adds keys makes nothing stale.
 """
 
 import json
@@ -27,29 +27,29 @@ def sources(stage: Stage, config: RunConfig) -> dict[str, dict[str, Any]] | None
         if manifest is None:
             return None
         inputs[source.id] = artifacts.digest(manifest["files"])
-    seen = _seen_by(stage, config)
-    return {"config": {key: _plain(_value(seen, key)) for key in stage.reads}, "inputs": inputs}
+    stage_config = _config_of_stage(stage, config)
+    return {"config": {key: _plain(_value(stage_config, key)) for key in stage.reads}, "inputs": inputs}
 
 
 def why_stale(recorded: Any, stage: Stage, config: RunConfig, whole: Any = None) -> str | None:
     """The first difference between a folder's recorded sources and today's, in words; None where there is none.
 
-    `whole`: the config that the folder was made with, for keys that an older release knew and did not count.
+    `whole`: the whole config that the folder was made with, for keys that an older release had but did not record.
     """
     today = sources(stage, config)
     if today is None:
         return "an input is not finished"
     if not isinstance(recorded, dict) or not all(isinstance(recorded.get(key), dict) for key in today):
-        return "an older release made it and noted nothing to compare"
-    seen = _seen_by(stage, config)
+        return "an older release made it and recorded nothing to compare"
+    stage_config = _config_of_stage(stage, config)
     for key in stage.reads:
         if key in recorded["config"]:
             before = recorded["config"][key]
-        elif (before := _at(whole, key)) is None:  # of a key that an older release did not know the default held
-            before = _default(seen, key)
-        if found := _change(before, _value(seen, key), key):
-            return found
-    for name in [*today["inputs"], *recorded["inputs"]]:  # in the order of the stages, the same at each look
+        elif (before := _at(whole, key)) is None:  # the older release did not have the key
+            before = _default(stage_config, key)
+        if change := _change(before, _value(stage_config, key), key):
+            return change
+    for name in [*today["inputs"], *recorded["inputs"]]:  # in the order of the stages, so always the same
         if today["inputs"].get(name) != recorded["inputs"].get(name):
             words = "has changed" if name in recorded["inputs"] else "was not read"
             return f"{name} {words}" if name in today["inputs"] else f"it read {name}"
@@ -62,28 +62,27 @@ def is_current(stage: Stage, config: RunConfig) -> bool:
 
 
 def dense_of_sweep(config: RunConfig) -> RunConfig:
-    """The run that makes the dense model of `config`, a run of a sweep, and of all who agree with it on how that is
-    made."""
+    """The run that makes the dense model of `config`, a run of a sweep. Runs that train it the same way share it."""
     dense = find_stage(config, Kind.DENSE)
-    # Without what is at its default, so that a release that adds keys finds the models of an older one.
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    keys = {key: found for key in dense.reads if (found := _at(given, key)) is not None}
+    # Without defaults, so that a release that adds keys finds the models of an older one.
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    keys = {key: value for key in dense.reads if (value := _at(changed, key)) is not None}
     outside = {name: _fingerprint(path) for name, path in _outside(dense, config).items()}
-    made_from = artifacts.digest([keys, outside])
-    return config.model_copy(update={"name": f"dense-{made_from[:8]}"})
+    digest = artifacts.digest([keys, outside])
+    return config.model_copy(update={"name": f"dense-{digest[:8]}"})
 
 
 def is_dense_of_sweep(config: RunConfig) -> bool:
-    """Such a run has no other stages."""
+    """Whether it is the run of a shared dense model, which has no other stages."""
     return not config.dense.path and config.name == dense_of_sweep(config).name
 
 
 def _change(before: Any, now: Any, key: str) -> str | None:
     """The first key at or below `key` whose value differs."""
     if isinstance(now, Section) and isinstance(before, dict):
-        found = (_change(before.get(name, _plain(field.get_default(call_default_factory=True))), getattr(now, name),
-                         f"{key}.{name}") for name, field in type(now).model_fields.items())
-        return next(filter(None, found), None)
+        changes = (_change(before.get(name, _plain(field.get_default(call_default_factory=True))), getattr(now, name),
+                           f"{key}.{name}") for name, field in type(now).model_fields.items())
+        return next(filter(None, changes), None)
     if before == _plain(now):
         return None
     return f"{key}: {_short(before)} -> {_short(_plain(now))}"
@@ -93,8 +92,8 @@ def _short(value: Any) -> str:
     return textwrap.shorten(json.dumps(value, ensure_ascii=False), 60, placeholder=" ...")
 
 
-def _seen_by(stage: Stage, config: RunConfig) -> RunConfig:
-    """Of what the config has a list, the stage sees one item."""
+def _config_of_stage(stage: Stage, config: RunConfig) -> RunConfig:
+    """The config with the one level or device of the stage in place of the list."""
     if stage.kind is Kind.PRUNE:
         return config.model_copy(update={"prune": config.prune.levels[stage.level]})
     if stage.kind is Kind.BENCHMARK:
@@ -104,10 +103,10 @@ def _seen_by(stage: Stage, config: RunConfig) -> RunConfig:
 
 
 def _value(config: RunConfig, key: str) -> Any:
-    found: Any = config
+    value: Any = config
     for part in key.split("."):
-        found = found[part] if isinstance(found, dict) else getattr(found, part)
-    return found
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
 
 
 def _default(config: RunConfig, key: str) -> Any:
@@ -118,7 +117,7 @@ def _default(config: RunConfig, key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """The value as JSON reads it back."""
     return json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json")))
 
 
@@ -129,17 +128,17 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:
-    """Paths from outside the run that the stage reads, by what names them."""
+    """The paths outside the run that the stage reads, by config key or stage id."""
     calibration = config.prune.calibration
-    named = {"task.path": config.task.path, "model.path": config.model.path,
+    paths = {"task.path": config.task.path, "model.path": config.model.path,
              "prune.calibration.path": calibration and calibration.path}
     external = {source.id: source.external for source in stage.inputs if source.external}
-    return {**external, **{key: path for key, path in named.items() if path and any(
+    return {**external, **{key: path for key, path in paths.items() if path and any(
         key.startswith(part) for part in stage.reads)}}
 
 
 def _fingerprint(path: str) -> str:
-    """Of names, sizes and times of a file or of a folder's: reading a large model to skip a stage is too much."""
+    """A digest of names, sizes and times of a file or of a folder's files; reading a large model takes too long."""
     top = Path(path)
     files = [top] if top.is_file() else sorted(top.rglob("*"))
     return artifacts.digest([(str(file.relative_to(top)), (stat := file.stat()).st_size, stat.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""The stage graph of a run: which job makes which folder from which, and what of the config each reads."""
+"""The stage graph of a run: the stages, their inputs, and the keys of the config that each reads."""
 
 from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
@@ -14,7 +14,7 @@ def build_stages(config: RunConfig) -> list[Stage]:
     chain = _chain(config, dense)
     one_shots = [stage for stage in chain if stage.kind is Kind.PRUNE and stage.loss is None]
     tuned = [stage for stage in chain if stage.kind is Kind.FINETUNE]
-    # In a chain, that of the last level.
+    # In a chain, the fine-tune of the last level.
     last = next(stage for stage in reversed(tuned) if stage.loss == config.compressed_loss)
     data = _of(TaskConfig, "task", "max_bad_share")
     evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
@@ -39,33 +39,34 @@ def select(stages: list[Stage], names: list[str]) -> list[Stage]:
 
 
 def find_stage(config: RunConfig, name: str) -> Stage:
-    """By its id, or by its kind where there is one of it. Raises UserError."""
-    found = select(build_stages(config), [name])
-    exact = [stage for stage in found if stage.id == name] or found
+    """The stage with this id, or the only one of this kind. Raises UserError."""
+    stages = select(build_stages(config), [name])
+    exact = [stage for stage in stages if stage.id == name] or stages
     if len(exact) > 1:
-        raise UserError(f"{name} is {len(found)} stages of this run; give one: {', '.join(s.id for s in found)}")
+        raise UserError(f"{name} is {len(stages)} stages of this run; give one: {', '.join(s.id for s in stages)}")
     return exact[0]
 
 
 def _chain(config: RunConfig, dense: Stage) -> list[Stage]:
     """The stages that prune and fine-tune.
 
-    Every level has its one-shot model, pruned from dense; from the second level on each loss prunes its own last one.
+    Every level has a one-shot model, pruned from the dense one. From the second level on, each loss also prunes its own
+    fine-tuned model of the level before.
     """
     pruning, training = _pruning(config), ("seed", *_training_data(config.task), *_training("finetune"))
     levels, stages = config.prune.levels, []
     tuned: dict[str, Stage] = {}
     for index, level in enumerate(levels):
-        below = f"/{100 * level.sparsity:g}" if len(levels) > 1 else ""
-        one_shot = Stage(Kind.PRUNE, f"prune{below}/one-shot" if below else "prune", pruning, (dense,), level=index)
+        suffix = f"/{100 * level.sparsity:g}" if len(levels) > 1 else ""
+        one_shot = Stage(Kind.PRUNE, f"prune{suffix}/one-shot" if suffix else "prune", pruning, (dense,), level=index)
         stages.append(one_shot)
         for name, loss in config.finetune.losses.items():
             pruned = one_shot
             if index:
-                pruned = Stage(Kind.PRUNE, f"prune{below}/{name}", pruning, (tuned[name],), loss=name, level=index)
+                pruned = Stage(Kind.PRUNE, f"prune{suffix}/{name}", pruning, (tuned[name],), loss=name, level=index)
                 stages.append(pruned)
             teacher = ("finetune.teacher.precision",) if loss.needs_teacher else ()
-            tuned[name] = Stage(Kind.FINETUNE, f"finetune{below}/{name}",
+            tuned[name] = Stage(Kind.FINETUNE, f"finetune{suffix}/{name}",
                                 (*training, f"finetune.losses.{name}", *teacher), (dense, pruned), loss=name,
                                 level=index)
             stages.append(tuned[name])
@@ -73,25 +74,28 @@ def _chain(config: RunConfig, dense: Stage) -> list[Stage]:
 
 
 def _of(section: type[Section], name: str, *without: str) -> tuple[str, ...]:
-    """Dotted keys of a section called `name`, but for some."""
+    """The dotted keys of a section called `name`, except those in `without`."""
     return tuple(f"{name}.{key}" for key in section.model_fields if key not in without)
 
 
 def _training_data(task: TaskConfig) -> tuple[str, ...]:
-    """What training examples come from. How many bad rows are an error changes no example."""
+    """The keys that decide the training examples. How many bad rows are an error (max_bad_share) changes none."""
     scored = ["shots", "test_prompt", "max_bad_share"]
     return _of(TaskConfig, "task", *scored, *([] if TASKS.entries[task.name].reads_both_splits else ["test_split"]))
 
 
 def _training(name: str) -> tuple[str, ...]:
-    """What a training learns from. How its work is divided (ZeRO, sequence parallelism, activation checkpointing) and
-    what it saves and logs change rounding at most, so a stopped training may go on with other values."""
+    """The keys that decide what a training learns.
+
+    How its work is divided (ZeRO, sequence parallelism, activation checkpointing), and what it saves and logs, changes
+    rounding at most, so a stopped training may continue with other values.
+    """
     return _of(TrainConfig, name, "activation_checkpointing", "sequence_parallel", "zero", "checkpoint_every",
                "checkpoints_kept", "log_every")
 
 
 def _pruning(config: RunConfig) -> tuple[str, ...]:
-    """What a pruning depends on, which the method decides. The tokenizer's language goes into the folder."""
+    """The keys that a pruning depends on, which differ by method. The tokenizer's language is saved in its folder."""
     method = PRUNERS.entries[config.prune.method]
     unread = [key for other in PRUNERS.entries.values() for key in other.keys if key not in method.keys]
     if not method.calibrates:

@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 def _check(config: RunConfig, names: list[str], options: argparse.Namespace, console: Console) -> None:
     """Raises UserError; a dry run prints what the run will do, in numbers."""
-    from sparse_train.launch.run.plan import check_replaced, replaced, require_inputs
+    from sparse_train.launch.run.plan import check_replaced, describe_replaced, require_inputs
     from sparse_train.launch.submit.validate import require_data, summarise, validate
 
     require_inputs(config, names)
@@ -69,7 +69,7 @@ def _check(config: RunConfig, names: list[str], options: argparse.Namespace, con
         for line in [*validation.remarks, *summarise(config, validation.parameters)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         require_data(config)
-        if line := replaced([config], names):
+        if line := describe_replaced([config], names):
             console.print(line, style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -19,7 +19,7 @@ from sparse_train.errors import StageFailed, UserError
 from sparse_train.jobs.stage import Kind
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.lock import locked
-from sparse_train.launch.run.plan import check_replaced, replaced, require_inputs
+from sparse_train.launch.run.plan import check_replaced, describe_replaced, require_inputs
 from sparse_train.launch.run.slurm_queue import require_idle
 from sparse_train.launch.run.sources import dense_of_sweep, is_current
 from sparse_train.launch.run.stages import build_stages, find_stage, select
@@ -96,7 +96,7 @@ def _check_replaced(sweep: _Sweep, console: Console, dry_run: bool, replace: boo
         require_inputs(config, sweep.names)
     for configs, names in ((sweep.dense, [Kind.DENSE.value]), (sweep.runs, sweep.names)):
         check_replaced(configs, names, replace or dry_run)
-        if dry_run and (line := replaced(configs, names)):
+        if dry_run and (line := describe_replaced(configs, names)):
             console.print(line, style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 

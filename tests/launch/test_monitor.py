@@ -159,7 +159,7 @@ def test_a_broken_stage_is_told_in_its_row(tmp_path):
         assert states["dense"].startswith("cannot read") and "it is no manifest" in states["dense"]
         assert states["finetune/ce"] == "not done yet"
     (logs / "job").write_text("7; rm -rf")
-    with pytest.raises(UserError, match="no number of a job"):
+    with pytest.raises(UserError, match="not the number of a job"):
         read_files(config)
 
 
@@ -219,7 +219,7 @@ def test_looking_loads_nothing_heavy_and_prints_to_any_terminal(tmp_path):
                                  env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert [line for line in lines if line.startswith("code")] == [*["code 0"] * 6, *["code 2"] * 2]
     assert "nothing is running" in lines and "step 1" in lines
-    assert all("gr\\xf6\\xdfe" in line and "is no run folder" in line for line in (lines[-4], lines[-2]))
+    assert all("gr\\xf6\\xdfe" in line and "is not a run folder" in line for line in (lines[-4], lines[-2]))
     assert heavy == "[]"
 
 

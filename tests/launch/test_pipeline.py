@@ -143,7 +143,7 @@ def test_a_rerun_does_nothing_and_a_change_redoes_what_depends_on_it(run):
     state = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in plan.splitlines()}
     assert [stage for stage in STAGES if state[stage] == "current"] == ["dense", "prune", "finetune/ce"]
     assert state["finetune/squarehead"] == "finetune.losses.squarehead.feature_weight: 1.0 -> 2.0"
-    assert state["evaluate"] == "finetune/squarehead will be new"
+    assert state["evaluate"] == "finetune/squarehead changes"
 
 
 def test_looking_at_a_run_and_its_models(run, monkeypatch):

@@ -85,7 +85,7 @@ def test_values_reach_processes_as_they_are_and_no_shell(tmp_path):
 @pytest.mark.parametrize("given, said", [
     ({"sbatch": {"comment": "two\nlines"}}, "one line"),
     ({"partition": "a\n#SBATCH --exclusive"}, "one line"),
-    ({"sbatch": {"comment x": "y"}}, "no option of sbatch"),
+    ({"sbatch": {"comment x": "y"}}, "is not an option of sbatch"),
     ({"sbatch": {"output": "/x"}}, "set by sparse-train itself"),
     ({"sbatch": {"gpus_per_node": 4}}, "give gpus_per_node"),
     ({"stages": {"bench": {}}}, "there is no stage bench"),

@@ -146,7 +146,7 @@ def test_finished_work_is_replaced_only_where_that_is_asked_for(tmp_path, capsys
     command = ["run", str(RECIPE), f"folder='{tmp_path}'", "prune.sparsity=0.5", "--stages", "prune,finetune"]
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert "prune (prune.sparsity: 0.75 -> 0.5), finetune/ce (prune will be new)" in told and "--replace" in told
+    assert "prune (prune.sparsity: 0.75 -> 0.5), finetune/ce (prune changes)" in told and "--replace" in told
     assert told.count("\n") == 1 and "evaluate" not in told
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
     assert main([*command, "--dry-run"]) == 0
@@ -308,7 +308,7 @@ def test_a_replacement_that_is_cut_off_leaves_one_whole_result(killed_at, tmp_pa
 def test_what_cannot_be_written_is_one_line_before_anything_starts(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny").touch()
     assert main(["run", str(RECIPE), f"folder='{tmp_path}'"]) == 2
-    assert "tiny is no folder, so no run can be in it" in capsys.readouterr().err
+    assert "tiny is not a folder, so no run can be in it" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda *_: False)  # as on a file system that is read-only
     assert main(["run", str(RECIPE), f"folder='{tmp_path}/new'", "--dry-run"]) == 2
     err = capsys.readouterr().err
