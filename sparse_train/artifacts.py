@@ -1,15 +1,15 @@
-"""Files of a run: written aside, signed, then renamed.
+"""Files of a run: written under a temporary name, signed, then renamed.
 
     runs/demo/config.yaml               the resolved config
-    runs/demo/dense.partial/            a stage at work (training keeps its checkpoints here and goes on from them)
+    runs/demo/dense.partial/            a running stage (training keeps its checkpoints here and resumes from them)
     runs/demo/dense/                    a finished stage, renamed from .partial
              ... its files
              manifest.json              sources, config, versions, host, seconds, metrics, and every file's sha256
              DONE                       empty; written last: without it the folder does not count
-    runs/demo/.dense.replaced/          the result before, while a new one takes its place
+    runs/demo/.dense.replaced/          the earlier result, while a new one takes its place
 
-`sources` is what a stage is made from (the values of the config that it reads, its inputs' digests): a finished stage
-with the same sources is not run again. A folder is replaced only by the stage that its own manifest names.
+`sources` is what a stage's result depends on (the values of the config that it reads, its inputs' digests): a finished
+stage with the same sources is not run again. A folder is replaced only by the stage that its manifest names.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _PACKAGES = ("sparse-train", "torch", "deepspeed", "transformers", "safetensors"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` whole or not at all."""
+    """Write `text` to `path` atomically: a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "w", encoding="utf-8") as file:
@@ -43,11 +43,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """As write_text. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError, also where the nesting is too deep for Python's parser."""
+    """Plain data of JSON. Raises ValueError, also where it is nested too deeply for Python's parser."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -55,6 +56,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
+    """Plain data of a JSON file. Raises UserError where it cannot be read."""
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -73,14 +75,14 @@ def digest_file(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Relative paths of the files below `folder`; manifest and DONE are left out, and what a killed write_text left."""
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+    """Relative paths of the files below `folder`, without manifest, DONE and the temporary files of write_text."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
                    if path.is_file() and not path.name.startswith("."))
-    return [name for name in found if name not in (MANIFEST, DONE)]
+    return [name for name in names if name not in (MANIFEST, DONE)]
 
 
 def sign(folder: Path, manifest: dict[str, Any], files: dict[str, dict] | None = None) -> None:
-    """Write `manifest` with the digests of all files, then DONE. `files` gives the digests where they are known."""
+    """Write `manifest` with the digests of all files, then DONE. `files`: the digests, where they are known already."""
     files = files or {name: digest_file(folder / name) for name in _files(folder)}
     write_json(folder / MANIFEST, {**manifest, "versions": _versions(), "host": platform.node(), "files": files})
     (folder / DONE).touch()
@@ -88,10 +90,11 @@ def sign(folder: Path, manifest: dict[str, Any], files: dict[str, dict] | None =
 
 def publish(partial: Path, final: Path, manifest: dict[str, Any], scratch: tuple[str, ...] = (),
             files: dict[str, dict] | None = None) -> None:
-    """Sign a finished `partial` folder and rename it to `final`. What stood there goes once the new one stands.
+    """Sign a finished `partial` folder and rename it to `final`; an earlier result there is deleted afterwards.
 
-    The files and folders named in `scratch` are not signed, and go once the rest is safe: who is killed before finds
-    them as they were.
+    The files and folders named in `scratch` are left unsigned and deleted only after the rename, so that a process
+    which is killed before it finds them intact when it resumes. Raises UserError where `final` is not a result of the
+    manifest's stage.
     """
     if files is None:
         files = {name: digest_file(partial / name) for name in _files(partial) if Path(name).parts[0] not in scratch}
@@ -107,8 +110,8 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any], scratch: tuple
 
 
 def heal(final: Path) -> None:
-    """Put right what a publish() left that was cut off: the earlier result comes back where the new one was not in its
-    place yet, and goes where it was."""
+    """Finish a publish() that was interrupted: restore the earlier result where the new one was not renamed yet, else
+    delete it."""
     aside = _aside(final)
     if aside.is_dir() and not final.exists():
         os.rename(aside, final)
@@ -120,28 +123,28 @@ def _aside(final: Path) -> Path:
 
 
 def _remove(aside: Path) -> None:
-    (aside / DONE).unlink(missing_ok=True)  # first: half of a result must not count as one
+    (aside / DONE).unlink(missing_ok=True)  # first, so that a half-deleted result does not count as one
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def require_own(folder: Path, stage: str | None) -> None:
-    """Raises UserError for what is at `folder` and was not made by `stage` of a run: another's files, a link."""
+    """Raises UserError where `folder` is a link or holds files, and was not written by `stage` of a run."""
     remedy = "it is left as it is; move it away, or give another name"
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to {os.readlink(folder)}, which this run did not make; {remedy}")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.suffix == ".partial":
-        is_own = (folder / SOURCES).is_file() or all(path.name.startswith(".") for path in folder.iterdir())
+        is_of_stage = (folder / SOURCES).is_file() or all(path.name.startswith(".") for path in folder.iterdir())
     else:
-        found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-        is_own = isinstance(found, dict) and found.get("stage") == stage
-    if not is_own:
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+        is_of_stage = isinstance(manifest, dict) and manifest.get("stage") == stage
+    if not is_of_stage:
         raise UserError(f"{folder} was not made by stage {stage} of a run, or by an older release; {remedy}")
 
 
 def clear(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove files and folders, as far as they are there."""
+    """Delete the files and folders in `folder` that `names` lists, where they exist."""
     for path in map(folder.joinpath, names):
         if path.is_file() or path.is_symlink():
             path.unlink()
@@ -152,7 +155,7 @@ def clear(folder: Path, names: tuple[str, ...]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a signed folder, None when it is not signed. Raises UserError where it is broken.
 
-    A result that was moved aside for a new one that is not in its place yet still counts (see heal).
+    An earlier result that was moved aside counts as long as the new one is not in place (see heal).
     """
     if not folder.exists():
         folder = _aside(folder)
@@ -160,12 +163,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"cannot read {folder / MANIFEST}: it is no manifest; delete {folder}")
+        raise UserError(f"cannot read {folder / MANIFEST}: it is not a manifest; delete {folder}")
     return manifest
 
 
 def require_manifest(folder: Path) -> dict[str, Any]:
-    """As read_manifest; raises UserError where the folder is not signed."""
+    """As read_manifest, but raises UserError where the folder is not signed."""
     if (manifest := read_manifest(folder)) is None:
         raise UserError(f"{folder} is not signed; run the stage that makes it again")
     return manifest
@@ -174,7 +177,7 @@ def require_manifest(folder: Path) -> dict[str, Any]:
 def damage(folder: Path, share: Callable[[list[str]], list[str]] = lambda names: names) -> str | None:
     """What is wrong with a signed folder's files (one line), None when each has its recorded digest.
 
-    `share` picks the files to look at, for ranks that divide the work.
+    `share` picks the files to check, for ranks that divide the work.
     """
     try:
         manifest = read_manifest(folder)
@@ -182,9 +185,9 @@ def damage(folder: Path, share: Callable[[list[str]], list[str]] = lambda names:
         return str(error)
     if manifest is None:
         return f"{folder} is not signed"
-    recorded, found = manifest["files"], set(_files(folder))
+    recorded, present = manifest["files"], set(_files(folder))
     for name in share(sorted(recorded)):
-        if name not in found:
+        if name not in present:
             return f"{folder / name} is missing"
         if recorded[name] != digest_file(folder / name):
             return f"{folder / name} is not the file that was signed"

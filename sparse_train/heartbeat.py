@@ -1,12 +1,12 @@
-"""Notice ranks that fall silent; without this the others would wait for them in a collective, perhaps for ever.
+"""Detect ranks that stop responding; without this the others might wait for them in a collective for ever.
 
-Each rank sends heartbeats to a key-value store on rank 0, from a thread of its own. Rank 0 names the ranks whose last
+Each rank sends heartbeats to a key-value store on rank 0, from a separate thread. Rank 0 names the ranks whose last
 heartbeat is too old; the others notice when rank 0 no longer answers. Each rank then ends its own process from that
 thread, because its main thread may be stuck in the collective.
 
-A rank whose main thread hangs still sends heartbeats, and the collective of the others times out without saying whose
-fault it is. So a heartbeat carries the line that the main thread is at, and rank 0 logs those of all ranks when its own
-main thread makes no progress.
+A rank whose main thread hangs still sends heartbeats, and the collective of the others times out without naming the
+rank. So a heartbeat carries the line that the main thread is at, and rank 0 logs the lines of all ranks when its main
+thread makes no progress.
 """
 
 import logging
@@ -40,13 +40,12 @@ class _Beat:
 class Heartbeat:
     """Sends and watches heartbeats from construction until stop().
 
-    `stall`: on rank 0, the text that it has logged since its main thread stays in one place, for silence_s or longer;
-    empty while it moves.
+    `stall`: on rank 0, the text logged when its main thread has made no progress for silence_s; empty while it does.
     """
 
     def __init__(self, host: str, address: str, silence_s: float, on_silence: Callable[[str], None]):
-        """Collective. `host`: this rank's, for messages; `address`: rank 0's; `on_silence(text)` is called from a
-        thread and should not return."""
+        """Collective. `host`: this rank's, for messages. `address`: rank 0's. `silence_s`: seconds without a heartbeat
+        after which a rank counts as silent. `on_silence(text)` is called from a thread and should not return."""
         self._rank, self._silence_s, self._on_silence = dist.rank(), silence_s, on_silence
         self._hosts = dist.gather_objects(host)
         self._interval_s = min(5.0, silence_s / 6)
@@ -59,16 +58,16 @@ class Heartbeat:
             threading.Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
-        """Before the process group is closed, and when every rank is past its last collective."""
+        """Call it before the process group is closed, once every rank is past its last collective."""
         self._stopped.set()
 
     def announce(self, event: str) -> None:
-        """Let the ranks that wait_for(event) continue."""
+        """Release the ranks that wait_for(event)."""
         self._store.set(event, "")
 
     def wait_for(self, event: str) -> None:
-        """Until another rank announces it, however long that takes: unlike a collective, this wait has no timeout and
-        is ended by silence alone."""
+        """Wait until another rank announces `event`. Unlike a collective this has no timeout: only a silent rank ends
+        it."""
         while not self._store.check([event]):
             time.sleep(min(1.0, self._interval_s))
 

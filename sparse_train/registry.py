@@ -1,12 +1,12 @@
-"""What can be added to, one line each: the tables that config, help, errors and docs read.
+"""The tables of what can be added, one line per entry: config, help, errors and docs read them.
 
-A package outside adds an entry by an entry point, and needs no change here:
+Another package adds an entry by an entry point, and needs no change here:
 
     [project.entry-points."sparse_train.pruners"]
     mine = "my_package.pruning:Mine"
 
-Nothing is imported until an entry is used, so that commands which only look at runs stay light. What must be known
-before that stands in the line itself; an entry point gets the defaults.
+Nothing is imported until an entry is used, so that commands which only read runs start fast. Facts that are needed
+before the import are fields of the entry; those of an entry point have their defaults.
 """
 
 import functools
@@ -32,32 +32,32 @@ E = TypeVar("E", bound=Entry)
 
 
 class Registry(Generic[E]):
-    """Entries of one kind by name. `group` is that of the entry points."""
+    """Entries of one kind by name. `group` is the group of the entry points."""
 
     def __init__(self, kind: str, group: str, make_entry: type[E], entries: Mapping[str, E]):
         self.kind, self.group = kind, group
-        self._make_entry, self._own = make_entry, dict(entries)
+        self._make_entry, self._built_in = make_entry, dict(entries)
 
     @functools.cached_property
     def entries(self) -> Mapping[str, E]:
         """Ours, then those of other packages. Raises UserError where one of theirs takes a name that is in use."""
-        found = dict(self._own)
+        entries = dict(self._built_in)
         for point in entry_points(group=self.group):
-            if point.name in found:
+            if point.name in entries:
                 raise UserError(f"{_origin(point)} adds a {self.kind} called {point.name}, which is in use; uninstall "
                                 "it, or rename its entry point")
-            found[point.name] = self._make_entry(point.value)
-        return found
+            entries[point.name] = self._make_entry(point.value)
+        return entries
 
     def check(self, name: str) -> str:
-        """`name`, for validators of the config. Raises ValueError for one that is not registered."""
+        """`name` itself, for validators of the config. Raises ValueError where it is not registered."""
         if name not in self.entries:
             raise ValueError(f"there is no {self.kind} {name}; choose from: {', '.join(self.entries)}")
         return name
 
     def load(self, name: str) -> Any:
-        """What the entry's target names. Raises UserError where an optional dependency is missing, or an entry of
-        another package cannot be imported."""
+        """Import the entry's target. Raises UserError where an optional dependency is missing, or where the entry is of
+        another package and cannot be imported."""
         target, extra = self.entries[name].target, self.entries[name].extra
         if extra is not None:
             require(extra)
@@ -65,9 +65,9 @@ class Registry(Generic[E]):
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            if name in self._own:
+            if name in self._built_in:
                 raise
-            raise UserError(f"the {self.kind} {name} ({target}) cannot be imported: {error}; mend or uninstall its "
+            raise UserError(f"the {self.kind} {name} ({target}) cannot be imported: {error}; fix or uninstall its "
                             "package") from error
 
 
@@ -77,7 +77,7 @@ def _origin(point: EntryPoint) -> str:
 
 @dataclass(frozen=True)
 class FamilyEntry(Entry):
-    """An architecture, under transformers' model_type; a variant that shares one has a name of its own."""
+    """An architecture, named by transformers' model_type; variants that share a model_type have separate names."""
     task: str = "arithmetic"
     """The generated task of a run whose config names none."""
     has_kv_heads: bool = False
@@ -106,15 +106,15 @@ FAMILIES = Registry("family", "sparse_train.families", FamilyEntry, {
 @dataclass(frozen=True)
 class TaskEntry(Entry):
     reads_both_splits: bool = True
-    """Its training examples depend on task.test_split too, such as where data without a test split is divided by us."""
+    """Whether its training examples depend on task.test_split too, as where we divide data that has no test split."""
 
 
 TASKS = Registry("task", "sparse_train.tasks", TaskEntry, {
-    # Generated, and in need of no data.
+    # Generated; these need no data.
     "arithmetic": TaskEntry("sparse_train.tasks.arithmetic:Arithmetic", reads_both_splits=False),
     "numbers": TaskEntry("sparse_train.tasks.numbers:Numbers", "translation", reads_both_splits=False),
     "dialtones": TaskEntry("sparse_train.tasks.dialtones:DialTones", "speech", reads_both_splits=False),
-    # From task.path.
+    # Read from task.path.
     "gsm8k": TaskEntry("sparse_train.tasks.gsm8k:Gsm8k", reads_both_splits=False),
     "translation": TaskEntry("sparse_train.tasks.translation:Translation", "translation"),
     "speech": TaskEntry("sparse_train.tasks.speech:Speech", "speech", reads_both_splits=False),
@@ -126,15 +126,15 @@ TASKS = Registry("task", "sparse_train.tasks", TaskEntry, {
 KERNELS = Registry("kernel", "sparse_train.kernels", Entry, {
     "cpu": Entry("sparse_train.kernels.native:KERNELS"),
 })
-"""By the type of the device. The CPU's instruction sets are lines of kernels/csrc/tiers.h."""
+"""By the device's type. The CPU's instruction sets are lines of kernels/csrc/tiers.h."""
 
 
 @dataclass(frozen=True)
 class PrunerEntry(Entry):
     calibrates: bool = True
-    """It reads training examples: what each linear multiplies decides what is pruned."""
+    """Whether it reads training examples, to prune by the inputs of each linear."""
     keys: tuple[str, ...] = ()
-    """Keys of `prune` that only this method reads; those of other packages have prune.options."""
+    """Keys of `prune` that only this method reads; methods of other packages read prune.options."""
 
 
 PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
@@ -149,7 +149,7 @@ PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
 class LossTermEntry(Entry):
     needs_teacher: bool = True
     parts_key: str | None = None
-    """The parts of a term that has several are logged under this key, by their index."""
+    """A term that has several parts logs them under this key, by their index."""
 
 
 LOSS_TERMS = Registry("loss term", "sparse_train.loss_terms", LossTermEntry, {
@@ -157,5 +157,5 @@ LOSS_TERMS = Registry("loss term", "sparse_train.loss_terms", LossTermEntry, {
     "logit": LossTermEntry("sparse_train.training.terms.logit:LogitTerm"),
     "feature": LossTermEntry("sparse_train.training.terms.feature:FeatureTerm", parts_key="squarehead"),
 })
-"""finetune.losses.NAME: these by NAME_weight, those of other packages by terms.NAME. The target is a subclass of
+"""finetune.losses.LOSS: NAME_weight for these, terms.NAME for those of other packages. The target is a subclass of
 sparse_train.training.terms.LossTerm."""

@@ -2,9 +2,9 @@
 
     RUN/STAGE/metrics.jsonl      one line per logged step
     RUN/STAGE/wandb-id           drawn once; kept beside the checkpoints, so that every attempt continues the same run
-    RUN/wandb/                   what wandb writes; RUN's name is the group, the stage's kind the job type
+    RUN/wandb/                   wandb's files; RUN's name is the group, the stage's kind the job type
 
-wandb's own step cannot go back, which that of a resumed training does, so each curve has our global_step as its axis.
+wandb's step counter cannot go back, as a resumed training does, so the axis of each curve is our global_step.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ _LOG_INTERVAL_S = 10  # between lines of progress in the log
 class Tracker:
     """Appends one line per logged step to `folder`/metrics.jsonl, and sends it to wandb when that is configured.
 
-    `stage` is its id in the run whose folder is `run`, `kind` what it does. When wandb fails, one warning is
+    `stage` is its id in the run whose folder is `run`; `kind` is the stage's kind. When wandb fails, one warning is
     logged and training continues without it.
     """
 
@@ -44,14 +44,14 @@ class Tracker:
         self._wandb = _WandbRun(folder, run, stage, kind, config, wandb) if wandb else None
 
     def rewind(self, step: int) -> None:
-        """Drop lines after `step`: a resumed job writes them again."""
+        """Drop the lines after `step`, which a resumed job writes again."""
         self._file.close()
         lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a killed job may have written half a line
                 if parse_json(line)["step"] <= step:
                     lines.append(line + "\n")
-        # A new file, not a shorter one: on a node that was cut off, the last attempt may still append to its own.
+        # A new file, not a truncated one: an attempt on a node that was cut off may still append to the old one.
         write_text(self.path, "".join(lines))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -112,7 +112,7 @@ class _WandbRun:
                 self._run.log({file.stem: Image(str(file))})
 
     def close(self) -> None:
-        """Waits for wandb, but not for long: a job that stops for its time limit has little time left."""
+        """Wait for wandb to finish, but not long: a job that stops for its time limit has little time."""
         if self._run:
             thread = threading.Thread(target=self._finish, args=(self._run,), daemon=True)
             thread.start()
@@ -123,11 +123,11 @@ class _WandbRun:
             run.finish()
 
     @contextlib.contextmanager
-    def _disabled_by_errors(self):
+    def _disabled_by_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            log.warning("wandb failed and is left out from here on: %s", error)
+            log.warning("wandb failed and is disabled from here on: %s", error)
             self._run = None
 
 
@@ -163,8 +163,8 @@ def _flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Progress:
-    """`progress(done, total, note)` for long work; the latest state is written to `path` for `status`, and now and then
-    to the log.
+    """`progress(done, total, note)` for long work: writes the latest state to `path` for `status`, at most once per
+    `seconds_between`, and to the log every 10 s.
 
     `require_newest_attempt` is called before each write; it raises when this process must not write any more.
     """

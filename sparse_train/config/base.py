@@ -1,6 +1,6 @@
-"""What all sections of a config share: frozen, closed models; a key means what stands under it.
+"""The base class of the config's sections, and types that several of them use.
 
-Closed means that an unknown key is a mistake.
+Sections are frozen, and closed: an unknown key is a mistake. The text below a key is its documentation.
 """
 
 import os
@@ -13,13 +13,13 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 def _absolute(path: str) -> str:
-    """A run is looked at, and goes on, from other folders than the one it was begun in."""
-    found = os.path.expanduser(path)
-    return os.path.abspath(found) if os.path.exists(found) else path
+    """Absolute where it exists, since a run may be resumed and inspected from other working directories."""
+    expanded = os.path.expanduser(path)
+    return os.path.abspath(expanded) if os.path.exists(expanded) else path
 
 
 Location = Annotated[str, AfterValidator(_absolute)]
-"""Of a file or folder, where there is one of that name, else on the hub."""
+"""A file or folder where one of that name exists, else a name on the hub."""
 
 
 class Section(BaseModel):

@@ -1,8 +1,8 @@
-"""A run: all of its sections, and the stages that have no room of their own: evaluate, compress, benchmark."""
+"""A run: all of its sections, with those of evaluate, compress, benchmark and tracking."""
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,21 +22,21 @@ class FinetuneConfig(TrainConfig):
 
     @field_validator("losses")
     @classmethod
-    def _at_least_one(cls, losses):
+    def _at_least_one(cls, losses: dict[str, LossConfig]) -> dict[str, LossConfig]:
         if not losses:
             raise ValueError("losses is empty; name at least one, such as squarehead: {feature_weight: 1}")
         for name in losses:
             if not re.fullmatch("[a-z0-9_][a-z0-9_-]{0,99}", name):
                 raise ValueError(f"a loss is called {name!r}; take small letters, digits, _ and -, such as squarehead")
-        taken = {"dense", "prune", "one-shot"} & set(losses)
-        if taken:
-            raise ValueError(f"a loss cannot be called {min(taken)}, which the report calls another model")
+        reserved = {"dense", "prune", "one-shot"} & set(losses)
+        if reserved:
+            raise ValueError(f"a loss cannot be called {min(reserved)}, which the report calls another model")
         return losses
 
 
 class EvaluateConfig(Section):
     num_examples: Positive = 200
-    """Test examples that are generated for and scored."""
+    """Test examples that the model answers and that are scored."""
     batch_size: Positive = 50
     max_new_tokens: Positive = 256
     num_beams: Positive = 1
@@ -52,16 +52,16 @@ class CompressConfig(Section):
 
 class BenchmarkConfig(Section):
     devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu",)
-    """One benchmark stage each; on a cluster each can have a place of its own."""
+    """One benchmark stage each; a cluster file can give each its own nodes."""
     repeats: Positive = 20
     new_tokens: Positive = 64
     """Tokens decoded per measurement of tokens/s."""
     reference_layers: Literal["mpt-7b", "none"] = "mpt-7b"
-    """The linears of one block of this model are timed beside the run's own."""
+    """A model; the linears of one of its blocks are timed beside those of the run."""
 
     @field_validator("devices")
     @classmethod
-    def _devices_differ(cls, devices):
+    def _devices_differ(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
         if not devices or len(set(devices)) < len(devices):
             raise ValueError(f"devices={list(devices)}: name cpu, gpu or both, each once")
         return devices
@@ -75,14 +75,14 @@ class WandbConfig(Section):
 
 class TrackingConfig(Section):
     wandb: WandbConfig | None = None
-    """metrics.jsonl is always written; wandb when this is set, and training goes on if it fails."""
+    """Also send metrics to wandb, beside metrics.jsonl; training continues if wandb fails."""
 
 
 class RunConfig(Section):
     name: str = "run"
     about: str = ""
-    """What the reader of the run's results should know; printed with them. It is true of this file's run: a file that
-    extends this one does not have it, nor a run with overrides, but for name and folder."""
+    """A remark for readers of the results, printed with them. It describes the run of this file alone: a file that
+    extends this one drops it, and so does an override of any key but name and folder."""
     folder: str = "runs"
     """The run's files go to folder/name."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
@@ -96,45 +96,45 @@ class RunConfig(Section):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     tracking: TrackingConfig = TrackingConfig()
     sweep: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
-    """Dotted keys and the values that each takes. A run does every combination, in folders below the run's, and trains
-    the dense model once for those that agree on it."""
+    """Dotted keys, each with its values. Every combination runs, in a folder below the run's; those with the same dense
+    settings share one dense model."""
 
     @model_validator(mode="before")
     @classmethod
-    def _task_of_the_family(cls, given):
-        model, task = (given.get(key, {}) for key in ("model", "task")) if isinstance(given, dict) else (None, None)
+    def _task_of_the_family(cls, tree: Any) -> Any:
+        model, task = (tree.get(key, {}) for key in ("model", "task")) if isinstance(tree, dict) else (None, None)
         if isinstance(model, dict) and isinstance(task, dict) and "name" not in task:
             family = FAMILIES.entries.get(str(model.get("family")))
             if family is not None:
-                return {**given, "task": {**task, "name": family.task}}
-        return given
+                return {**tree, "task": {**task, "name": family.task}}
+        return tree
 
     @field_validator("name")
     @classmethod
-    def _names_a_folder(cls, name):
+    def _names_a_folder(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
             raise ValueError(f"name={name}: a run's name is letters, digits, . _ and -, at most 100, and begins with "
                              "neither . nor -, such as my-run")
         return name
 
     @model_validator(mode="after")
-    def _one_loss_is_compressed(self):
-        names, chosen = ", ".join(self.finetune.losses), self.compress.loss
-        if chosen is None and len(self.finetune.losses) > 1:
-            raise ValueError(f"compress.loss is missing: finetune.losses has {names}; give the one whose model is "
-                             f"compressed, such as compress.loss={list(self.finetune.losses)[-1]}")
-        if chosen is not None and chosen not in self.finetune.losses:
-            raise ValueError(f"compress.loss={chosen} is none of finetune.losses: {names}; give the one whose model is "
-                             f"compressed, such as compress.loss={list(self.finetune.losses)[-1]}")
+    def _one_loss_is_compressed(self) -> Self:
+        losses, chosen = list(self.finetune.losses), self.compress.loss
+        remedy = f"give the one whose model is compressed, such as compress.loss={losses[-1]}"
+        if chosen is None and len(losses) > 1:
+            raise ValueError(f"compress.loss is missing: finetune.losses has {', '.join(losses)}; {remedy}")
+        if chosen is not None and chosen not in losses:
+            raise ValueError(f"compress.loss={chosen} is none of finetune.losses: {', '.join(losses)}; {remedy}")
         return self
 
     @property
     def compressed_loss(self) -> str:
+        """The name in finetune.losses whose model is compressed."""
         return self.compress.loss or next(iter(self.finetune.losses))
 
     @field_validator("sweep")
     @classmethod
-    def _something_to_sweep(cls, sweep):
+    def _something_to_sweep(cls, sweep: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         for key, values in sweep.items():
             if not values:
                 raise ValueError(f"{key} has no value; list at least one, such as [1, 2]")
@@ -144,4 +144,5 @@ class RunConfig(Section):
 
     @property
     def path(self) -> Path:
+        """The run's folder."""
         return Path(self.folder) / self.name

@@ -1,7 +1,7 @@
-"""YAML as the core schema of version 1.2 has it: true and false alone are booleans, 1e-4 is a number, 2:4 is text.
+"""YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, 2:4 is text.
 
-PyYAML's own rules are those of 1.1, where no, off and 12:30:00 are something else than they look. A key that is given
-twice is a mistake. Aliases are refused: a few lines of them unfold into billions of nodes.
+PyYAML implements YAML 1.1, where no and off are booleans and 12:30:00 is a number. A duplicate key is a mistake.
+Aliases are refused, because a few lines of them can expand to billions of nodes.
 """
 
 import re
@@ -11,16 +11,16 @@ from typing import Any, cast
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
-_DEEPEST = 50
+_MAX_DEPTH = 50
 _TAG = "tag:yaml.org,2002:"
 
 
 class NotYaml(ValueError):
-    """What is wrong, in one line."""
+    """The text is not valid YAML; the message is one line."""
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as PyYAML declares it
     yaml_constructors = {_TAG + kind: SafeConstructor.yaml_constructors[_TAG + kind]  # noqa: RUF012
                          for kind in ("null", "bool", "str", "seq", "map")}
     _depth = 0
@@ -31,8 +31,8 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(None, None, f"aliases (*{event.anchor}) are not supported; give the value again, or "
                                    "share a file by `extends`", cast(Any, event.start_mark))
         self._depth += 1
-        if self._depth > _DEEPEST:
-            raise ConstructorError(None, None, f"it is nested more than {_DEEPEST} deep", event.start_mark)
+        if self._depth > _MAX_DEPTH:
+            raise ConstructorError(None, None, f"it is nested more than {_MAX_DEPTH} deep", event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -43,13 +43,13 @@ class _Loader(yaml.SafeLoader):
                 raise ConstructorError(None, None, "a key must be one word", key.start_mark)
         for name, times in Counter(key.value for key, _ in node.value).items():
             if times > 1:
-                again = [key.start_mark for key, _ in node.value if key.value == name][-1]
-                raise ConstructorError(None, None, f"the key {name} is given {times} times", again)
+                last_mark = [key.start_mark for key, _ in node.value if key.value == name][-1]
+                raise ConstructorError(None, None, f"the key {name} is given {times} times", last_mark)
         return super().construct_mapping(node, deep)
 
     def construct_text(self, node):
         text = self.construct_scalar(node)
-        text.encode()  # half of a character, "\\ud800", would fail only where it is written
+        text.encode()  # a lone surrogate, "\\ud800", would otherwise fail only when it is written
         return text
 
     def construct_tuple(self, node):
@@ -79,7 +79,7 @@ _Loader.add_constructor(None, cast(Any, SafeConstructor.construct_undefined))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text that either version would take for something else is quoted."""
+    """Quotes text that either version of YAML would read as something else."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [resolver for kind in (_Loader, yaml.SafeDumper) for resolver in
@@ -91,7 +91,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def read_yaml(text: str) -> Any:
-    """Its sequences are tuples, as in the schema. Raises NotYaml."""
+    """Parse `text`; sequences become tuples, as in the schema. Raises NotYaml."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -103,4 +103,5 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(data: Any) -> str:
+    """Plain data as YAML, with the keys in their order; read_yaml gives it back."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)

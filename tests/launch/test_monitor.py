@@ -156,7 +156,7 @@ def test_a_broken_stage_is_told_in_its_row(tmp_path):
     for progress in ("[]", '{"done": "1"}', "\0"):
         (logs / "progress.json").write_text(progress)
         states = _states(config)
-        assert states["dense"].startswith("cannot read") and "it is no manifest" in states["dense"]
+        assert states["dense"].startswith("cannot read") and "it is not a manifest" in states["dense"]
         assert states["finetune/ce"] == "not done yet"
     (logs / "job").write_text("7; rm -rf")
     with pytest.raises(UserError, match="not the number of a job"):
