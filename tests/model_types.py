@@ -193,17 +193,17 @@ DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 OLDER = "4.57.6"
 _HEAD = f"""# Types of models
 
-Written by `python -m tests.model_types`, and held by `tests/test_model_types.py` (`make test-slow`), from tiny models
-of every type that predicts text in transformers 5.23.
+Written by `python -m tests.model_types` from tiny models of every type that predicts text in transformers 5.23, and
+checked by `tests/test_model_types.py` (`make test-slow`).
 
-*works*: every parameter and buffer of a folder that save_pretrained wrote is read bit for bit as from_pretrained reads
-it; so are those of our sparse folder after pruning by magnitude; from_pretrained reads our dense export, which has the
-names that save_pretrained gives. A type that does not work is refused with the line shown, from its config and the
-names of its tensors alone.
-For a type outside the table of families, what is pruned is inferred and logged. Tasks feed text, and audio to Whisper.
+*works* means three things. Every parameter and buffer of a folder that save_pretrained wrote is read bit for bit as
+from_pretrained reads it. So are those of our sparse folder, after pruning by magnitude. And from_pretrained reads our
+dense export, whose tensors have the names that save_pretrained gives them. A type that does not work is refused with
+the line shown, from its config and the names of its tensors alone. For a type outside the table of families, the
+linears to prune are inferred and logged. Tasks give models text, and Whisper audio.
 
-The last column is what transformers {OLDER} makes of the dense export: *same* logits, type *not known*, *no* (an error,
-or other logits: read it with transformers 5), *-* (nothing to compare).
+The last column is what transformers {OLDER} does with the dense export: *same* logits, type *not known*, *no* (an
+error, or other logits: read it with transformers 5), *-* (nothing to compare).
 
 | type | here | transformers {OLDER} |
 |---|---|---|
