@@ -1,4 +1,9 @@
-"""One file per stage: config + finished artifacts -> a new artifact. What a stage shares with another is on disk.
+"""The work of each kind of stage, a file each. It reads the folders of finished stages and writes a new one.
 
     dense -> prune -> finetune/LOSS -> evaluate -> compress -> benchmark -> report
+
+    job.py      what every stage gets: config, inputs, the folder to write, progress, deadline
+    stage.py    a stage as data: its kind, its inputs, the keys of the config that its result depends on
+
+Stages share folders on disk and nothing in memory.
 """

@@ -1,4 +1,4 @@
-"""Train LLMs to be sparse, and run the sparse models. This package knows tensors, ranks and files, nothing of SLURM."""
+"""Train LLMs to be sparse, and run the sparse models. The library knows tensors, ranks and files, not SLURM."""
 
 import os
 import sys

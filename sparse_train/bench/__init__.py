@@ -1,4 +1,10 @@
-"""Measurements: interleaved timings, layers and decoding against dense torch and against the byte bound."""
+"""Timings, with the candidates in turns: layers, decoding, moves of weights, and training steps.
+
+    layers.py, decode.py   batch-1 products and tokens, compared with dense torch and with the memory's bandwidth
+    moves.py, train.py     expanding and compacting weights; a training step
+    gpu.py                 layers and decoding on a GPU
+    timing.py, tables.py, plots.py   the measurement itself, its tables and pictures
+"""
 
 from sparse_train.bench.decode import decode_rows
 from sparse_train.bench.layers import MPT_7B_BLOCK, layer_rows

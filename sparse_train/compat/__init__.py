@@ -1,1 +1,4 @@
-"""Private interfaces of the libraries that this package stands on, a file per library."""
+"""Private interfaces of DeepSpeed, transformers and submitit: a file per library, a function per interface.
+
+Each file says with which release it was tested. The tests tests/test_compat*.py fail when a release changes one.
+"""

@@ -1,4 +1,4 @@
-"""A trained sparse model made ready: quantised, stored sparse for our runtime, stored dense for everyone else's."""
+"""Finished models: quantised to INT8, exported sparse for this package's runtime, and dense for other software."""
 
 from sparse_train.compress.export import export_dense, export_sparse, unpruned_zeros
 from sparse_train.compress.quantise import quantise_rows

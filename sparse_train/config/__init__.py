@@ -1,13 +1,14 @@
-"""The config of a run: a file per section, read from YAML and overrides, with mistakes in one line.
+"""The config of a run: a file per section, read from YAML and overrides; each mistake is reported in one line.
 
-    base.py                             what all sections share
-    task.py model.py training.py pruning.py loss.py      one section each, for the room of that name
-    run.py                              the whole of it
-    load.py                             files, `extends` and key=value overrides -> a section
-    mistakes.py, yaml_core.py           a mistake as one line; YAML 1.2's core schema
-    options.py                          the settings that methods and tasks of other packages declare
+    base.py                      what all sections share
+    task.py, model.py, training.py, pruning.py, loss.py   sections, each read by the room of that name
+    run.py                       the other sections, and the whole config
+    load.py                      files, `extends` and key=value overrides -> a config
+    mistakes.py                  pydantic's errors in one line
+    yaml_core.py                 YAML 1.2's core schema
+    options.py                   settings that pruning methods and tasks declare themselves
 
-Nothing here loads torch: commands that only look at runs read configs too.
+Nothing here imports torch, because `status` and its kind read configs too.
 """
 
 from sparse_train.config.base import Positive, Section, Weight

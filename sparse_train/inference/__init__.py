@@ -1,4 +1,4 @@
-"""Compressed models that run on the CPU, through Hugging Face's `generate`."""
+"""Compressed models on the CPU, through Hugging Face's `generate`."""
 
 from sparse_train.inference.load import Runtime, load
 from sparse_train.inference.packed_linear import PackedLinear

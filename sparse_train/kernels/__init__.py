@@ -4,13 +4,13 @@
     linear                   training: x W^T with W expanded while it is multiplied
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32 or INT8
     PackedMatrix.matmul      prompts: the same for many x at once, by a dense product
-    read_bandwidth           what the memory gives, for the byte bound
-    backend, use_backend     which instructions run: avx512 (VBMI2, VNNI) or portable
-    PORTABLE_NOTE            the warning where the portable ones run
+    read_bandwidth           of the memory, in bytes per second, for the byte bound
+    backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI) or portable
+    PORTABLE_NOTE            the warning printed where the portable kernels run
 
-All are operators of torch (`ops.py`). Which kernels move a tensor depends on its device (`registry.KERNELS`) and dtype
-(`devices.py`); what none of them moves, the reference does. Those of the CPU are a table by instruction set
-(`csrc/tiers.h`).
+The products and moves are operators of torch (`ops.py`, `packed.py`). A tensor's device (the table KERNELS of
+sparse_train/registry.py) and dtype (`devices.py`) choose the kernels, and on the CPU the instruction set does
+(`csrc/tiers.h`). The reference takes over where no kernels fit.
 """
 
 from sparse_train.kernels.native import PORTABLE_NOTE, backend, backends, read_bandwidth, use_backend

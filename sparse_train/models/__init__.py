@@ -1,4 +1,13 @@
-"""Model families, and models as folders."""
+"""Models: their families, and reading and writing them as folders.
+
+    family.py, families/      what differs between architectures: blocks, prunable linears, attention
+    build.py                  new models
+    config.py, checkpoint.py  model folders: their config, their tensors
+    names.py, older.py        names of tensors and keys as transformers 5 and 4 store them
+    empty.py                  models without data
+    processor.py              tokenizer, feature extractor and numbers of positions (positions.py)
+    generation.py             the special tokens of a model
+"""
 
 from sparse_train.models.build import build_model, build_processor, describe
 from sparse_train.models.checkpoint import check_on_hub, fill, load_model, open_model, save_model

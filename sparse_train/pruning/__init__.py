@@ -1,10 +1,12 @@
-"""Pruning: which weights of a model survive, and what the survivors become.
+"""Pruning: which weights of a model survive, and their new values.
 
-    blockwise.py                        a model, block by block
-    layers.py                           which linears are pruned, and how far
-    pruner.py                           the interface of a method
-    magnitude.py sparsegpt.py wanda.py  a method each
-    pattern.py, statistics.py           what methods share: bits from scores; sums over calibration inputs
+    blockwise.py                          a model, block by block
+    layers.py                             which linears are pruned, and how far
+    pruner.py                             the interface of a method
+    magnitude.py, sparsegpt.py, wanda.py  a method each
+    pattern.py                            bits from scores
+    statistics.py                         sums over calibration inputs
+    parameters.py                         counts of parameters before and after pruning
 
 The methods are the table PRUNERS of sparse_train/registry.py.
 """

@@ -1,9 +1,9 @@
 """The sparse weight: its kept values and one bit per position.
 
-    BitmaskTensor   the pair itself, made by pruning, read by every later stage
-    SparseLinear    a linear layer that trains the values; sparsify / densify put it in and take it out
-    format          the pair in safetensors files; header checks all that a folder says of itself
-    save            a model's folder, also where Hugging Face's save_pretrained is asked for it
+    BitmaskTensor   values and bits as a tensor, made by pruning and read by every later stage
+    SparseLinear    a linear layer that trains the values; sparsify and densify exchange it with nn.Linear
+    format.py       values and bits in safetensors files; header.py checks what a folder says about itself
+    save.py         a model's folder, also when Hugging Face's save_pretrained writes it
 """
 
 from sparse_train.sparse.bitmask import BitmaskTensor

@@ -1,4 +1,14 @@
-"""Tasks: examples -> batches; predictions -> score."""
+"""Tasks: examples, batches of them, generated answers, scores.
+
+    task.py                                   the base class of tasks
+    arithmetic.py, numbers.py, dialtones.py   generated tasks (generated.py), which need no data
+    gsm8k.py, translation.py, speech.py, text.py   tasks that read files or the hub (read.py)
+    batch.py, selection.py                    batches; which examples fit a model
+    decoding.py                               generation
+    tokenizer.py                              tokenizers of new models
+
+The tasks are the table TASKS of sparse_train/registry.py.
+"""
 
 from sparse_train.config import TaskConfig
 from sparse_train.registry import TASKS

@@ -1,4 +1,4 @@
-"""The families of sparse_train.registry.FAMILIES, a file each for those that differ; others are inferred."""
+"""The families of sparse_train.registry.FAMILIES, a file per architecture; inferred.py is for all other models."""
 
 import functools
 

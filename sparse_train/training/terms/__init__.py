@@ -1,4 +1,4 @@
-"""The terms of a loss, a file each. sparse_train/registry.py lists them, sparse_train/training/losses.py sums them."""
+"""The terms of a loss, a file each. The table is LOSS_TERMS of sparse_train/registry.py; losses.py adds them up."""
 
 from sparse_train.training.terms.term import LossTerm, ModelOutputs, Ratio
 
