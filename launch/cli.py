@@ -1,4 +1,4 @@
-"""The command line: its parser, and what becomes one line and an exit code.
+"""The command line: its parser, its exit codes, and errors in one line.
 
 Exit codes: 0 done; 1 a stage failed (its log is named); 2 user error, in one line; 130 stopped by Ctrl-C or
 another signal.
@@ -30,7 +30,7 @@ from sparse_train.launch.submit.generate import add_generate
 def main(arguments: list[str] | None = None) -> int:
     try:
         try:
-            return _answer(arguments)
+            return _run_command(arguments)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -39,17 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _answer(arguments: list[str] | None) -> int:
-    """Every mistake of the user's and every path that cannot be used becomes one line here."""
+def _run_command(arguments: list[str] | None) -> int:
+    """Run the command and return its exit code. A UserError, and an error of a path, is printed in one line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII, a path that is not UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for a terminal of ASCII, or a path that is not UTF-8
     options = _parse(arguments)
     log.set_up_command_line(options.log_level)
     # Outside a terminal, 160 columns, so that tables are not wrapped.
     console = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
-    complaints = Console(stderr=True, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True)
     try:
         return options.command(options, console) or 0
     except StageFailed as error:
@@ -62,7 +62,7 @@ def _answer(arguments: list[str] | None) -> int:
         message, code = describe_error(error), 2
     except KeyboardInterrupt:
         return 130
-    complaints.print(f"sparse-train: {message}", style="red", markup=False, highlight=False)
+    errors.print(f"sparse-train: {message}", style="red", markup=False, highlight=False)
     return code
 
 
@@ -83,7 +83,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """A mistake is one line, not the usage."""
+        """Print the mistake in one line, without the usage."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 

@@ -18,18 +18,18 @@ from sparse_train.launch.run.lock import Launcher, find_launcher, other_host
 from sparse_train.launch.run.slurm_queue import read_jobs
 from sparse_train.launch.run.stages import build_stages
 from sparse_train.launch.worker.attempts import read_attempts
-from sparse_train.launch.worker.endings import STOP_PATIENCE_S, has_ending_since, read_ending, told_of_stop
+from sparse_train.launch.worker.endings import STOP_PATIENCE_S, describe_stop, has_ending_since, read_ending
 
 
 def add_cancel(commands: "argparse._SubParsersAction[Any]") -> None:
-    cancel = commands.add_parser("cancel", help="end a run's jobs; the same run command goes on from their state")
+    cancel = commands.add_parser("cancel", help="end a run's jobs; the same run command continues from their state")
     cancel.add_argument("run", type=Path, metavar="RUN")
     cancel.set_defaults(command=_cancel)
 
 
 def _cancel(options: argparse.Namespace, console: Console) -> int:
     folders = run_folders(options.run)
-    # A sweep's launcher holds the locks of the sweep's folder and of the run that it is at.
+    # The launcher of a sweep holds the locks of the sweep's folder and of the current run.
     launchers = {launcher: folder for folder in (options.run, *folders) if (launcher := find_launcher(folder))}
     ended = [_end_launcher(folder, launcher, console) for launcher, folder in launchers.items()]
     withdrawn = [stage for folder in folders for stage in slurm_queue.cancel(read_jobs(folder))]
@@ -42,7 +42,7 @@ def _cancel(options: argparse.Namespace, console: Console) -> int:
 
 
 def _require_not_elsewhere(run: Path, folders: list[Path]) -> None:
-    """Raises UserError where the launcher is on another machine, or `run` is no run."""
+    """Raises UserError where the launcher is on another machine, or `run` is not a run."""
     if folders == [run]:
         read_run(run)
     for host in filter(None, map(other_host, (run, *folders))):
@@ -50,7 +50,8 @@ def _require_not_elsewhere(run: Path, folders: list[Path]) -> None:
 
 
 def _end_launcher(folder: Path, launcher: Launcher, console: Console) -> bool:
-    """Ask the process that runs the stages of `folder` to end, wait for it, and print what became of its stage."""
+    """End the process that runs the stages of `folder`, wait for it, and print how its stage ended. False where it does
+    not end."""
     since, pid = time.time(), launcher.pid
     try:
         os.kill(pid, signal.SIGTERM)  # not SIGINT, which a process in a shell's background ignores
@@ -69,7 +70,7 @@ def _end_launcher(folder: Path, launcher: Launcher, console: Console) -> bool:
 
 
 def _describe_end(folder: Path, since: float) -> str:
-    """What became of the stage that ended after `since`, by its endings."""
+    """How the stage ended whose endings were written after `since`."""
     with contextlib.suppress(UserError):  # the folder of a sweep is not a run folder
         config = read_run(folder)
         for stage in build_stages(config):
@@ -77,5 +78,5 @@ def _describe_end(folder: Path, since: float) -> str:
             records = read_attempts(logs)
             if records and has_ending_since(logs, records[-1].attempt, since):
                 ending = read_ending(logs, records[-1].attempt, records[-1].ranks)
-                return f"ended: {told_of_stop(stage, ending)}"
-    return "ended; the same command goes on from what is finished"
+                return f"ended: {describe_stop(stage, ending)}"
+    return "ended; the same command continues after the finished stages"

@@ -1,4 +1,4 @@
-"""sparse-train logs: print what a rank of a stage wrote, and follow it."""
+"""sparse-train logs: print the output of a rank of a stage, and follow it."""
 
 import argparse
 import contextlib
@@ -20,15 +20,15 @@ from sparse_train.launch.run.slurm_queue import job_states, output_folder, read_
 from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker.endings import rank_log
 
-_POLL_S, _QUEUE_POLL_S = 0.5, 10.0  # between looks at the file, and questions to SLURM
+_POLL_S, _QUEUE_POLL_S = 0.5, 10.0  # between reads of the file, and queries of SLURM
 
 
 def add_logs(commands: "argparse._SubParsersAction[Any]") -> None:
-    logs = commands.add_parser("logs", help="what a stage printed")
+    logs = commands.add_parser("logs", help="the output of a stage")
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("stage", metavar="STAGE", help="such as finetune/squarehead")
     logs.add_argument("--rank", type=int, default=0, metavar="R")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on printing until the stage ends")
+    logs.add_argument("-f", "--follow", action="store_true", help="keep printing until the stage ends")
     logs.set_defaults(command=_logs)
 
 
@@ -39,44 +39,44 @@ def _logs(options: argparse.Namespace, console: Console) -> None:
     following = _Following(config, stage) if options.follow else None
     with open(file, errors="replace", encoding="utf-8") as lines:
         while True:
-            # Before reading: what is written until the end is still read.
-            at_work = following is not None and following.is_at_work()
+            # Before reading, so that the last lines are read as well.
+            running = following is not None and following.is_running()
             for line in lines:
                 sys.stdout.write(line)
             sys.stdout.flush()
-            if not at_work:
+            if not running:
                 return
             time.sleep(_POLL_S)
 
 
 class _Following:
-    """Whether a stage is still at work, without asking SLURM at each look."""
+    """Whether a stage still runs; SLURM is not queried each time."""
 
     def __init__(self, config: RunConfig, stage: Stage):
         self._config, self._stage = config, stage
-        # A result that --replace is to replace stays until the new one is there.
+        # With --replace the old result stays until the new one is complete.
         self._earlier = _signed_at(config, stage)
-        self._at_work = not plan_alone(stage, config).is_current
-        self._next_question = time.monotonic()
+        self._running = not plan_alone(stage, config).is_current
+        self._next_query = time.monotonic()
 
-    def is_at_work(self) -> bool:
-        if self._at_work and _signed_at(self._config, self._stage) not in (None, self._earlier):
-            self._at_work = False
-        elif self._at_work and time.monotonic() >= self._next_question:
-            self._at_work = _is_at_work(self._config, self._stage)
-            self._next_question = time.monotonic() + _QUEUE_POLL_S
-        return self._at_work
+    def is_running(self) -> bool:
+        if self._running and _signed_at(self._config, self._stage) not in (None, self._earlier):
+            self._running = False
+        elif self._running and time.monotonic() >= self._next_query:
+            self._running = _is_running(self._config, self._stage)
+            self._next_query = time.monotonic() + _QUEUE_POLL_S
+        return self._running
 
 
 def _signed_at(config: RunConfig, stage: Stage) -> int | None:
-    """In nanoseconds since the epoch; None where there is no result."""
+    """When the result was signed, in nanoseconds since the epoch; None where there is none."""
     with contextlib.suppress(OSError):
         return (config.path / stage.id / artifacts.DONE).stat().st_mtime_ns
     return None
 
 
 def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
-    """Of the newest job."""
+    """The output of a rank in the newest job. Raises UserError where there is none."""
     if job := read_jobs(config.path).get(stage.id):
         file = rank_log(output_folder(config, stage, job), job, rank)
         files = [file] if file.is_file() else []
@@ -87,6 +87,6 @@ def _log_file(config: RunConfig, stage: Stage, rank: int) -> Path:
     return files[-1]
 
 
-def _is_at_work(config: RunConfig, stage: Stage) -> bool:
+def _is_running(config: RunConfig, stage: Stage) -> bool:
     state = job_states(read_jobs(config.path)).get(stage.id)
     return state.is_active if state else find_launcher(config.path) is not None

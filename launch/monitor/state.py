@@ -1,4 +1,4 @@
-"""What the stages of a run are doing now, from its files and from SLURM's answers."""
+"""The state of each stage of a run, from its files and from SLURM."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run's files say of its stages."""
+    """What the files of a run say about its stages."""
 
     config: RunConfig
     planned: list[PlannedStage]
@@ -63,7 +63,7 @@ class RunFiles:
 
 
 def read_files(config: RunConfig) -> RunFiles:
-    """Raises UserError or OSError where the run cannot be read at all; of a broken stage, the reason is its error."""
+    """Raises UserError or OSError where the run cannot be read at all. The reason of a broken stage is its error."""
     names = ["dense"] if is_dense_of_sweep(config) else []
     try:
         planned = plan(config, names)
@@ -73,7 +73,7 @@ def read_files(config: RunConfig) -> RunFiles:
 
 
 def plan_alone(stage: Stage, config: RunConfig) -> PlannedStage:
-    """That of plan, also where this stage or another one is broken."""
+    """The stage as `plan` describes it, also where this stage or another one is broken."""
     try:
         return next(planned for planned in plan(config, [stage.id]) if planned.stage.id == stage.id)
     except (UserError, OSError) as error:
@@ -81,8 +81,8 @@ def plan_alone(stage: Stage, config: RunConfig) -> PlannedStage:
 
 
 def read_status(runs: Sequence[RunFiles], console: Console) -> list[list[StageStatus]]:
-    """The stages of each run. SLURM is asked once for all stages that are not done; where it does not answer, that is
-    printed, and the status comes from the files alone."""
+    """The stages of each run. SLURM is queried once for all stages that are not done; where it does not answer, that
+    is printed, and the status comes from the files alone."""
     jobs = {(index, planned.stage.id): run.jobs[planned.stage.id] for index, run in enumerate(runs)
             for planned in run.planned if not planned.is_current and planned.stage.id in run.jobs}
     try:
@@ -116,8 +116,8 @@ def _status_of_done(run: RunFiles, stage: Stage) -> StageStatus:
     manifest = artifacts.read_manifest(run.config.path / stage.id) or {}
     seconds, nodes = manifest.get("seconds"), manifest.get("nodes") or ()
     text = f"done in {seconds:.0f} s" if isinstance(seconds, int | float) else "done"
-    shown = ",".join(map(str, nodes[:2])) + (f" and {len(nodes) - 2} more" if len(nodes) > 2 else "")
-    return StageStatus(stage, State.DONE, text, run.jobs.get(stage.id, ""), shown, len(records))
+    node_names = ",".join(map(str, nodes[:2])) + (f" and {len(nodes) - 2} more" if len(nodes) > 2 else "")
+    return StageStatus(stage, State.DONE, text, run.jobs.get(stage.id, ""), node_names, len(records))
 
 
 def _status_of_stage(run: RunFiles, stage: Stage, reason: str, job: JobState | None,

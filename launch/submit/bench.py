@@ -1,4 +1,4 @@
-"""sparse-train bench: measurements that need no run. Each prints a table, and JSON as its last line."""
+"""sparse-train bench: measurements without a run. Each prints a table, and JSON as its last line."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
 
     train = kinds.add_parser("train", help="a training step: ours and the usual masked way, relative to dense")
     train.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
-    train.add_argument("--ranks", type=_positive, help="processes; the cluster file's number where not given")
+    train.add_argument("--ranks", type=_positive, help="number of processes (default: that of the cluster file)")
     train.add_argument("--sparsity", type=_sparsity, default=0.75)
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     train.add_argument("--d-model", type=_width, default=768, help="a multiple of 64")
@@ -49,14 +49,14 @@ def _sparsity(text: str) -> float:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def _width(text: str) -> int:
     value = _positive(text)
     if value % 64:
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 64")
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 64")
     return value
 
 
@@ -93,29 +93,29 @@ def _moves(options, console: Console) -> None:
 
 def _train(options, console: Console) -> int:
     from sparse_train.launch.run.cluster import load_cluster
-    from sparse_train.launch.submit.processes import free_port, start_processes, stop_processes, take_signals
+    from sparse_train.launch.submit.processes import free_port, handle_signals, start_processes, stop_processes
 
     cluster = load_cluster(options.on)
-    given = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
-                                                    "checkpointing", "repeats")}
-    take_signals()
+    measurement = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
+                                                          "checkpointing", "repeats")}
+    handle_signals()
     with tempfile.TemporaryDirectory() as logs:
-        job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, given, cluster,
+        job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, measurement, cluster,
                               free_port())
         try:
-            found = job.results()[0]
+            result = job.results()[0]
         except Exception as error:
             raise StageFailed(f"bench train failed: {str(error).strip().splitlines()[-1]}") from error
         except KeyboardInterrupt:
             stop_processes(job, 0)
             raise
     if not options.json:
-        _print_train(found, console)
-    print(json.dumps(found))
+        _print_train(result, console)
+    print(json.dumps(result))
     return 0
 
 
-def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
+def _train_rank(measurement: dict[str, Any], cluster, port: int) -> dict[str, Any]:
     from sparse_train import dist
     from sparse_train.bench.train import TrainBench, train_bench
     from sparse_train.launch.worker.process_info import current_process
@@ -123,29 +123,29 @@ def _train_rank(given: dict[str, Any], cluster, port: int) -> dict[str, Any]:
 
     heartbeat = join_ranks(current_process(), cluster, port)
     try:
-        return train_bench(TrainBench(**given))
+        return train_bench(TrainBench(**measurement))
     finally:
         heartbeat.stop()
         dist.stop()
 
 
-def _print_train(found: dict[str, Any], console: Console) -> None:
+def _print_train(result: dict[str, Any], console: Console) -> None:
     from sparse_train.bench.tables import print_measured, spread_cell
 
-    measured = found["measured"]
-    console.print(f"{found['ranks']} ranks on {found['device']}, ZeRO-3; relative to the dense step; "
+    measured = result["measured"]
+    console.print(f"{result['ranks']} ranks on {result['device']}, ZeRO-3; relative to the dense step; "
                   "arithmetic alone makes 1.333", highlight=False)
     rows = []
     for name, values in measured.items():
         seconds = values["seconds"]
-        step = found["step_time"].get(name, {"median": 1.0, "low": 1.0, "high": 1.0})
+        step = result["step_time"].get(name, {"median": 1.0, "low": 1.0, "high": 1.0})
         rows.append([name, f"{1e3 * seconds['median']:.0f}",
                      f"{step['median']:.2f} ({step['low']:.2f}-{step['high']:.2f})",
                      spread_cell(seconds["low"], seconds["median"], seconds["high"]),
                      *(f"{values[key] / 1e6:.0f} ({values[key] / measured['dense'][key]:.2f})"
                        for key in ("peak_memory", "traffic_bytes", "state_bytes"))])
     header = ("step", "ms", "time (quartiles)", "spread", "peak MB", "moved MB", "state MB per rank")
-    print_measured(console, header, rows, [found["backend"]])
+    print_measured(console, header, rows, [result["backend"]])
     groups = list(measured["dense"]["milliseconds_of"])
     print_table(console, ("where it goes, ms", *measured), [
         [group, *(f"{values['milliseconds_of'][group]:.0f}" for values in measured.values())] for group in groups])

@@ -1,4 +1,4 @@
-"""The `run` command: a recipe, its overrides and options -> stages on this machine, on SLURM, or a sweep of runs."""
+"""sparse-train run: read a recipe, its overrides and options, and run its stages here, on SLURM, or as a sweep."""
 
 import argparse
 
@@ -14,7 +14,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser(
         "run", help="run a recipe: dense, prune, finetune, evaluate, compress, benchmark, report",
         description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
-                    "training goes on from its newest checkpoint.")
+                    "training continues from its newest checkpoint.")
     run.add_argument("config", help="a YAML recipe, or the name of one of the package's, such as demo")
     run.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                      help="such as prune.sparsity=0.5, cluster.nodes=4")
@@ -23,7 +23,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--stages", default="", metavar="A,B", help="only these, such as prune,finetune")
     run.add_argument("--dry-run", action="store_true", help="check the config and print what would run")
     run.add_argument("--replace", action="store_true", help="do finished stages again whose config or inputs changed; "
-                     "the old result goes when the new one stands")
+                     "the old result is deleted when the new one is complete")
     run.add_argument("--prepare", action="store_true", help="write the run folder and start nothing; for "
                      "slurm/train.sbatch")
     run.set_defaults(command=_run)
@@ -32,16 +32,16 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace, console: Console) -> int:
     from sparse_train.config.load import load_points
     from sparse_train.launch.run.recipes import find_recipe
-    from sparse_train.launch.submit.processes import take_signals
+    from sparse_train.launch.submit.processes import handle_signals
 
     cluster_overrides = [text for text in options.overrides if text.startswith(UNDER)]
     run_overrides = [text for text in options.overrides if not text.startswith(UNDER)]
     points = load_points(find_recipe(options.config), run_overrides, {UNDER: ClusterConfig})
     cluster = load_cluster(options.on, cluster_overrides)
     if cluster.executor == "local":
-        cluster.visible_gpus(cluster.ranks)  # too many are refused now
+        cluster.visible_gpus(cluster.ranks)  # refuses too many before anything else is read
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
-    take_signals()
+    handle_signals()
     if options.prepare and options.dry_run:  # slurm/pipeline.sh would submit what the dry run prints
         raise UserError("--prepare writes the run folder, and --dry-run nothing; give one of them")
     if any(point for point, _ in points):

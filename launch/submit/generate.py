@@ -13,7 +13,7 @@ def add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     generate.add_argument("folder", metavar="FOLDER", help="or a name on the hub")  # a Path would drop the "./"
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, metavar="N",
-                          help="128 unless given, or as many as the model has positions for")
+                          help="default: 128, or as many as the model has positions for")
     generate.set_defaults(command=_generate)
 
 

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def take_signals() -> None:
-    """kill, a closing batch system and a terminal that goes away end a run as Ctrl-C does; without this its ranks would
-    be left behind. Only the first such signal counts: the ranks are given time to save."""
+def handle_signals() -> None:
+    """Make SIGTERM and SIGHUP end a run as Ctrl-C does; otherwise its ranks would go on running.
+
+    Only the first such signal counts: the ranks get time to save.
+    """
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
 
     def end(*_) -> None:
@@ -32,23 +34,23 @@ def take_signals() -> None:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number in numbers:  # nohup has SIGHUP ignored
+    for number in numbers:  # without SIGHUP under nohup, which ignores it
         signal.signal(number, end)
 
 
 def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function: Callable[..., Any],
                     *arguments: Any) -> "submitit.Job":
-    """`function(*arguments)` on as many processes of this machine as ranks."""
-    import submitit  # which looking at runs can do without
+    """Run `function(*arguments)` in `num_ranks` processes of this machine; their output is written to `logs`."""
+    import submitit  # slow to import
 
     log.info("starting %d processes, whose output is in %s", num_ranks, logs)
     executor = submitit.LocalExecutor(logs.absolute())
     executor.update_parameters(tasks_per_node=num_ranks, gpus_per_node=cluster.visible_gpus(num_ranks),
                                timeout_min=7 * 24 * 60, stderr_to_stdout=True)
-    # A terminal's Ctrl-C and its end reach the whole process group; the ranks must instead receive
-    # SIGTERM, which lets them save.
+    # Ctrl-C and the end of a terminal signal the whole process group. The ranks ignore both, and get SIGTERM, which
+    # lets them save.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    # Safe path: else a random.py in the folder that this was started in comes before Python's own.
+    # Without the safe path, a random.py in the current folder would be imported in place of Python's own.
     environment = {"PYTHONSAFEPATH": "1", **cluster.environment}
     earlier = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)
@@ -65,9 +67,9 @@ def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function
 
 
 def stop_processes(job: "submitit.Job", patience_s: float = STOP_PATIENCE_S) -> None:
-    """Let the ranks save; what still runs after the patience, or at a second Ctrl-C, is killed."""
+    """Let the ranks save. Kill those that still run after `patience_s`, or at a second Ctrl-C."""
     process = local_process(job)
-    everyone = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    ranks = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + patience_s
     try:
@@ -75,9 +77,9 @@ def stop_processes(job: "submitit.Job", patience_s: float = STOP_PATIENCE_S) -> 
             time.sleep(0.2)
     finally:
         process.kill()
-        for one in everyone:
+        for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                rank.kill()
 
 
 def free_port() -> int:

@@ -1,8 +1,7 @@
 """A run as SLURM jobs: one per stage, each after the stages that it reads; a sweep as arrays, a task per combination.
 
-submitit writes the batch files and starts the processes. What it does not do is decided here and in
-worker/requeue.py: its handlers save on one rank only, count short jobs as timed out, and take a node failure for the
-end.
+submitit writes the batch files and starts the processes. Its signal handlers are not used: they save on one rank only,
+count short jobs as timed out, and give up after a node failure. worker/requeue.py decides which jobs run again.
 """
 
 import contextlib
@@ -40,7 +39,7 @@ def submit(config: RunConfig, cluster: ClusterConfig, names: list[str], console:
     with _prepared(config.path, [(config, names)], cluster, dry_run, replace) as code:
         _submit_graph([config], cluster, names, console, dry_run, code)
     if not dry_run:
-        _tell_how_to_look(config.path, console)
+        _print_status_command(config.path, console)
 
 
 def prepare(config: RunConfig, cluster: ClusterConfig, names: list[str], replace: bool = False) -> None:
@@ -63,19 +62,19 @@ def submit_sweep(folder: Path, dense: Sequence[RunConfig], runs: Sequence[RunCon
 
     `names`: of their stages, or all. All are runs of the sweep in `folder`.
     """
-    given = [*((config, ["dense"]) for config in dense), *((config, names) for config in runs)]
-    with _prepared(folder, given, cluster, dry_run, replace) as code:
-        made = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
-        # Of several dense models one that fails shall not hold those who need another.
+    targets = [*((config, ["dense"]) for config in dense), *((config, names) for config in runs)]
+    with _prepared(folder, targets, cluster, dry_run, replace) as code:
+        dense_jobs = _submit_graph(dense, cluster, ["dense"], console, dry_run, code) if dense else []
+        # A dense model that fails must not stop the runs that read another one.
         kind = "afterok" if len(dense) == 1 else "afterany"
-        after = f"{kind}:{array_of(made[0]['dense'])}" if made and made[0] else ""
+        after = f"{kind}:{array_of(dense_jobs[0]['dense'])}" if dense_jobs and dense_jobs[0] else ""
         if runs:
             _submit_graph(runs, cluster, names, console, dry_run, code, after)
     if not dry_run:
-        _tell_how_to_look(folder, console)
+        _print_status_command(folder, console)
 
 
-def _tell_how_to_look(folder: Path, console: Console) -> None:
+def _print_status_command(folder: Path, console: Console) -> None:
     console.print(f"sparse-train status {shlex.quote(str(folder))} --watch", highlight=False, markup=False,
                   soft_wrap=True)
 
@@ -83,9 +82,10 @@ def _tell_how_to_look(folder: Path, console: Console) -> None:
 @contextlib.contextmanager
 def _prepared(folder: Path, runs: Sequence[tuple[RunConfig, list[str]]], cluster: ClusterConfig, dry_run: bool,
               replace: bool) -> Iterator[Path]:
-    """The code, whose place is given, and each run's config stand in `folder`; none of its jobs is active.
+    """Write the code and each run's config to `folder`, and hold its lock; the value is the folder of the code.
 
-    `runs`: with the stages of each that are asked for; `replace`: see check_replaced.
+    `runs`: each with the names of its selected stages; `replace`: see check_replaced. Raises UserError, such as where
+    jobs of the folder are in the queue.
     """
     if shutil.which("sbatch") is None:
         raise UserError("--on slurm: there is no sbatch here; run this on a login node of the cluster")
@@ -98,7 +98,7 @@ def _prepared(folder: Path, runs: Sequence[tuple[RunConfig, list[str]]], cluster
         return
     with locked(folder):
         require_idle(folder)
-        for config, names in runs:  # all of them before any is written
+        for config, names in runs:  # check all of them before writing any
             check_replaced([config], names, replace)
         freeze_code(folder)
         for config, names in runs:
@@ -109,9 +109,12 @@ def _prepared(folder: Path, runs: Sequence[tuple[RunConfig, list[str]]], cluster
 
 def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool,
                   code: Path, start_after: str = "") -> list[dict[str, str]]:
-    """stage -> job of each run. Stages without an input among them wait for `start_after`."""
+    """Submit the selected stages that are not current in one of the runs. Returns for each run stage -> job.
+
+    `start_after`: the dependency of stages that read no submitted one.
+    """
     to_run = [{planned.stage.id for planned in plan(config, names) if not planned.is_current} for config in runs]
-    made: list[dict[str, str]] = [{} for _ in runs]
+    jobs: list[dict[str, str]] = [{} for _ in runs]
     for stages in itertools.zip_longest(*(select(build_stages(config), names) for config in runs)):
         if len({stage and stage.id for stage in stages}) > 1:
             raise UserError("sweep: the combinations have different stages, so they cannot be arrays; sweep over keys "
@@ -120,7 +123,7 @@ def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list
         if not any(stage.id in todo for todo in to_run):
             console.print(f"{stage.id:<22} current", highlight=False, style="dim")
             continue
-        after = _dependency(stage, made) or start_after
+        after = _dependency(stage, jobs) or start_after
         executor = make_executor(stage, runs, cluster, code, after)
         if dry_run:
             console.print(f"{stage.id:<22} {after or 'at once'}", highlight=False, soft_wrap=True)
@@ -129,13 +132,13 @@ def _submit_graph(runs: Sequence[RunConfig], cluster: ClusterConfig, names: list
         else:
             ids = _submit(executor, stage, runs)
             console.print(f"{stage.id:<22} job {array_of(ids[0])} {after}", highlight=False, soft_wrap=True)
-        for config, own, job in zip(runs, made, ids, strict=True):
-            own[stage.id] = job
-            if not dry_run:  # at once: a submission that is cut off leaves no job unknown
+        for config, job_of_stage, job in zip(runs, jobs, ids, strict=True):
+            job_of_stage[stage.id] = job
+            if not dry_run:  # now: a submission that is cut off must leave no unknown job
                 note = log_folder(stage, config) / JOB_FILE
                 note.parent.mkdir(parents=True, exist_ok=True)
                 artifacts.write_text(note, job)
-    return made
+    return jobs
 
 
 def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfig, code: Path,
@@ -145,10 +148,10 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
     folder = root / "logs" / stage.id
     options = {key.replace("-", "_"): value for key, value in resources.options().items()}  # as submitit spells them
     options |= {"requeue": True, "kill-on-invalid-dep": "yes"}
-    # srun takes no --cpus-per-task over from sbatch since SLURM 22.05. A rank that is gone takes its step along.
+    # Since SLURM 22.05 srun does not inherit --cpus-per-task from sbatch. A rank that ends badly ends its step.
     cpus = [f"--cpus-per-task={resources.cpus_per_rank}"] if resources.cpus_per_rank else []
-    # Safe path: else the folder that the job was submitted from, perhaps the checkout, comes before the copy.
-    # 76: srun could not start the step, which is no error of the code's; launch.worker.requeue tells them apart.
+    # Without the safe path, the folder that the job was submitted from, perhaps the checkout, would precede the copy.
+    # 76: srun could not start the step. launch.worker.requeue tells this from an error of the code.
     exports = {"PYTHONSAFEPATH": "1", "SLURM_EXIT_ERROR": "76", "SLURM_EXIT_IMMEDIATE": "76", **cluster.environment}
     if len(runs) == 1:
         run = shlex.quote(str(root))
@@ -159,7 +162,7 @@ def make_executor(stage: Stage, runs: Sequence[RunConfig], cluster: ClusterConfi
         job_name=f"{root.name}/{stage.id}", time=None, wckey=None, dependency=after or None,
         signal_delay_s=cluster.warning_s, stderr_to_stdout=True, additional_parameters=options,
         srun_args=["--export=ALL", "--kill-on-bad-exit=1", *cpus],
-        # set +e: what follows a failed step decides whether it runs again.
+        # set +e: the lines after a failed step decide whether it runs again.
         setup=[*cluster.setup, "set +e", f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
                *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())],
         teardown=["code=$?", '[ "$code" -eq 0 ] && exit 0',
@@ -179,36 +182,36 @@ def _submit(executor: submitit.SlurmExecutor, stage: Stage, runs: Sequence[RunCo
     targets = [str(config.path.absolute()) for config in runs]
     try:
         if len(runs) == 1:
-            with _own_environment():
+            with _clean_environment():
                 return [executor.submit(process, targets[0], stage.id).job_id]
         executor.folder.mkdir(parents=True, exist_ok=True)
         artifacts.write_text(executor.folder / RUNS_FILE, "".join(f"{target}\n" for target in targets))
-        with _own_environment(), executor.batch():
+        with _clean_environment(), executor.batch():
             jobs = [executor.submit(process, target, stage.id) for target in targets]
         return [job.job_id for job in jobs]
     except submitit.core.utils.FailedJobError as error:
-        told = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
-        raise StageFailed(f"SLURM did not take stage {stage.id}: {told[0].strip()}; the jobs before it are submitted: "
-                          f"sparse-train cancel {shlex.quote(str(_root(runs)))} withdraws them") from error
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
+        raise StageFailed(f"SLURM did not accept stage {stage.id}: {lines[0].strip()}; the jobs before it are "
+                          f"submitted: sparse-train cancel {shlex.quote(str(_root(runs)))} withdraws them") from error
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
-    """Without what another job, from which this is submitted, or a shell's habit would put into the new ones."""
-    odd = ("SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_SIGNAL", "SBATCH_OPEN_MODE", "SBATCH_EXPORT")
+def _clean_environment() -> Iterator[None]:
+    """Hide the variables of a job that this runs in, and of the shell, which would change the submitted jobs."""
+    names = ("SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_SIGNAL", "SBATCH_OPEN_MODE", "SBATCH_EXPORT")
     hidden = {key: os.environ.pop(key) for key in list(os.environ)
-              if key in odd or (key.startswith(("SLURM_", "SUBMITIT_")) and key != "SLURM_CONF")}
+              if key in names or (key.startswith(("SLURM_", "SUBMITIT_")) and key != "SLURM_CONF")}
     try:
         yield
     finally:
         os.environ.update(hidden)
 
 
-def _dependency(stage: Stage, made: list[dict[str, str]]) -> str:
-    """afterok of the jobs that make its inputs; of an array, each task after the same task of theirs."""
-    jobs = list(dict.fromkeys(array_of(made[0][source.id]) for source in stage.inputs if source.id in made[0]))
-    kind = "afterok" if len(made) == 1 else "aftercorr"
-    return ",".join(f"{kind}:{job}" for job in jobs)
+def _dependency(stage: Stage, jobs: list[dict[str, str]]) -> str:
+    """The jobs of its inputs, all of which must succeed first; in an array, each task waits for its own run's."""
+    inputs = dict.fromkeys(array_of(jobs[0][source.id]) for source in stage.inputs if source.id in jobs[0])
+    kind = "afterok" if len(jobs) == 1 else "aftercorr"
+    return ",".join(f"{kind}:{job}" for job in inputs)
 
 
 def _indented(text: str) -> str:

@@ -1,7 +1,7 @@
-"""A sweep: the combinations of a recipe's `sweep`, run one after the other, and one table of their scores.
+"""A sweep: every combination of a recipe's `sweep` as a run, and one table of their scores.
 
     RUN/dense-KEY/dense     one dense model for all combinations that agree on how it is trained; it is their teacher
-    RUN/POINT/              a run of its own per combination
+    RUN/POINT/              the run of one combination
     RUN/sweep.json          one row per model of every combination: its keys, loss, sparsity and metrics
 """
 
@@ -34,11 +34,11 @@ Points = list[tuple[dict[str, Any], RunConfig]]
 @dataclass(frozen=True)
 class _Sweep:
     points: Points
-    """Each reads its shared dense model as an external one."""
+    """The combinations; each reads its shared dense model as an external one."""
     shared: dict[str, RunConfig]
     """Combination -> the run that makes its dense model."""
     runs: list[RunConfig]
-    """Those of the combinations; empty where only dense models are selected."""
+    """The runs of the combinations; empty where only dense models are selected."""
     names: list[str]
     """The selected stages of `runs`; empty for all."""
 
@@ -53,7 +53,7 @@ class _Sweep:
 
 def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console: Console, dry_run: bool,
               replace: bool = False) -> int:
-    """1 when a combination failed; the others are run all the same."""
+    """Run every combination, also after one has failed. Returns the exit code: 1 when one failed, else 0."""
     for _, config in points:
         _check(config, names, console, dry_run)
     sweep = _share_dense(points, names)
@@ -125,7 +125,7 @@ def _with_dense(config: RunConfig, dense: RunConfig | None) -> RunConfig:
 
 
 def print_collected(points: Points, console: Console) -> None:
-    """Write SWEEP/sweep.json and print it as a table: scores of the combinations that are evaluated by now."""
+    """Write SWEEP/sweep.json and print it as a table: the scores of the combinations evaluated so far."""
     table = []
     for point, config in points:
         evaluate = find_stage(config, Kind.EVALUATE)

@@ -1,8 +1,8 @@
-"""Attempts at a stage. All of it is files, readable from any node.
+"""Attempts at a stage, recorded in files that every node can read.
 
     RUN/logs/STAGE/attempts.jsonl    one AttemptRecord per line
-    RUN/logs/STAGE/attempt           JOB.RESTARTS of the newest; an older one that still runs somewhere must not write
-    RUN/logs/STAGE/requeues          JOB.RESTARTS of the attempts that requeue.py, not SLURM itself, has requeued
+    RUN/logs/STAGE/attempt           JOB.RESTARTS of the newest; an older one that still runs must not write
+    RUN/logs/STAGE/requeues          JOB.RESTARTS of the attempts that requeue.py requeued, rather than SLURM
 """
 
 import contextlib
@@ -38,12 +38,12 @@ class AttemptRecord(BaseModel):
 
 
 class Superseded(Exception):
-    """A newer attempt is at work on the stage; this one must not write any more."""
+    """A newer attempt works on the stage; this one must not write any more."""
 
 
 def begin(logs: Path, process: ProcessInfo, from_step: int) -> None:
-    """To be called by one rank, before any other writes."""
-    logs.mkdir(parents=True, exist_ok=True)  # missing where the job is a task of an array, which prints elsewhere
+    """Record the attempt. One rank calls this, before any of them writes anything else."""
+    logs.mkdir(parents=True, exist_ok=True)  # missing where the job is a task of an array, whose output is elsewhere
     artifacts.write_text(logs / "attempt", str(process.attempt))
     record = AttemptRecord(id=str(process.attempt), job=process.attempt.job, nodes=process.nodes,
                            ranks=process.num_ranks, from_step=from_step, started=time.time())
@@ -55,7 +55,7 @@ def read_attempts(logs: Path) -> list[AttemptRecord]:
     """Oldest first."""
     records, file = [], logs / "attempts.jsonl"
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):  # half a line, of a node that died
+        with contextlib.suppress(ValueError):  # half a line, where a node died
             records.append(AttemptRecord.model_validate_json(line))
     return records
 
@@ -64,7 +64,7 @@ def require_newest(logs: Path, attempt: Attempt) -> None:
     """Raises Superseded where another attempt has begun since."""
     newest = (logs / "attempt").read_text(encoding="utf-8")
     if newest != str(attempt):
-        raise Superseded(f"attempt {attempt} ends here: {newest} is at work on the stage")
+        raise Superseded(f"attempt {attempt} ends here: {newest} works on the stage")
 
 
 def note_requeue(logs: Path, attempt: Attempt) -> None:
@@ -74,14 +74,14 @@ def note_requeue(logs: Path, attempt: Attempt) -> None:
 
 
 def count_attempts(logs: Path, attempt: Attempt) -> int:
-    """Attempts of this job that came no further than this one's first step: this one, and those before it that noted a
-    requeue. SLURM's own requeues, of a preempted job or a lost node, are no fault of the job and do not count."""
+    """How many attempts of this job made no progress beyond the step that this one began at: this one, and the earlier
+    ones after which requeue.py requeued it. Requeues by SLURM, after a preemption or a lost node, do not count."""
     file = logs / "requeues"
     requeued = file.read_text(encoding="utf-8").split() if file.is_file() else []
     steps = {record.attempt: record.from_step for record in read_attempts(logs)}
     step, count = steps.get(attempt), 1
     for restarts in reversed(range(attempt.restarts)):
-        earlier = Attempt(attempt.job, restarts)  # without a step it ended before it began
+        earlier = Attempt(attempt.job, restarts)  # without a step where it ended before it began
         if step is not None and steps.get(earlier, step) != step:
             break
         step = steps.get(earlier, step)

@@ -1,4 +1,4 @@
-"""Exceptions of a stage as endings: whose fault it was, and whether another attempt may succeed."""
+"""Exceptions of a stage as endings, which say whose fault it was and whether another attempt may succeed."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ def run_to_ending(run_stage: Callable[[], None], rank: int, run: Path = Path()) 
         run_stage()
         return Ending("finished", rank=rank)
     except Stopped:
-        return Ending("stopped", "it was asked to stop, or its time ran out", rank)
+        return Ending("stopped", "it received a stop signal, or its time ran out", rank)
     except UserError as error:
         log.error("%s", error)
         return Ending("mistake", str(error), rank)

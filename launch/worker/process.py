@@ -1,4 +1,4 @@
-"""What each process of a stage runs: join the ranks, do the job, publish its folder on rank 0, write how it ended.
+"""The work of each process of a stage: join the ranks, do the job, publish its folder on rank 0, write how it ended.
 
     python -m sparse_train.launch.worker.process RUN STAGE     under srun; without it submitit calls work()
 """
@@ -40,7 +40,7 @@ _PUBLISHED = "published"
 def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
     """Run one stage of the run in `run_folder`; each rank calls this. Exits with the ending's code unless it is 0.
 
-    `port`: of the rendezvous; None takes the process's own.
+    `port`: of the rendezvous; None takes that of the attempt.
     """
     process = current_process()
     log.set_up_rank(process.rank)
@@ -49,17 +49,14 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
     stage = find_stage(config, stage_id)
     logs = log_folder(stage, config)
     for number in _STOP_SIGNALS:
-        # submitit's handlers would save on one rank only. Training installs its own later; while the ranks join, they
-        # wait in native code, where no Python handler would run.
+        # submitit's handlers would save on one rank only. Training installs its own later. Until then the ranks may
+        # wait for each other in native code, where no Python handler runs.
         signal.signal(number, signal.SIG_DFL if stage.is_distributed else _raise_stopped)
 
-    def run_stage() -> None:
-        reserve_ending(logs, process.attempt, process.rank)
-        _run_stage(process, config, cluster, stage, port or process.port)
-
-    ending = run_to_ending(run_stage, process.rank, config.path)
+    ending = run_to_ending(lambda: _run_stage(process, config, cluster, stage, port or process.port), process.rank,
+                           config.path)
     if ending is not None:
-        with contextlib.suppress(OSError):  # the disk is full; the exit code remains
+        with contextlib.suppress(OSError):  # a full disk; the exit code still says how it ended
             write_ending(logs, process.attempt, ending)
     status = ending.status if ending else "broken"
     if status != "finished":
@@ -71,7 +68,7 @@ def _raise_stopped(number: int, frame: object) -> None:
 
 
 def _exit(code: int) -> None:
-    """Not sys.exit: where a rank is gone, closing the process group may wait for it."""
+    """Like sys.exit, but without closing the process group, which may wait for a rank that has ended."""
     for stream in (sys.stderr, sys.stdout):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -79,9 +76,10 @@ def _exit(code: int) -> None:
 
 
 def _run_stage(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, stage: Stage, port: int) -> None:
-    if is_current(stage, config):  # a task of an array that another task needs, or requeued after it had finished
+    reserve_ending(log_folder(stage, config), process.attempt, process.rank)
+    if is_current(stage, config):  # a task of an array that runs for another task, or a job requeued after its end
         return
-    if process.rank == 0:  # before anything can fail, and before an attempt that still runs elsewhere writes more
+    if process.rank == 0:  # now, so that an attempt that still runs elsewhere writes no more
         attempts.begin(log_folder(stage, config), process,
                        checkpoint.newest_step(partial_folder(stage, config) / "checkpoints"))
     if stage.is_distributed:
@@ -104,7 +102,7 @@ def _run_on_ranks(process: ProcessInfo, config: RunConfig, cluster: ClusterConfi
     if process.rank == 0:
         _publish(process, config, stage, metrics, started)
         heartbeat.announce(_PUBLISHED)
-    else:  # reading a large model back and signing it takes rank 0 longer than a collective may wait
+    else:  # to read a large model back and sign it, rank 0 may take longer than a collective may wait
         heartbeat.wait_for(_PUBLISHED)
     dist.barrier()
     heartbeat.stop()
@@ -117,9 +115,9 @@ def _run_alone(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, 
     try:
         metrics = _run_job(process, config, stage, time_limit)
     except Stopped as stop:
-        # SLURM's warning may come a minute early. A preempted job is tried again, and has all of its time again.
+        # SLURM's warning may come a minute early. A preempted job is requeued with its full time limit.
         if stop.args == (signal.SIGUSR2,) and time_limit and time.time() > time_limit - cluster.warning_s - 60:
-            raise UserError(f"stage {stage.id} met its time limit and keeps no state to go on from; give it more: "
+            raise UserError(f"stage {stage.id} met its time limit and keeps no state to continue from; give it more: "
                             f"cluster.stages.{stage.kind}.time=...") from None
         raise
     _publish(process, config, stage, metrics, started)
@@ -145,7 +143,7 @@ def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, deadline_s: 
 
 def _publish(process: ProcessInfo, config: RunConfig, stage: Stage, metrics: dict[str, Any], started: float) -> None:
     attempts.require_newest(log_folder(stage, config), process.attempt)
-    for number in _STOP_SIGNALS:  # the stage is as good as done
+    for number in _STOP_SIGNALS:  # nothing but the signing is left
         signal.signal(number, signal.SIG_IGN)
     publish(stage, config, metrics, time.time() - started, process)
 

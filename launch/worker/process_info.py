@@ -1,7 +1,7 @@
-"""This process: its rank among how many, its node, and the attempt at the stage that it is part of.
+"""This process: its rank, the number of ranks, its node, and the attempt at the stage that it belongs to.
 
-On SLURM all of it comes from SLURM's own variables, on this machine from those that submitit sets; neither ssh nor a
-host file is needed.
+On SLURM all of this comes from SLURM's variables, on this machine from those that submitit sets; neither ssh nor a host
+file is needed.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from submitit import JobEnvironment
 
-_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range that systems hand out for outgoing connections (32768 ...)
+_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the ports of outgoing connections (32768 ...)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ProcessInfo:
 
     @property
     def port(self) -> int:
-        """Where the ranks meet on the first node. Each attempt has its own: the last one may still hold its port."""
+        """Of the rendezvous on the first node. Attempts have different ones: the last may still hold its port."""
         number = int(os.environ.get("SLURM_JOB_ID") or self.attempt.job) + 1_009 * self.attempt.restarts
         return _FIRST_PORT + number % _NUM_PORTS
 
@@ -59,7 +59,7 @@ def current_process() -> ProcessInfo:
 
 
 def current_attempt() -> Attempt:
-    # A local run may be started inside somebody's SLURM job, whose restarts are not its own.
+    # A local run may be started inside a SLURM job, whose restarts are not those of the run.
     restarts = os.environ.get("SLURM_RESTART_COUNT") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
     return Attempt(_environment().job_id, int(restarts or 0))
 

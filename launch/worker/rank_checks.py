@@ -69,12 +69,12 @@ def _this_rank(process: ProcessInfo) -> RankInfo:
                     uuid, free_gpu_memory)
 
 
-def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes that this job may still take on its node: what is free there, within the job's own limits."""
+def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this job may still take on its node: what is free there, within the job's limits."""
     bounds = [psutil.virtual_memory().available]
     if megabytes := int(os.environ.get("SLURM_MEM_PER_NODE") or 0):
         bounds.append(megabytes << 20)
-    for line in own.read_text(encoding="utf-8").splitlines():
+    for line in membership.read_text(encoding="utf-8").splitlines():
         _, kinds, name = line.split(":", 2)
         if kinds in ("", "memory"):  # of version 2 and 1
             bounds += _free_below_limits(cgroups / kinds, name.lstrip("/"), kinds)
@@ -124,15 +124,15 @@ def _require_sum() -> None:
 
 
 def _require_shared_folder(process: ProcessInfo, writers: list[int], run: Path, logs: Path) -> None:
-    """One rank of each node, a writer, leaves a file there, and must see those of the others. Collective."""
+    """One rank of each node, a writer, writes a file there, and must see those of the others. Collective."""
     folder = logs / f"preflight-{process.attempt}"
     is_writer = process.rank in writers
-    written = dist.gather_objects(_write_problem(process, folder, run) if is_writer else "")
-    _require_no_problem(written)
-    seen = dist.gather_objects(_read_problem(process, folder, run, writers) if is_writer else "")
+    write_problems = dist.gather_objects(_write_problem(process, folder, run) if is_writer else "")
+    _require_no_problem(write_problems)
+    read_problems = dist.gather_objects(_read_problem(process, folder, run, writers) if is_writer else "")
     if process.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    _require_no_problem(seen)
+    _require_no_problem(read_problems)
 
 
 def _write_problem(process: ProcessInfo, folder: Path, run: Path) -> str:

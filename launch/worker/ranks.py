@@ -1,4 +1,4 @@
-"""Join the ranks of a stage, and end this one when another falls silent."""
+"""Join the ranks of a stage, and end this process when another rank falls silent."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from sparse_train.launch.worker.endings import EXIT_CODES, Ending, write_ending
 from sparse_train.launch.worker.process_info import ProcessInfo
 
 log = logging.getLogger(__name__)
-_LAST_WORDS_S = 10
+_GIVE_UP_S = 10
 
 
 def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Heartbeat:
@@ -29,8 +29,8 @@ def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Pa
                timedelta(seconds=2 * cluster.silence_s))
 
     def give_up(silence: str) -> None:
-        # Storage may be unreachable too, so exit even if writing the ending blocks.
-        timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_CODES["lost"],))
+        # Storage may be unreachable too, so exit even where writing the ending blocks.
+        timer = threading.Timer(_GIVE_UP_S, os._exit, (EXIT_CODES["lost"],))
         timer.daemon = True
         timer.start()
         log.error("giving up: %s", silence)

@@ -3,9 +3,9 @@
     python -m sparse_train.launch.worker.requeue RUN STAGE CODE
 
 A training that was stopped, by a signal or its time limit, has saved its state and continues. A stage that lost a
-rank, or that was stopped and keeps no state, runs again while it gets further. A mistake in the recipe or an error in
-the code would only come again, so they are not requeued. SLURM itself requeues preempted jobs and those whose node
-failed.
+rank, or that was stopped and keeps no state, runs again as long as it makes progress. After a mistake in the recipe or
+an error in the code the job would only fail again, so it is not requeued. SLURM itself requeues preempted jobs and jobs
+whose node failed.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ from sparse_train.launch.worker.attempts import AttemptRecord
 from sparse_train.launch.worker.endings import EXIT_CODES, Ending, read_ending
 from sparse_train.launch.worker.process_info import Attempt, current_attempt
 
-_NUM_QUESTIONS = 12  # to a SLURM controller that does not answer
+_MAX_QUERIES = 12  # of a SLURM controller that does not answer
 
 
 def reason_to_run_again(run: Path, stage_id: str, attempt: Attempt, code: int) -> str | None:
@@ -37,29 +37,29 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: Attempt, code: int) -
     ending = _ending(logs, records, attempt, code)
     print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
     if ending.status == "stopped" and stage.is_distributed:
-        return "to go on from its state"
+        return "to continue from its state"
     if ending.status not in ("stopped", "lost"):
         return None
     count = attempts.count_attempts(logs, attempt)
     if count >= cluster.tries:
-        print(f"not requeued: {count} tries came no further; cluster.tries=N allows more", flush=True)
+        print(f"not requeued: {count} attempts made no progress; cluster.tries=N allows more", flush=True)
         return None
-    return f"after try {count} of {cluster.tries} from the same step"
+    return f"after attempt {count} of {cluster.tries} from the same step"
 
 
 def _successor(records: list[AttemptRecord], attempt: Attempt) -> str:
-    """What has taken over from this attempt, in a line; "" where nothing has."""
-    own = [record.attempt for record in records if record.job == attempt.job]
-    if own and records[-1].job != attempt.job:
-        return f"not requeued: job {records[-1].job} is at work on this stage"
-    if any(other.restarts > attempt.restarts for other in own):  # a node that was cut off has come back
+    """A line on the job or attempt that has replaced this attempt; "" where there is none."""
+    of_job = [record.attempt for record in records if record.job == attempt.job]
+    if of_job and records[-1].job != attempt.job:
+        return f"not requeued: job {records[-1].job} works on this stage"
+    if any(other.restarts > attempt.restarts for other in of_job):  # a node that was cut off has come back
         return "this job runs again already"
     return ""
 
 
 def _ending(logs: Path, records: list[AttemptRecord], attempt: Attempt, code: int) -> Ending:
-    if own := [record for record in records if record.attempt == attempt]:
-        return read_ending(logs, attempt, own[-1].ranks)
+    if matches := [record for record in records if record.attempt == attempt]:
+        return read_ending(logs, attempt, matches[-1].ranks)
     if code == EXIT_CODES["broken"]:  # such as a package that cannot be imported
         return Ending("broken", "ended before it began")
     if code == EXIT_CODES["mistake"]:  # such as a full disk
@@ -72,8 +72,8 @@ def main(run: str, stage_id: str, code: int) -> int:
     reason = reason_to_run_again(Path(run), stage_id, attempt, code)
     if reason is None:
         return code
-    job = attempt.job  # of an array its task: the bare number may be the whole array's
-    for _ in range(_NUM_QUESTIONS):
+    job = attempt.job  # in an array with its task: the number alone may mean the whole array
+    for _ in range(_MAX_QUERIES):
         squeue = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, encoding="utf-8",
                                 errors="replace")
         if squeue.returncode == 0:
@@ -82,7 +82,7 @@ def main(run: str, stage_id: str, code: int) -> int:
             print(f"requeued {reason}", flush=True)
             attempts.note_requeue(Path(run) / "logs" / stage_id, attempt)
             if subprocess.run(["scontrol", "requeue", job]).returncode == 0:
-                time.sleep(600)  # until SLURM ends this script; an exit now would race with it
+                time.sleep(600)  # until SLURM ends this script; to exit now would race with it
                 return code
         time.sleep(10)  # a controller that is busy or restarts
     return code

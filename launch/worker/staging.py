@@ -1,4 +1,4 @@
-"""The folder that a stage is written to, from its inputs to its publication under the stage's name."""
+"""The folder that a stage writes to: check its inputs, prepare it, and publish it under the stage's name."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ _SCRATCH = (artifacts.SOURCES, "checkpoints")
 
 
 def check_inputs(stage: Stage, config: RunConfig) -> None:
-    """The inputs are there and undamaged, and the folders to write are the stage's own. Raises UserError.
+    """Raises UserError unless the inputs are complete and undamaged and the folders to write are this stage's.
 
     Each rank reads its share of the files, so call it through dist.agree.
     """
@@ -24,7 +24,7 @@ def check_inputs(stage: Stage, config: RunConfig) -> None:
         artifacts.require_own(folder, stage.id)
     for path in (Path(source.external) for source in stage.inputs if source.external):
         if path.is_absolute() and not path.is_dir():
-            raise UserError(f"stage {stage.id} needs {path}, which is not there; run what makes it")
+            raise UserError(f"stage {stage.id} needs {path}, which does not exist; run what makes it")
     for source in stage.upstream:
         if damage := artifacts.damage(config.path / source.id, dist.share):
             raise UserError(f"stage {stage.id} needs {source.id}, but {damage}; run stage {source.id} "
@@ -32,7 +32,7 @@ def check_inputs(stage: Stage, config: RunConfig) -> None:
 
 
 def prepare_folder(stage: Stage, config: RunConfig) -> None:
-    """Keep what an earlier attempt with the same sources wrote, such as checkpoints; delete what others wrote."""
+    """Keep what an earlier attempt with the same sources wrote, such as checkpoints; delete everything else."""
     folder = partial_folder(stage, config)
     recorded = folder / artifacts.SOURCES
     if recorded.is_file() and not why_stale(artifacts.read_json(recorded), stage, config):
@@ -41,7 +41,7 @@ def prepare_folder(stage: Stage, config: RunConfig) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path != recorded:  # by which the folder is known as this stage's, should this be cut off here
+        elif path != recorded:  # it names the folder's stage; if this is cut off here, the next attempt needs it
             path.unlink()
     artifacts.write_json(recorded, sources(stage, config))
 

@@ -57,7 +57,7 @@ def test_an_older_attempt_must_not_write(tmp_path):
     attempts.begin(logs, _process("7.0"), 0)
     attempts.require_newest(logs, Attempt("7", 0))
     attempts.begin(logs, _process("7.1"), 20)
-    with pytest.raises(Superseded, match=r"7\.1 is at work"):
+    with pytest.raises(Superseded, match=r"7\.1 works"):
         attempts.require_newest(logs, Attempt("7", 0))
     assert [record.from_step for record in attempts.read_attempts(logs)] == [0, 20]
 
@@ -96,7 +96,7 @@ def test_requeues_of_slurm_itself_do_not_count(run):
     logs = run / "logs" / "dense"
     for restarts in range(4):
         attempts.begin(logs, _process(f"7.{restarts}", num_ranks=1), 0)
-    assert reason_to_run_again(run, "dense", Attempt("7", 3), 137) == "after try 1 of 2 from the same step"
+    assert reason_to_run_again(run, "dense", Attempt("7", 3), 137) == "after attempt 1 of 2 from the same step"
     attempts.note_requeue(logs, Attempt("7", 3))
     attempts.begin(logs, _process("7.4", num_ranks=1), 0)
     assert reason_to_run_again(run, "dense", Attempt("7", 4), 137) is None
@@ -110,7 +110,7 @@ def test_a_stopped_stage_without_state_has_so_many_attempts(run):
         write_ending(logs, attempt, Ending("stopped"))
         reasons.append(reason_to_run_again(run, "prune", attempt, 75))
         attempts.note_requeue(logs, attempt)
-    assert reasons == ["after try 1 of 2 from the same step", None]
+    assert reasons == ["after attempt 1 of 2 from the same step", None]
 
 
 def test_where_the_ranks_were_is_told_with_the_loss():
@@ -138,7 +138,7 @@ def test_two_jobs_on_one_stage_do_not_requeue_each_other(run, capsys):
     for job in (7, 8):
         attempts.begin(logs, _process(f"{job}.0", num_ranks=1), 0)
     assert reason_to_run_again(run, "dense", Attempt("7", 0), 1) is None
-    assert "job 8 is at work on this stage" in capsys.readouterr().out
+    assert "job 8 works on this stage" in capsys.readouterr().out
     assert reason_to_run_again(run, "dense", Attempt("8", 0), 137)
 
 
@@ -215,7 +215,7 @@ def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warn
 
 def test_the_dense_model_of_another_run_that_is_missing_is_named(tmp_path):
     config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'", "dense.path=/shared/swept/dense-1/dense"])
-    with pytest.raises(UserError, match="stage prune needs /shared/swept/dense-1/dense, which is not there"):
+    with pytest.raises(UserError, match="stage prune needs /shared/swept/dense-1/dense, which does not exist"):
         check_inputs(find_stage(config, "prune"), config)
 
 

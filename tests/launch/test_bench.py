@@ -32,7 +32,7 @@ def test_ours_holds_and_moves_less_than_the_masked_way():
 @pytest.mark.parametrize(("arguments", "told"), [
     (["layers", "--repeats", "0"], "--repeats"), (["moves", "--repeats", "-1"], "--repeats"),
     (["train", "--repeats", "many"], "--repeats"), (["train", "--ranks", "0"], "--ranks"),
-    (["train", "--d-model", "100"], "100 is no multiple of 64"), (["train", "--num-tokens", "1.5"], "--num-tokens"),
+    (["train", "--d-model", "100"], "100 is not a multiple of 64"), (["train", "--num-tokens", "1.5"], "--num-tokens"),
     (["layers", "--sparsity", "nan"], "outside [0, 1)")])
 def test_numbers_that_leave_nothing_to_measure_are_refused(arguments, told, capsys):
     with pytest.raises(SystemExit) as stop:

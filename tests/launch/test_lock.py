@@ -1,4 +1,4 @@
-"""Which process is at work on a run, and that folders are refused in which its logs would not be found."""
+"""Which process works on a run, and that folders are refused in which its logs would not be found."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ def test_the_launcher_is_told_by_its_pid_and_start(tmp_path):
     assert find_launcher(tmp_path) is None
     with locked(tmp_path):
         assert find_launcher(tmp_path).pid == os.getpid()
-    assert find_launcher(tmp_path) is None, "a sweep's launcher goes on with another run"
+    assert find_launcher(tmp_path) is None, "a sweep's launcher continues with another run"
 
 
 @pytest.mark.parametrize("noted", ["HOST 1 STARTED", "HOST PID 1", "elsewhere PID STARTED", "HOST PID", "", "\0"])
@@ -66,7 +66,7 @@ def handlers():
 
 
 def test_the_first_of_several_signals_ends_a_run(handlers):
-    processes.take_signals()
+    processes.handle_signals()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGHUP)
     for number in (signal.SIGHUP, signal.SIGTERM):  # the shell's, then the kernel's, then a batch system's
@@ -75,7 +75,7 @@ def test_the_first_of_several_signals_ends_a_run(handlers):
 
 def test_nohup_keeps_a_run_from_ending_with_its_terminal(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    processes.take_signals()
+    processes.handle_signals()
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)

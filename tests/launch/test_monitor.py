@@ -90,7 +90,7 @@ def test_following_a_log_goes_on_while_the_result_to_be_replaced_stands(tmp_path
             file.write("step 2\n")
         os.utime(result / artifacts.DONE, (1, 1))  # the new one
 
-    monkeypatch.setattr(monitor_logs, "_is_at_work", lambda *_: True)
+    monkeypatch.setattr(monitor_logs, "_is_running", lambda *_: True)
     monkeypatch.setattr(monitor_logs.time, "sleep", work)
     assert main(["logs", str(config.path), "dense", "-f"]) == 0
     assert capsys.readouterr().out == "step 1\nstep 2\n"

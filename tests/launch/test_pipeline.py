@@ -224,7 +224,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(tmp_path, und
     process = _started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "saved its state; the same command goes on from there" in out
+    assert process.returncode == 130 and "saved its state; the same command continues from there" in out
     steps = [json.loads(line)["step"] for line in
              (tmp_path / "tiny/dense.partial/metrics.jsonl").read_text().splitlines()]
     assert (tmp_path / f"tiny/dense.partial/checkpoints/step-{steps[-1]:08d}/DONE").is_file()
@@ -252,7 +252,7 @@ def test_two_commands_on_one_run_folder_do_not_meet_and_cancel_waits_for_the_sav
         assert "is in use by another sparse-train" in err
         told, _ = _cli("cancel", tmp_path / "tiny")
         assert f"waiting for process {process.pid}" in told
-        assert "ended: dense was stopped and saved its state; the same command goes on from there" in told
+        assert "ended: dense was stopped and saved its state; the same command continues from there" in told
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=120)
