@@ -24,7 +24,7 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["run", _DEMO, "task.name=gsm8k"], "task.path is missing"),
     (["run", _DEMO, "task.name=gsm8k", "task.path=./nowhere"], "there is no such file or folder"),
     (["run", _DEMO, "task.name=gsm8k", "task.path=EMPTY"], "holds no train.jsonl"),
-    (["run", _DEMO, "dense.path=EMPTY"], "is no checkpoint"),
+    (["run", _DEMO, "dense.path=EMPTY"], "is not a checkpoint"),
     (["run", _DEMO, "dense.path=./nowhere"], "there is no folder ./nowhere"),
     (["run", _DEMO, "nodes=4"], "did you mean cluster.nodes?"),
     (["run", _DEMO, "cluster.partition=gpu"], "only SLURM has this; use --on slurm"),
@@ -40,10 +40,10 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["run", _DEMO, "--prepare", "--dry-run"], "--prepare writes the run folder"),
     (["run", _DEMO, "--prepare", "sweep={seed: [1, 2]}"], "--prepare: a sweep is many runs"),
     (["status", "EMPTY"], "is not a run folder"),
-    (["inspect", "EMPTY"], "is no checkpoint"),
+    (["inspect", "EMPTY"], "is not a checkpoint"),
     (["inspect", "nowhere"], "there is no folder nowhere"),
     (["generate", "./nowhere", "--prompt", "x"], "there is no folder ./nowhere"),
-    (["generate", "EMPTY", "--prompt", "x"], "is no checkpoint"),
+    (["generate", "EMPTY", "--prompt", "x"], "is not a checkpoint"),
     (["generate", "EMPTY", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):

@@ -166,7 +166,8 @@ def test_features_of_both_stacks_have_their_own_padding(family):
     assert [(point.side, point.block) for point in points] == [
         ("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
     batch, shapes = collate(tiny_examples(processor), processor), {}
-    with Tap([point.module for point in points], lambda i, x: shapes.__setitem__(i, x.shape[:2])), torch.no_grad():
+    tap = Tap([point.module for point in points])
+    with tap.open(lambda index, x: shapes.__setitem__(index, x.shape[:2])), torch.no_grad():
         model(**batch.inputs())
     for index, point in enumerate(points):
         assert shapes[index] == batch.attends[point.side].shape

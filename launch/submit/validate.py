@@ -30,7 +30,7 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
 
     A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
-    folder that is no checkpoint or whose tokenizer is not the model's, pruning that does not fit the linears, and a
+    folder that is not a checkpoint or whose tokenizer is not the model's, pruning that does not fit the linears, and a
     loss on features that the model does not have.
     """
     from sparse_train.models import check_on_hub, empty_model, is_folder

@@ -18,10 +18,11 @@ _PROMPT_CHARACTERS = 64
 def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], example: Example, new_tokens: int,
                 repeats: int, bandwidth: float,
                 progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """`runtimes`: (engine, precision, sparsity) -> model, the dense one first. milliseconds are per token, medians.
+    """One row per runtime; milliseconds are medians per token.
 
-    The byte bound counts every weight once per token, tied embeddings once; `bandwidth` in bytes per second. A text
-    without a prompt is prompted with its own beginning.
+    `runtimes`: (engine, precision, sparsity) -> model, the dense one first. `bandwidth`: bytes per second; the byte
+    bound counts every weight once per token, tied embeddings once. A text without a prompt is prompted with its first
+    characters.
     """
     if not example.prompt and example.sound is None:
         example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
@@ -46,10 +47,10 @@ def _decode(runtime: Runtime, example: Example, new_tokens: int) -> None:
 
 
 def _bytes_per_token(runtime: Runtime, example: Example) -> int:
-    """Of the modules that run for each token: an encoder, and what cross-attention makes of its states, run once."""
+    """Bytes of the modules that run for each token; an encoder, and the projections of its states, run only once."""
     num_runs: dict[torch.nn.Module, int] = {}
 
-    def count(module, args, output):
+    def count(module: torch.nn.Module, args: Any, output: Any) -> None:
         num_runs[module] = num_runs.get(module, 0) + 1
 
     handles = [module.register_forward_hook(count) for module in runtime.model.modules()]
@@ -60,5 +61,5 @@ def _bytes_per_token(runtime: Runtime, example: Example) -> int:
             handle.remove()
     modules = [module for module, runs in num_runs.items() if runs > 1]
     packed = sum(module.weight.num_bytes for module in modules if isinstance(module, PackedLinear))
-    own = {id(p): p.nbytes for module in modules for p in module.parameters(recurse=False)}
-    return packed + sum(own.values())
+    num_bytes = {id(p): p.nbytes for module in modules for p in module.parameters(recurse=False)}
+    return packed + sum(num_bytes.values())

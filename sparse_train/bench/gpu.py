@@ -1,6 +1,6 @@
-"""What a sparse model costs on an accelerator today: its weights are expanded there, then multiplied, in BF16.
+"""Speed of a sparse model on an accelerator, where its weights are expanded and then multiplied, in BF16.
 
-There is no kernel yet that multiplies with the bits; these rows are the baseline for one, against dense torch.
+No kernel there multiplies with the bits yet; these rows are the baseline for one, beside dense torch.
 """
 
 import functools
@@ -25,15 +25,15 @@ _DTYPE = torch.bfloat16
 
 def device_bandwidth(device: torch.device, num_bytes: int = 1 << 30, repeats: int = 7) -> float:
     """Bytes per second of a streaming read (a sum), the median of `repeats`."""
-    held = torch.zeros(num_bytes // 4, device=device)
-    timing = interleave({"read": lambda: float(held.sum())}, repeats)["read"]
+    source = torch.zeros(num_bytes // 4, device=device)
+    timing = interleave({"read": lambda: float(source.sum())}, repeats)["read"]
     return num_bytes / timing.median
 
 
 @torch.inference_mode()
 def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandwidth: float,
                       device: torch.device, progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """As layer_rows, of torch's dense product and of expanding before it."""
+    """As layer_rows, for torch's dense product and for expanding the weight before it."""
     inputs = [torch.randn(1, weight.shape[1], dtype=_DTYPE, device=device) for weight in weights]
     engines: dict[tuple[str, str], list[nn.Module]] = {("torch", "bf16"): [], ("expand", "bf16"): []}
     for weight in weights:
@@ -45,7 +45,7 @@ def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int
     def one_pass(modules: list[nn.Module]) -> None:
         for module, x in zip(modules, inputs, strict=True):
             y = module(x)
-        float(y[0, 0])  # until the device is done
+        float(y[0, 0])  # waits for the device
 
     timings = interleave({key: functools.partial(one_pass, modules) for key, modules in engines.items()}, repeats,
                          progress)
@@ -57,7 +57,7 @@ def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int
 def device_decode_rows(name: str, dense: Path | str, sparse: Path | str, sparsity: float, example: Example,
                        new_tokens: int, repeats: int, bandwidth: float, device: torch.device,
                        progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """As decode_rows, of the model folders `dense` and `sparse`."""
+    """As decode_rows, for the model folders `dense` and `sparse`."""
     runtimes = {(engine, "bf16", zeros): Runtime(to_device(load_model(path, _DTYPE).eval(), device),
                                                  load_processor(path))
                 for engine, zeros, path in (("torch", 0.0, dense), ("expand", sparsity, sparse))}

@@ -1,7 +1,7 @@
-"""Batch-1 products of a block's linears: dense torch FP32, sparse FP32, sparse INT8, and how near the byte bound.
+"""Batch-1 products of a block's linears: dense torch FP32, sparse FP32 and sparse INT8, against the byte bound.
 
-The unit of time is one pass over all the shapes, so that at the sizes that matter no weight is found in a cache. The
-bound is the bytes of the compressed weights over the read bandwidth measured in the same process.
+A pass over all shapes is timed as one, so that weights of realistic sizes are never in a cache. The bound is the bytes
+of the compressed weights divided by the read bandwidth, measured in the same process.
 """
 
 import functools
@@ -20,7 +20,7 @@ MPT_7B_BLOCK = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))
 
 def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandwidth: float,
                progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """Rows of one pass over `weights` per engine; `bandwidth` in bytes per second. milliseconds are medians."""
+    """One row per engine, for a pass over `weights`; `bandwidth` in bytes per second. milliseconds are medians."""
     engines = _engines(weights)
     inputs = [torch.randn(1, weight.shape[1]) for weight in weights]
 
@@ -35,7 +35,7 @@ def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandw
 
 def rows_of(model: str, weights: Sequence[BitmaskTensor], timings: dict[tuple[str, str], Timing],
             num_bytes: dict[tuple[str, str], int], bandwidth: float) -> list[dict[str, Any]]:
-    """`timings` and `num_bytes` (read per pass) by (engine, precision); torch's, dense, is the first."""
+    """Rows of a table. `timings` and `num_bytes` (read per pass) are by (engine, precision), dense torch first."""
     dense = next(iter(timings.values())).median
     sparsity = 1 - sum(w.values.numel() for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
     return [{
@@ -48,7 +48,7 @@ def rows_of(model: str, weights: Sequence[BitmaskTensor], timings: dict[tuple[st
 
 
 def random_weights(shapes: Sequence[tuple[int, int]], sparsity: float, seed: int = 0) -> list[BitmaskTensor]:
-    """Bits and values drawn at random: speed does not depend on which positions survive."""
+    """Random bits and values of `shapes` (R, C); speed does not depend on which positions are kept."""
     generator = torch.Generator().manual_seed(seed)
     return [BitmaskTensor.from_dense(torch.randn(shape, generator=generator) / shape[1] ** 0.5,
                                      torch.rand(shape, generator=generator) >= sparsity) for shape in shapes]

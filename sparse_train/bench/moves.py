@@ -1,4 +1,5 @@
-"""Expanding and compacting a weight against copying it: both only move bytes, so the copy's bandwidth is the bound."""
+"""Expanding and compacting a weight, compared with copying it: all move bytes only, so a copy's bandwidth bounds them.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,8 @@ _SHAPE = (4096, 4096)
 
 
 def move_rows(sparsities: Sequence[float], repeats: int) -> list[dict[str, Any]]:
-    """Rows kernel, dtype, backend, sparsity, milliseconds (median, low, high), bytes read and written, and
-    fraction_of_copy: bytes per second over those of a copy, round by round."""
+    """Rows with kernel, dtype, backend, sparsity, milliseconds (median, low, high), bytes read and written, and
+    fraction_of_copy: bytes per second divided by those of a copy in the same round."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for sparsity in sparsities:
@@ -23,7 +24,7 @@ def move_rows(sparsities: Sequence[float], repeats: int) -> list[dict[str, Any]]
     return rows
 
 
-def _rows(dtype, sparsity, backend, repeats):
+def _rows(dtype: torch.dtype, sparsity: float, backend: str, repeats: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(_SHAPE, generator=generator) >= sparsity
     dense = torch.randn(_SHAPE, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""Measurements as text. What cannot be trusted is marked, and one line below the table says why."""
+"""Measurements as text tables. Doubtful cells are marked with !, and a line below the table explains the mark."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
 
 
 def spread_cell(low: float, median: float, high: float) -> str:
-    """The distance of the quartiles over the median."""
+    """The distance between the quartiles, divided by the median."""
     spread = (high - low) / median
     return _cell(f"{spread:.0%}", spread > _MAX_SPREAD)
 
@@ -34,13 +34,14 @@ def _cell(text: str, is_doubtful: bool) -> str:
 
 
 def notes(rows: Iterable[Sequence[str]], backends: Iterable[str]) -> list[str]:
-    """What to know about `rows` of cells that were measured with these kernel backends."""
+    """Lines to print below `rows` of cells that were measured with these kernel backends."""
     is_marked = any(cell.endswith("!") for row in rows for cell in row)
     return [_BUSY_NOTE] * is_marked + [kernels.PORTABLE_NOTE] * ("portable" in backends)
 
 
 def print_measured(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]],
                    backends: Iterable[str] = (), num_left: int = 1) -> None:
+    """Print a table and its notes; the first `num_left` columns are text."""
     rows = list(rows)
     print_table(console, header, rows, num_left)
     for note in notes(rows, backends):

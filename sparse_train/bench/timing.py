@@ -1,4 +1,4 @@
-"""Timings that can be compared: candidates take turns, so that the machine's noise falls on all of them alike."""
+"""Comparable timings: candidates take turns, so that noise of the machine affects all of them alike."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call, or ratios of two calls, round by round."""
+    """Seconds of a call, or ratios of two calls, one per round."""
 
     rounds: tuple[float, ...]
 
@@ -35,10 +35,11 @@ class Timing:
         return statistics.quantiles(self.rounds, n=4, method="inclusive")[which]
 
     def over(self, other: "Timing") -> "Timing":
-        """The ratio to `other` in each round: both saw the same noise."""
+        """The ratio to `other` in each round, in which both had the same noise."""
         return Timing(tuple(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True)))
 
     def plain(self) -> dict[str, float]:
+        """For JSON."""
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
@@ -54,4 +55,4 @@ def interleave(candidates: Mapping[Key, Callable[[], object]], repeats: int,
                 seconds[name].append(time.perf_counter() - start)
         if progress:
             progress(round_, repeats)
-    return {name: Timing(tuple(found)) for name, found in seconds.items()}
+    return {name: Timing(tuple(rounds)) for name, rounds in seconds.items()}

@@ -1,11 +1,11 @@
-"""A training step of sparse fine-tuning with a teacher, against the plain dense step and against the usual way.
+"""A training step of sparse fine-tuning with a teacher, compared with a dense step and with masked training.
 
     dense     the dense model, cross-entropy alone
-    masked    what peers do: dense weights times a stored mask, SquareHead over kept lists of hidden states
+    masked    the usual way: dense weights times a stored mask, SquareHead over lists of all hidden states
     ours      values as parameters, SquareHead layer by layer
 
-All three under ZeRO-3 on the same ranks, same model, same batch, taking turns. With a teacher's forward (1) beside the
-student's forward and backward (1 + 2), arithmetic alone makes the ratio to the dense step 4 / 3.
+All three take turns under ZeRO-3, on the same ranks, with the same model and batch. The teacher's forward pass (1)
+beside the student's forward and backward pass (1 + 2) makes the arithmetic 4 / 3 of the dense step's.
 """
 
 import functools
@@ -68,23 +68,24 @@ class TrainBench:
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids)
 
     def keep(self, linear: nn.Linear) -> torch.Tensor:
-        """(R, C) bool, drawn at random: speed does not depend on which positions survive."""
+        """(R, C) bool, drawn at random; speed does not depend on which positions are kept."""
         return torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(1)) >= self.sparsity
 
 
 def train_bench(bench: TrainBench, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Collective. {"step_time", "peak_memory", "traffic_bytes", "state_bytes"}: {"masked", "ours"} relative to dense
-    (step_time with its quartiles over rounds), and under "measured" what they are made of, this rank's."""
+    """Collective. Under step_time, peak_memory, traffic_bytes and state_bytes: masked and ours relative to dense
+    (step_time with its quartiles over rounds); under measured: the absolute values of this rank."""
     candidates: dict[str, Trainer | _Masked] = {
         "dense": _trainer(bench, sparse=False), "masked": _Masked(bench), "ours": _trainer(bench, sparse=True)}
     steps = {name: functools.partial(_step, candidate) for name, candidate in candidates.items()}
     timings = interleave(steps, bench.repeats, progress)
     measured: dict[str, dict[str, Any]] = {}
     for name, candidate in candidates.items():
-        held = state_bytes(candidate.engine)
+        num_state_bytes = state_bytes(candidate.engine)
         peak, parts = _profile(steps[name])
-        measured[name] = {"seconds": timings[name].plain(), "state_bytes": held, "peak_memory": held + peak,
-                          "traffic_bytes": _traffic(steps[name]), "milliseconds_of": parts}
+        measured[name] = {"seconds": timings[name].plain(), "state_bytes": num_state_bytes,
+                          "peak_memory": num_state_bytes + peak, "traffic_bytes": _traffic(steps[name]),
+                          "milliseconds_of": parts}
     others = ("masked", "ours")
     return {"step_time": {name: timings[name].over(timings["dense"]).plain() for name in others},
             **{key: {name: measured[name][key] / measured["dense"][key] for name in others}
@@ -110,12 +111,12 @@ class _MaskedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("mask", keep)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
 class _Masked:
-    """The usual way, written as its users write it: masks as buffers, all hidden states kept until the loss."""
+    """Masked training as it is usually written: masks as buffers, all hidden states kept until the loss."""
 
     def __init__(self, bench: TrainBench):
         student, config = bench.model(), bench.train_config()
@@ -132,18 +133,18 @@ class _Masked:
         batch = self._bench.batch([step + dist.rank()]).to(dist.device())
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attend.long(), "output_hidden_states": True}
         with torch.no_grad():
-            taught = self._teacher(**inputs)
-        learnt = self.engine(**inputs)
-        outputs = ModelOutputs(learnt.logits, batch.targets, batch.labels)
+            teacher = self._teacher(**inputs)
+        student = self.engine(**inputs)
+        outputs = ModelOutputs(student.logits, batch.targets, batch.labels)
         loss = weighted_loss(LossConfig(), new_terms(LossConfig()), outputs).loss
-        for s, t in zip(learnt.hidden_states[1:], taught.hidden_states[1:], strict=True):
+        for s, t in zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True):
             s, t = s[batch.attend].float(), t[batch.attend].float()
             loss = loss + (s - t).square().mean() / t.square().mean() / dist.world_size()
         self.engine.backward(loss * dist.world_size())
         step_engine(self.engine)
 
 
-def _step(candidate) -> None:
+def _step(candidate: Trainer | _Masked) -> None:
     candidate.step(1)
     if dist.device().type == "cuda":
         torch.cuda.synchronize()
@@ -156,13 +157,14 @@ def _traffic(step: Callable[[], None]) -> int:
     comms_logger.reset_data()
     try:
         step()
-        return sum(size * found[0] for sizes in comms_logger.comms_dict.values() for size, found in sizes.items())
+        # By operation, then by message size: [count, ...].
+        return sum(size * record[0] for sizes in comms_logger.comms_dict.values() for size, record in sizes.items())
     finally:
         comms_logger.enabled = False
 
 
 def _profile(step: Callable[[], None]) -> tuple[int, dict[str, float]]:
-    """(bytes that one step allocates at its peak above what was there, milliseconds by kind of work)."""
+    """(peak bytes that one step allocates beyond those before it, milliseconds by kind of work)."""
     on_gpu = dist.device().type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,7 @@
-"""Folders that leave the run.
+"""Model folders for use outside of a run.
 
     export_sparse   values and bits, fp32, bf16 or int8: read by sparse_train.inference
-    export_dense    Hugging Face's own layout with every zero in place: read by from_pretrained anywhere
+    export_dense    Hugging Face's layout with every zero in place: read by from_pretrained anywhere
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def export_dense(model: PreTrainedModel, processor: Processor, folder: Path) -> 
 
 
 def unpruned_zeros(folder: Path, weights: dict[str, BitmaskTensor]) -> list[str]:
-    """Audit of a dense export: names of weights with a non-zero at a pruned position, or a kept value that changed."""
+    """Check a dense export: names of weights with a non-zero at a pruned position, or a kept value that changed."""
     (_, tensors), wrong = open_model(folder), []
     for name, weight in weights.items():
         dense = tensors.get(f"{name}.weight")

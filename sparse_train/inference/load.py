@@ -1,8 +1,9 @@
-"""A model folder, sparse or dense, as something that generates."""
+"""Loads a model folder, sparse or dense, for generation."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
@@ -32,8 +33,7 @@ class Runtime:
     def complete(self, prompt: str, max_new_tokens: int | None = None) -> str:
         """The greedy continuation of `prompt`, or an encoder-decoder's answer to it.
 
-        Without a number of new tokens 128, or as many as the model has positions for. Raises UserError where more are
-        asked for than it has.
+        `max_new_tokens` None: 128, or as many as the model has positions for. Raises UserError for more than that.
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
@@ -44,12 +44,12 @@ class Runtime:
         example = Example(prompt, "")
         try:
             if max_new_tokens is None:
-                taken = len(self.processor.decoder_prefix) or len(encode(example, self.processor)[0])
-                max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - taken))
+                num_prompt = len(self.processor.decoder_prefix) or len(encode(example, self.processor)[0])
+                max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - num_prompt))
             return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
         except UserError:
             raise
-        except Exception as error:  # config.json has facts that only running meets, such as the width of a window
+        except Exception as error:  # some facts of config.json, such as the width of a window, matter only here
             raise UserError(f"{self.model.name_or_path}: the model cannot run ({type(error).__name__}: "
                             f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error
 
@@ -57,7 +57,7 @@ class Runtime:
 def load(folder: str | Path) -> Runtime:
     """Sparse folders (fp32, bf16 computed in fp32, int8) run on the native kernels; dense ones on torch.
 
-    Raises UserError for a folder that is no complete checkpoint.
+    Raises UserError for a folder that is not a complete checkpoint.
     """
     model, tensors = open_model(folder, quantised=True)
     for name, shape in tensors.shapes.items():
@@ -67,9 +67,9 @@ def load(folder: str | Path) -> Runtime:
             PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name)), bias))
     fill(model, tensors)
     if tensors.shapes:
-        model.save_pretrained = _not_saved  # type: ignore[method-assign]  # which refuses
+        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     return Runtime(model.eval(), load_processor(folder))
 
 
-def _not_saved(*args, **options):
-    raise UserError("a model that runs on compressed weights is not saved again; copy the folder that it was read from")
+def _refuse_to_save(*args: Any, **options: Any) -> NoReturn:
+    raise UserError("a model that runs on compressed weights cannot be saved; copy the folder that it was read from")

@@ -1,5 +1,4 @@
-"""PackedLinear: the layer of sparse inference. A new token multiplies with the compressed weight, a prompt expands it.
-"""
+"""PackedLinear: the layer of sparse inference. A new token multiplies with the packed weight; a prompt expands it."""
 
 import torch
 from torch import nn
@@ -19,13 +18,13 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The same function of a token whether it comes alone, in a batch, or in a prompt; int8 quantises it always."""
+        """A token gives the same result alone, in a batch or in a prompt; int8 always quantises it."""
         if x.numel() == self.in_features:
             y = self.weight.matvec(x).view(*x.shape[:-1], self.out_features)
         elif x.numel() and x.ndim > 2 and x.shape[-2] == 1:  # one new token per row of the batch
             rows = [self.weight.matvec(row) for row in x.reshape(-1, self.in_features)]
             y = torch.stack(rows).view(*x.shape[:-1], self.out_features)
-        else:  # a prompt is bound by arithmetic, not by bytes: a dense product is what the CPU does best
+        else:  # a prompt is bound by arithmetic, not by bytes, so the dense product is faster
             y = self.weight.matmul(x)
         return y if self.bias is None else y + self.bias
 

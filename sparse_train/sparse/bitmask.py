@@ -25,7 +25,10 @@ class BitmaskTensor:
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, keep: torch.Tensor | None = None) -> "BitmaskTensor":
-        """`dense` (R, C); `keep` (R, C) bool, True where a weight survives, by default wherever dense is not 0."""
+        """`dense` (R, C); `keep` (R, C) bool, True where a weight is kept, by default wherever dense is not 0.
+
+        Raises ValueError for other shapes.
+        """
         if dense.ndim != 2:
             raise ValueError(f"a sparse weight has two dimensions, this one has shape {tuple(dense.shape)}")
         keep = dense != 0 if keep is None else keep
@@ -34,11 +37,12 @@ class BitmaskTensor:
         return cls(dense[keep], kernels.pack(keep), (dense.shape[0], dense.shape[1]))
 
     def to_dense(self) -> torch.Tensor:
-        """(R, C), every pruned position exactly +0.0."""
+        """(R, C) with exactly +0.0 at every pruned position."""
         return kernels.expand(self.values, self.bitmask, self.shape[1])
 
     @property
     def keep(self) -> torch.Tensor:
+        """(R, C) bool, True where a weight is kept."""
         return kernels.unpack(self.bitmask, self.shape[1])
 
     @property
@@ -57,4 +61,5 @@ class BitmaskTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Of values and bitmask."""
         return self.values.nbytes + self.bitmask.nbytes

@@ -4,7 +4,7 @@
         NAME.values    (nnz,)   kept entries, row-major: float32, bfloat16, float16 or int8
         NAME.bitmask   (R, 8 * ceil(C / 64)) uint8
         NAME.scale     (R,)     float32, with int8 values only: weight = value * scale of its row
-        every other tensor under its own name
+        every other tensor under its usual name
         header: "sparse_train" = {"version": 1, "shapes": {NAME: [R, C]}}
     model.safetensors (...) for a model without sparse weights: the usual Hugging Face layout
 
@@ -34,7 +34,7 @@ _OURS = re.compile(rf"({SPARSE}|{DENSE})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.in
 
 
 def save_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """As safetensors' own, which makes a file that nobody else may read whatever the umask says."""
+    """As safetensors' save_file, but with the permissions of the umask, where safetensors gives none to others."""
     file.touch()
     mode = file.stat().st_mode
     safetensors.save_file(tensors, file, metadata)
@@ -43,19 +43,19 @@ def save_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
                   shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Write a model's tensors as they come, holding one file's worth (1 GB or the largest tensor) at a time.
+    """Write a model's tensors in their order; one file's worth (1 GB or the largest tensor) is in memory at a time.
 
-    `shapes` gives (R, C) of each sparse weight and is empty for a dense model. Another model's tensors that were in the
-    folder are removed once these are complete.
+    `shapes` gives (R, C) of each sparse weight and is empty for a dense model. The tensor files of another model in the
+    folder are deleted once these are complete.
     """
-    # One entry: safetensors writes several in random order, and the same weights shall be the same bytes.
+    # One entry: safetensors writes several in random order, and equal weights must give equal bytes.
     metadata = {"format": "pt"} if not shapes else {
         HEADER: json.dumps({"version": VERSION, "shapes": {name: list(s) for name, s in shapes.items()}})}
     stem = SPARSE if shapes else DENSE
     parts: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
 
-    def flush():
+    def flush() -> None:
         parts.append(list(pending))
         save_file(pending, folder / f"{stem}.{len(parts)}.part", metadata)
         pending.clear()
@@ -106,7 +106,7 @@ class TensorFolder:
             return self._finite(name, opened.get_tensor(name))
 
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Entries start..stop-1 of the flattened tensor, read without the rest of it (whole rows of it apart)."""
+        """Entries start..stop-1 of the flattened tensor; only the rows that hold them are read."""
         file, shape, _ = self._tensors[name]
         if not shape:
             return self.get(name).flatten()[start:stop]
@@ -118,7 +118,7 @@ class TensorFolder:
             return self._finite(name, rows.flatten()[start - first * row:stop - first * row].clone())
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # The extremes of a tensor with a NaN are NaN, and they cost a hundredth of isfinite.
+        # aminmax is NaN for a tensor with a NaN, and takes a hundredth of the time of isfinite.
         if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
             raise UserError(f"{self.folder}: {name} holds values that are NaN or infinite; such a model computes "
                             "nothing, so give one from before it diverged or was damaged")
@@ -137,7 +137,7 @@ class TensorFolder:
         return bitmask
 
     def weight(self, name: str) -> BitmaskTensor:
-        """The sparse weight `name`."""
+        """The sparse weight `name`, int8 codes without their scale."""
         return BitmaskTensor(self.get(f"{name}.values"), self.bits(name), self.shapes[name])
 
     def scale(self, name: str) -> torch.Tensor | None:

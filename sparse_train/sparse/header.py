@@ -1,8 +1,8 @@
-"""The one door to a checkpoint folder: all that its headers say is checked here, once, before a tensor is read.
+"""Reads and checks the headers of a checkpoint folder, once, before any tensor is read.
 
-The files are plain and readable, safetensors itself has found every tensor inside its file, the index names files of
-this folder, and every sparse weight has the parts that its shape needs. What only the tensors show (the number of bits,
-values that are not finite) is checked where they are read, in `format.py`.
+The files are regular and readable, safetensors has checked that every tensor lies inside its file, the index names
+files of this folder, and every sparse weight has the parts that its shape needs. What only the tensors show (the number
+of bits, values that are not finite) is checked when they are read, in `format.py`.
 """
 
 import os
@@ -18,13 +18,13 @@ HEADER, VERSION = "sparse_train", 1
 SPARSE, DENSE = "sparse", "model"
 PARTS = ("values", "bitmask", "scale")
 NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Of an entry of each dtype that is read."""
+"""Bytes per entry, for the dtypes that can be read."""
 _VALUES = ("F32", "BF16", "F16", "I8")
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
 class Stored(NamedTuple):
-    """Where a tensor is and what it is."""
+    """A tensor in a safetensors file, without its entries."""
 
     file: Path
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ def read_headers(folder: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, 
 
 
 def require_plain_files(folder: Path) -> None:
-    """Raises UserError for what must not be opened (a pipe would hang) and for files of a model that cannot be."""
+    """Raises UserError for entries that are not regular files (a pipe would hang), and for unreadable model files."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -92,16 +92,17 @@ def require_plain_files(folder: Path) -> None:
 
 
 def _list(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files, and the index's map from tensors to them; a single file counts before an index, as for from_pretrained."""
-    found = [stem for stem in (SPARSE, DENSE) if any((folder / f"{stem}.safetensors{end}").is_file()
+    """Files, and the index's map from tensors to them; a single file has priority over an index, as for
+    from_pretrained."""
+    stems = [stem for stem in (SPARSE, DENSE) if any((folder / f"{stem}.safetensors{end}").is_file()
                                                      for end in ("", ".index.json"))]
-    if len(found) > 1:
+    if len(stems) > 1:
         raise UserError(f"{folder} holds two models, {SPARSE}.safetensors and {DENSE}.safetensors; move one to a "
                         "folder of its own")
-    if not found:
-        raise UserError(f"{folder} is no checkpoint: it holds neither {SPARSE}.safetensors nor {DENSE}.safetensors; "
+    if not stems:
+        raise UserError(f"{folder} is not a checkpoint: it holds neither {SPARSE}.safetensors nor {DENSE}.safetensors; "
                         "give the folder that a stage or save_pretrained wrote")
-    single = folder / f"{found[0]}.safetensors"
+    single = folder / f"{stems[0]}.safetensors"
     if single.is_file():
         return [single], {}
     index = Path(f"{single}.index.json")
@@ -119,10 +120,10 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, in
         # safetensors compares the header's length and every offset with the size of the file.
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a dict
             stored = {name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
     for name, (_, _, dtype) in stored.items():
         if dtype not in NUM_BYTES:
             raise UserError(f"{file}: {name} is stored as {dtype}, which is not supported (supported: "
@@ -157,5 +158,5 @@ def _validated(schema: type[BaseModel], text: str | bytes, file: Path) -> Any:
         return schema.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"cannot read {file}: {place + ': ' if place else ''}{first['msg']}") from error
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"cannot read {file}: {key + ': ' if key else ''}{first['msg']}") from error

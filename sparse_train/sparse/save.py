@@ -1,8 +1,12 @@
-"""A model with SparseLinears is written in our format whoever saves it: Hugging Face's own save_pretrained, which its
-Trainer calls too, would write model.safetensors with names that every other loader skips."""
+"""Makes save_pretrained, which Hugging Face's Trainer calls too, write models with SparseLinears in our format.
+
+Otherwise it would write a model.safetensors with tensor names that every other loader skips.
+"""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -11,20 +15,21 @@ from sparse_train.sparse.format import write_tensors
 from sparse_train.sparse.linear import sparse_linears
 
 
-def save_through_us(model: nn.Module) -> None:
-    """From now on `save_pretrained` of the classes in `model` asks whether there are SparseLinears.
+def patch_save_pretrained(model: nn.Module) -> None:
+    """Make `save_pretrained` of the classes in `model` write our format where a model has SparseLinears.
 
-    Classes and no instances: what is bound to an instance keeps it alive, and does not survive pickling.
+    Classes are patched rather than instances, because a method bound to an instance keeps it alive and cannot be
+    pickled.
     """
     for cls in {type(module) for module in model.modules()}:
-        if hasattr(cls, "save_pretrained") and cls.save_pretrained is not _SAVED.get(cls):
-            cls.save_pretrained = _SAVED[cls] = _asking(cls.save_pretrained)
+        if hasattr(cls, "save_pretrained") and cls.save_pretrained is not _PATCHED.get(cls):
+            cls.save_pretrained = _PATCHED[cls] = _with_sparse(cls.save_pretrained)
 
 
-_SAVED: dict[type, object] = {}
+_PATCHED: dict[type, object] = {}
 
 
-def _asking(original):
+def _with_sparse(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **options):
         save = _save_sparse if sparse_linears(self) else original
@@ -32,12 +37,13 @@ def _asking(original):
     return save_pretrained
 
 
-def _save_sparse(model, save_directory, is_main_process: bool = True, state_dict: dict | None = None,
-                 push_to_hub: bool = False, *, variant: str | None = None, distributed_checkpoint: bool = False, **_):
+def _save_sparse(model: Any, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None,
+                 push_to_hub: bool = False, *, variant: str | None = None, distributed_checkpoint: bool = False,
+                 **_: Any) -> None:
     if push_to_hub or variant or distributed_checkpoint:
         raise UserError("a sparse model is saved into a folder, without push_to_hub, variant and "
                         "distributed_checkpoint; save it, then upload the folder")
-    once = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # of tied tensors one
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # tied tensors once
     if state_dict is None:
         state_dict = model.state_dict()
         if any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
@@ -50,5 +56,5 @@ def _save_sparse(model, save_directory, is_main_process: bool = True, state_dict
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    write_tensors(folder, ((name, state_dict[name]) for name in once if name in state_dict),
+    write_tensors(folder, ((name, state_dict[name]) for name in names if name in state_dict),
                   {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()})

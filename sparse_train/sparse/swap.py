@@ -1,4 +1,4 @@
-"""Sparse layers put into a model and taken out of it."""
+"""Replaces linears of a model by SparseLinears, and back."""
 
 from collections.abc import Mapping
 from typing import TypeVar, cast
@@ -7,25 +7,28 @@ from torch import nn
 
 from sparse_train.sparse.bitmask import BitmaskTensor
 from sparse_train.sparse.linear import SparseLinear, sparse_linears
-from sparse_train.sparse.save import save_through_us
+from sparse_train.sparse.save import patch_save_pretrained
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that `name` (dotted) has in `model`."""
+    """Replace the submodule of `model` at the dotted `name` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def sparsify(model: Model, weights: Mapping[str, BitmaskTensor]) -> Model:
-    """Replace the linears named in `weights` by SparseLinears that hold them; returns `model`."""
+    """Replace the linears named in `weights` by SparseLinears with those weights; returns `model`.
+
+    Raises ValueError where a shape differs.
+    """
     for name, weight in weights.items():
         linear = cast(nn.Linear, model.get_submodule(name))
         if tuple(linear.weight.shape) != weight.shape:
             raise ValueError(f"{name} has shape {tuple(linear.weight.shape)}, its sparse weight {weight.shape}")
         replace_module(model, name, SparseLinear(weight, linear.bias))
-    save_through_us(model)
+    patch_save_pretrained(model)
     return model
 
 

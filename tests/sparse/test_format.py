@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named(change, told, tmp_path):
     (lambda file: (file.unlink(), file.symlink_to(file.name)), "not a regular file"),
     (lambda file: os.mkfifo(file.with_name("config.json")), "config.json is not a regular file"),
     (lambda file: save_file({"a": torch.ones(1)}, file.with_name("model.safetensors")), "holds two models"),
-    (lambda file: file.unlink(), "is no checkpoint"),
+    (lambda file: file.unlink(), "is not a checkpoint"),
 ], ids=["header", "cut", "length", "empty", "folder", "pipe", "loop", "pipe beside", "two", "none"])
 def test_a_file_that_is_none_is_named(make, told, tmp_path):
     _stored(tmp_path)
