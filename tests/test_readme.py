@@ -1,4 +1,5 @@
-"""What the README names is there: every folder of its tree, every file, every command and option."""
+"""What the README names is there: every folder of its tree, every file, every command and option. So are the files and
+functions that the other pages name."""
 
 import re
 from importlib import import_module
@@ -11,6 +12,9 @@ from sparse_train.launch.cli import main
 
 TOP = Path(__file__).parents[1]
 TEXT = (TOP / "README.md").read_text()
+PAGES = "\n".join(page.read_text(encoding="utf-8")
+                  for page in (TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")))
+SOURCES = [path for top in ("jobs", "launch", "slurm", "sparse_train", "tests") for path in (TOP / top).rglob("*.*")]
 
 
 def _doors():
@@ -49,6 +53,16 @@ def test_the_tree_is_the_tree():
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|docs|sparse_train)/[\w/-]+\.\w+", TEXT))))
 def test_a_named_file_exists(path):
     assert (TOP / path).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"[\w./-]*\w\.(?:py|cpp|sh|sbatch)\b|csrc/\w+\.h\b", PAGES))))
+def test_a_source_file_that_a_page_names_exists(name):
+    assert "NAME" in name or any(f"/{path}".endswith(f"/{name}") for path in SOURCES)
+
+
+@pytest.mark.parametrize(("file", "function"), sorted(set(re.findall(r"([\w/]+\.py):([\w.]+)", PAGES))))
+def test_a_function_that_a_page_names_exists(file, function):
+    assert re.search(rf"^ *(def|class) {function.rpartition('.')[2]}\b", (TOP / file).read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", sorted({word for word in re.findall(r"sparse-train (\w+)", TEXT)
