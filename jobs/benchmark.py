@@ -21,8 +21,8 @@ from sparse_train.inference import load
 from sparse_train.jobs.job import Job
 from sparse_train.jobs.stage import Kind
 from sparse_train.models import load_model, load_processor
-from sparse_train.sparse import sparse_linears
-from sparse_train.tasks import build_task, scored_examples
+from sparse_train.sparse import BitmaskTensor, sparse_linears
+from sparse_train.tasks import Example, build_task, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -34,11 +34,11 @@ def run(job: Job) -> dict[str, Any]:
 def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     spec, name = job.config.benchmark, job.config.name
     bandwidth = kernels.read_bandwidth()
-    rows = layer_rows(name, _own_weights(job), spec.repeats, bandwidth, job.progress_of_part(0, 3, "own layers"))
+    rows = layer_rows(name, _run_weights(job), spec.repeats, bandwidth, job.progress_of_part(0, 3, "layers"))
     sparsity, compress = rows[-1]["sparsity"], Path(job.path_of(Kind.COMPRESS))
     runtimes = {("torch", "fp32", 0.0): load(job.path_of(Kind.DENSE))}
     for precision in job.config.compress.precisions:
-        if precision != "bf16":  # computed in fp32, so it would be the same row twice
+        if precision != "bf16":  # computed in fp32, so its row would repeat that one
             runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
     rows += decode_rows(name, runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
                         job.progress_of_part(1, 3, "decode"))
@@ -55,8 +55,8 @@ def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise UserError(f"benchmark.devices={list(spec.devices)}: this process sees no GPU; on a cluster give the "
                         "stage one, cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out")
     bandwidth = device_bandwidth(device)
-    rows = device_layer_rows(name, _own_weights(job), spec.repeats, bandwidth, device,
-                             job.progress_of_part(0, 3, "own layers"))
+    rows = device_layer_rows(name, _run_weights(job), spec.repeats, bandwidth, device,
+                             job.progress_of_part(0, 3, "layers"))
     rows += device_decode_rows(name, job.path_of(Kind.DENSE), job.path_of(Kind.FINETUNE), rows[-1]["sparsity"],
                                _example(job), spec.new_tokens, spec.repeats, bandwidth, device,
                                job.progress_of_part(1, 3, "decode"))
@@ -66,15 +66,15 @@ def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {"device": torch.cuda.get_device_name(device), "read_bandwidth_bytes_per_second": bandwidth}, rows
 
 
-def _own_weights(job: Job):
+def _run_weights(job: Job) -> list[BitmaskTensor]:
     return [linear.weight for linear in sparse_linears(load_model(job.path_of(Kind.FINETUNE))).values()]
 
 
-def _reference_weights(job: Job):
+def _reference_weights(job: Job) -> list[BitmaskTensor]:
     return random_weights(MPT_7B_BLOCK, job.config.prune.levels[-1].sparsity)
 
 
-def _example(job: Job):
+def _example(job: Job) -> Example:
     config = job.config
     processor = load_processor(job.path_of(Kind.DENSE), config.task.language)
     spec = EvaluateConfig(num_examples=1, max_new_tokens=config.benchmark.new_tokens)

@@ -1,7 +1,7 @@
-"""compress: the last fine-tune of config.compress.loss, quantised and exported, audited, and scored once more.
+"""compress: the last fine-tune of config.compress.loss, quantised, exported, checked, and scored once more.
 
-    sparse-PRECISION/   values and bits for our runtime
-    dense/              Hugging Face's layout with every zero in place, for other tools
+    sparse-PRECISION/   values and bits, for this package's runtime
+    dense/              Hugging Face's layout with zeros for pruned weights, for other tools
 """
 
 from typing import Any
@@ -26,15 +26,13 @@ def run(job: Job) -> dict[str, Any]:
     for index, precision in enumerate(config.compress.precisions):
         folder = job.out / f"sparse-{precision}"
         export_sparse(model, processor, precision, folder)
-        # The runtime that will answer is the one that is scored: whatever the batch, answers are made token by token by
-        # the kernels that `generate` runs, and a prompt's products are those of the same codes.
+        # This scores the runtime that `generate` uses, with its kernels and its quantised weights, whatever the batch.
         score = task.score(load(folder).model, processor, examples, config.evaluate,
                            job.progress_of_part(index, len(config.compress.precisions), precision))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}
     export_dense(model, processor, job.out / "dense")
-    wrong = unpruned_zeros(job.out / "dense", weights)
-    if wrong:
-        raise RuntimeError(f"the dense export differs from the sparse weights in {', '.join(wrong)}")
+    if names := unpruned_zeros(job.out / "dense", weights):
+        raise RuntimeError(f"the dense export differs from the sparse weights in {', '.join(names)}")
     metrics = {"loss": source.stage.model_name, "scores": scores, "num_bytes": _num_bytes(job)}
     artifacts.write_json(job.out / "scores.json", metrics)
     return metrics

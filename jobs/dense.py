@@ -1,4 +1,4 @@
-"""dense: a model from a folder, from the hub or initialised here, fine-tuned on the task. It becomes the teacher."""
+"""dense: a model from a folder, from the hub or initialised here, fine-tuned on the task. It is the teacher later."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""evaluate: the task's score of the dense model, the one-shot pruned one and every fine-tune, on the same examples."""
+"""evaluate: the task's score of the dense, the one-shot and every fine-tuned model, on the same examples."""
 
 import json
 from typing import Any
@@ -14,20 +14,20 @@ from sparse_train.tasks import build_task, scored_examples
 
 def run(job: Job) -> dict[str, Any]:
     spec, task = job.config.evaluate, build_task(job.config.task)
-    processor = load_processor(job.inputs[0].path, job.config.task.language)  # the same for all
+    processor = load_processor(job.inputs[0].path, job.config.task.language)  # all inputs have the same
     examples, num_left_out = scored_examples(task, processor, spec)
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for index, source in enumerate(job.inputs):
         stage, model = source.stage, load_model(source.path)
         linears = sparse_linears(model).values()
         num_weights = sum(linear.in_features * linear.out_features for linear in linears)
         sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
-        # Batches of many tokens are what dense matrix products are for; the score does not depend on it.
+        # Dense products are faster for batches of many tokens, and give the same score.
         score = task.score(to_device(densify(model), dist.device()), processor, examples, spec,
                            job.progress_of_part(index, len(job.inputs), stage.id))
-        found.append({"stage": stage.id, "loss": stage.model_name, "sparsity": sparsity,
+        rows.append({"stage": stage.id, "loss": stage.model_name, "sparsity": sparsity,
                       "metrics": score.metrics | {"num_left_out": num_left_out}})
         with open(job.out / f"{stage.id.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
-    write_json(job.out / "scores.json", found)
-    return {row["stage"]: row["metrics"] for row in found}
+    write_json(job.out / "scores.json", rows)
+    return {row["stage"]: row["metrics"] for row in rows}

@@ -1,4 +1,4 @@
-"""finetune/LOSS: the pruned student trains its kept values; the dense teacher answers when the loss needs it."""
+"""finetune/LOSS: the pruned student trains its kept values; the dense teacher runs where the loss needs it."""
 
 import math
 from collections import deque
@@ -84,7 +84,7 @@ def _train(job: Job, training: TrainingRun) -> Outcome:
     if tracker:
         tracker.close()
     if not outcome.finished:
-        dist.barrier()  # the first rank that leaves ends its job step, and rank 0 may still be writing to wandb
+        dist.barrier()  # the first rank to exit ends the job step, and rank 0 may still be writing to wandb
         raise Stopped
     return outcome
 

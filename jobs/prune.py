@@ -1,6 +1,6 @@
-"""prune: a model and calibration batches -> the sparse student, one weight a (values, bitmask) pair.
+"""prune: a model and calibration batches -> the sparse student, each pruned weight a (values, bitmask) pair.
 
-The model is the dense one, or the fine-tuned one of the level before, whose zeros stay.
+The model is the dense one, or the fine-tuned one of the level before, whose pruned weights stay pruned.
 """
 
 from typing import Any

@@ -51,7 +51,7 @@ def _collect(job: Job) -> dict[str, Any]:
     evaluated = artifacts.read_json(Path(job.path_of(Kind.EVALUATE)) / "scores.json")
     for row in evaluated:
         scores += _score_rows(config.name, row["loss"], "fp32", row["sparsity"], row["metrics"])
-    # In a chain, that of the last level.
+    # In a chain, the row of the last level.
     sparsity = next(row["sparsity"] for row in reversed(evaluated) if row["loss"] == config.compressed_loss)
     compressed = artifacts.read_json(Path(job.path_of(Kind.COMPRESS)) / "scores.json")
     for precision, metrics in compressed["scores"].items():
@@ -100,7 +100,7 @@ def _score_table(data: dict[str, Any]) -> Table:
     rows = [[loss, engine, f"{sparsity:.2f}", *(_number(metrics[name], 3) for name in columns),
              _number(metrics["cross_entropy"], 4), str(metrics["num_examples"])]
             for (loss, engine, sparsity), metrics in by_model.items()]
-    settings = next(iter(by_model.values()))  # the same for all
+    settings = next(iter(by_model.values()))  # all models have the same
     notes = _teacher_note(task, [row for row in data["scores"] if row["metric"] == task.metric])
     notes += [f"{_words(name)}: {settings[name]}" for name in task.score_settings]
     if any(engine.startswith("runtime") for _, engine, _ in by_model):
@@ -136,7 +136,7 @@ def _words(name: str) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    """None: there was nothing to take it from."""
+    """As text; "-" for None, where nothing was measured."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

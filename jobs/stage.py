@@ -1,4 +1,4 @@
-"""A stage of a run as data: what kind of work it is, with which loss, on which level or device, from which others."""
+"""A stage of a run as data: its kind, its inputs, and its loss, level or device."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,7 +7,7 @@ from sparse_train.config import LossConfig, RunConfig
 
 
 class Kind(StrEnum):
-    """What a stage does; the module of `jobs` that does it has the same name."""
+    """What a stage does; the module of `jobs` for it has the same name."""
 
     DENSE = "dense"
     PRUNE = "prune"
@@ -31,9 +31,9 @@ class Stage:
     inputs: tuple["Stage", ...] = ()
     """The stages whose results it reads, dense first."""
     external: str | None = None
-    """dense: a folder or a name on the hub that is read in its place; this stage is then an input and never run."""
+    """dense: a folder or a name on the hub to read in its place; the stage is then an input and never runs."""
     loss: str | None = None
-    """finetune: which of config.finetune.losses; prune: that of the fine-tune that it prunes, None for dense."""
+    """finetune: which of config.finetune.losses; prune: that of the fine-tuned model to prune, None for dense."""
     level: int = 0
     """prune, finetune: which of config.prune.levels."""
     device: str | None = None
@@ -41,7 +41,7 @@ class Stage:
 
     @property
     def is_distributed(self) -> bool:
-        """Runs on all ranks of the cluster config, and saves its state; the others are one process."""
+        """Whether it runs on all ranks of the cluster config and saves its state; other stages are one process."""
         return self.kind in _DISTRIBUTED
 
     @property
@@ -61,7 +61,7 @@ class Stage:
 
 
 def kind_of(name: str) -> Kind:
-    """Of a stage as a user writes it: its kind, or its id. Raises ValueError where there is no such kind."""
+    """The kind of a stage named by its kind or its id. Raises ValueError where there is no such kind."""
     kind = name.partition("/")[0]
     if kind not in list(Kind):
         raise ValueError(f"there is no stage {name}; choose from: {', '.join(Kind)}")
