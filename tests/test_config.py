@@ -44,6 +44,12 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
     assert config.prune.sparsity == 0.5 and config.prune.group == (2, 4)
 
 
+def test_a_rounded_sparsity_beside_its_pattern_is_the_one_that_the_pattern_makes():
+    rounded, exact = (load_config(RunConfig, _DEMO, ["prune.pattern=2:3", f"prune.sparsity={sparsity}"])
+                      for sparsity in ("0.3333333333", "null"))
+    assert rounded == exact and exact.prune.sparsity == 1 - 2 / 3
+
+
 def test_overrides_are_typed_and_nested():
     config = load_config(RunConfig, _DEMO, ["finetune.losses.kd.logit_weight=0.5", "finetune.learning_rate=1e-4",
                                             "name=a.b", "model.path=null"])

@@ -55,8 +55,13 @@ class PruneConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _sparsity_of_the_pattern(cls, keys: Any) -> Any:
-        group = _parse_group(keys.get("pattern")) if isinstance(keys, dict) and keys.get("sparsity") is None else None
-        return {**keys, "sparsity": 1 - group[0] / group[1]} if group else keys
+        """Also in place of a rounded one, such as 0.3333333333: two configs of one pattern are the same config."""
+        group = _parse_group(keys.get("pattern")) if isinstance(keys, dict) else None
+        if group is None:
+            return keys
+        implied, sparsity = 1 - group[0] / group[1], keys.get("sparsity")
+        agrees = sparsity is None or (isinstance(sparsity, float) and abs(sparsity - implied) <= 1e-9)
+        return {**keys, "sparsity": implied} if agrees else keys
 
     @model_validator(mode="after")
     def _pattern_and_sparsity_agree(self) -> "PruneConfig":
@@ -75,7 +80,7 @@ class PruneConfig(Section):
         if isinstance(self.sparsity, tuple):
             raise ValueError(f"pattern={self.pattern} has one sparsity, {implied:g}; a chain needs "
                              "pattern=unstructured")
-        if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
+        if self.sparsity != implied:
             raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern}, which makes {implied:g}; "
                              "leave sparsity out (prune.sparsity=null)")
         if self.layer_sparsity:
