@@ -39,7 +39,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     points = load_points(find_recipe(options.config), run_overrides, {UNDER: ClusterConfig})
     cluster = load_cluster(options.on, cluster_overrides)
     if cluster.executor == "local":
-        cluster.visible_gpus(cluster.ranks)  # refuses too many before anything else is read
+        cluster.visible_gpus(cluster.ranks)  # refuses too many GPUs before anything starts
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
     handle_signals()
     if options.prepare and options.dry_run:  # slurm/pipeline.sh would submit what the dry run prints
@@ -53,7 +53,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         return run_sweep(points, cluster, names, console, options.dry_run, options.replace)
     [(_, config)] = points
     _check(config, names, options, console)
-    _start(config, cluster, names, options, console)
+    if options.prepare or cluster.executor == "slurm":
+        _submit(config, cluster, names, options, console)
+    elif options.dry_run:
+        _print_plan(config, names, console)
+    else:
+        _run_here(config, cluster, names, options.replace, console)
     return 0
 
 
@@ -73,22 +78,21 @@ def _check(config: RunConfig, names: list[str], options: argparse.Namespace, con
             console.print(line, style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
-def _start(config: RunConfig, cluster: ClusterConfig, names: list[str], options: argparse.Namespace,
-           console: Console) -> None:
-    if options.prepare or cluster.executor == "slurm":
-        from sparse_train.launch.submit import slurm
+def _submit(config: RunConfig, cluster: ClusterConfig, names: list[str], options: argparse.Namespace,
+            console: Console) -> None:
+    from sparse_train.launch.submit import slurm
 
-        if options.prepare:
-            slurm.prepare(config, cluster, names, options.replace)
-        else:
-            slurm.submit(config, cluster, names, console, options.dry_run, options.replace)
-    elif options.dry_run:
-        from sparse_train.launch.run.plan import plan
-
-        for planned in plan(config, names):
-            console.print(f"{planned.stage.id:<22} {planned.reason}", highlight=False)
+    if options.prepare:
+        slurm.prepare(config, cluster, names, options.replace)
     else:
-        _run_here(config, cluster, names, options.replace, console)
+        slurm.submit(config, cluster, names, console, options.dry_run, options.replace)
+
+
+def _print_plan(config: RunConfig, names: list[str], console: Console) -> None:
+    from sparse_train.launch.run.plan import plan
+
+    for planned in plan(config, names):
+        console.print(f"{planned.stage.id:<22} {planned.reason}", highlight=False)
 
 
 def _run_here(config: RunConfig, cluster: ClusterConfig, names: list[str], replace: bool, console: Console) -> None:
