@@ -166,7 +166,7 @@ def _missing_input(stage: Stage, unfinished: list[str]) -> str:
         if source.id in unfinished:
             return source.id
     for source in stage.inputs:
-        path = Path(source.external or "")  # such as the dense model of a sweep, which another run makes
+        path = Path(source.external or "")  # such as the shared dense model of a sweep
         if path.is_absolute() and not path.is_dir():
             return "/".join(path.parts[-2:])
     return ""

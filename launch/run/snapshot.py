@@ -13,7 +13,7 @@ from pathlib import Path
 import sparse_train
 from sparse_train.launch.run.recipes import CONFIGS
 
-_INSIDE = ("launch", "jobs", "configs")  # of the package; in a checkout they stand beside it
+_INSIDE = ("launch", "jobs", "configs")  # the package once installed; in a checkout they are beside it
 _CUSTOMIZE = '''"""An editable install puts its finder before the path; jobs of this run take the copy beside this."""
 
 import os

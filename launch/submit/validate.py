@@ -28,7 +28,7 @@ class Validation:
 def validate(config: RunConfig, dry_run: bool = False) -> Validation:
     """Check data, model, and whether they fit each other.
 
-    A dry run does without data, and asks the hub for nothing but a model's config, without which it does as well.
+    A dry run works without the data, and reads nothing but a model's config from the hub, which it can do without.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
     folder that is not a checkpoint or whose tokenizer is not the model's, pruning that does not fit the linears, and a
     loss on features that the model does not have.
@@ -37,7 +37,7 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
     from sparse_train.pruning import build_pruner
     from sparse_train.pruning.parameters import count_parameters
 
-    require("plots")  # of the report, the last stage
+    require("plots")  # the report, the last stage, needs it
     if config.tracking.wandb:
         require("wandb")
     build_pruner(config.prune)  # refuses options that it does not have
@@ -62,7 +62,7 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
 
 
 def require_data(config: RunConfig) -> None:
-    """Raises UserError where a run would not find its data. The last check of a dry run, which works without data."""
+    """Raises UserError where a run would not find its data. It is the last check of a dry run."""
     from sparse_train.tasks import read
 
     for task in (config.task, config.prune.calibration):
@@ -96,7 +96,7 @@ class _Split:
 
 
 def _read_first_examples(config: RunConfig, dry_run: bool, remarks: list[str]) -> list[_Split]:
-    """The splits that the run reads; each has been seen to have an example."""
+    """The splits that the run reads, each of which has an example."""
     from sparse_train.tasks import build_task
 
     splits = []
@@ -104,8 +104,8 @@ def _read_first_examples(config: RunConfig, dry_run: bool, remarks: list[str]) -
         if task_config is None:
             continue
         if dry_run and _may_be_elsewhere(task_config):
-            on_hub = ", so it is taken as a name on the hub" if may_be_hub_name(str(task_config.path)) else ""
-            remarks.append(f"data {task_config.path}: not on this machine{on_hub}; not looked at")
+            on_hub = ", so it is assumed to be a name on the hub" if may_be_hub_name(str(task_config.path)) else ""
+            remarks.append(f"data {task_config.path}: not on this machine{on_hub}; not checked")
             continue
         task = build_task(task_config)
         for name in names:
@@ -115,12 +115,12 @@ def _read_first_examples(config: RunConfig, dry_run: bool, remarks: list[str]) -
 
 
 def _may_be_elsewhere(task: TaskConfig) -> bool:
-    """Whether data that is not here may be on the hub, or on the machine that the run is for."""
+    """Whether missing data may be on the hub, or on the machine where the run will be."""
     return task.path is not None and not Path(task.path).is_absolute() and not Path(task.path).exists()
 
 
 def _read_model_config(config: RunConfig, path: str | None, dry_run: bool, remarks: list[str]) -> "PretrainedConfig":
-    """Of the model to start from: of a folder after its names and shapes were checked, of the hub, or a new one."""
+    """The config of the model to start from: a folder, whose names and shapes are checked, the hub, or a new one."""
     from sparse_train.models import describe, is_folder, open_model, read_config
 
     if path is None:
@@ -167,7 +167,7 @@ def _check_language(task: TaskConfig, model: "PretrainedConfig") -> None:
 
 
 def _check_lengths(config: RunConfig, model: "PretrainedConfig", is_new: bool) -> None:
-    """Compare lengths with the number of the decoder's positions, where it is bounded.
+    """Compare lengths with the number of the decoder's positions, where that is limited.
 
     task.max_length is compared only where there is an encoder: a decoder alone also holds the prompt, and the longest
     examples are left out.
@@ -191,7 +191,7 @@ def _check_lengths(config: RunConfig, model: "PretrainedConfig", is_new: bool) -
 
 
 def _check_examples_fit(config: RunConfig, path: str, data: list[_Split]) -> None:
-    """One that fits is enough; the stages leave the others out, count and name them."""
+    """Raises UserError unless an example fits. The stages leave the others out, count and name them."""
     from sparse_train.models import load_processor
     from sparse_train.tasks import scored_examples, training_examples
 

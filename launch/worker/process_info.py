@@ -46,7 +46,7 @@ class ProcessInfo:
 
     @property
     def port(self) -> int:
-        """Of the rendezvous on the first node. Attempts have different ones: the last may still hold its port."""
+        """The rendezvous on the first node. Attempts have different ports, as the last one may still hold its own."""
         number = int(os.environ.get("SLURM_JOB_ID") or self.attempt.job) + 1_009 * self.attempt.restarts
         return _FIRST_PORT + number % _NUM_PORTS
 

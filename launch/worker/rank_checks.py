@@ -76,22 +76,22 @@ def _free_memory(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path
         bounds.append(megabytes << 20)
     for line in membership.read_text(encoding="utf-8").splitlines():
         _, kinds, name = line.split(":", 2)
-        if kinds in ("", "memory"):  # of version 2 and 1
+        if kinds in ("", "memory"):  # of control groups version 2 and 1
             bounds += _free_below_limits(cgroups / kinds, name.lstrip("/"), kinds)
     return max(0, min(bounds))
 
 
 def _free_below_limits(top: Path, name: str, kinds: str) -> list[int]:
-    """Of the control group `name` and those above it, as far as they have a limit."""
+    """Free bytes within the limits of the control group `name` and the groups above it, where they have any."""
     limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
     bounds = []
     for group in (top / name, *(top / parent for parent in Path(name).parents)):
-        if not (group / limit).is_file():  # the top has none
+        if not (group / limit).is_file():  # the root group has none
             continue
         most = (group / limit).read_text(encoding="utf-8").strip()
-        if most != "max":  # version 1 has a number beyond any machine instead
+        if most != "max":  # version 1 writes a huge number instead
             stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the former: version 1's, of the tree
+            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the first is that of version 1, with the groups below
             bounds.append(int(most) - int((group / used).read_text(encoding="utf-8")) + cache)
     return bounds
 
