@@ -91,7 +91,8 @@ def _free_below_limits(top: Path, name: str, kinds: str) -> list[int]:
         most = (group / limit).read_text(encoding="utf-8").strip()
         if most != "max":  # version 1 writes a huge number instead
             stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))  # the first is that of version 1, with the groups below
+            # Version 1 has a key of its own for the sum over the groups below.
+            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))
             bounds.append(int(most) - int((group / used).read_text(encoding="utf-8")) + cache)
     return bounds
 
