@@ -167,7 +167,7 @@ def test_features_of_both_stacks_have_their_own_padding(family):
         ("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
     batch, shapes = collate(tiny_examples(processor), processor), {}
     tap = Tap([point.module for point in points])
-    with tap.open(lambda index, x: shapes.__setitem__(index, x.shape[:2])), torch.no_grad():
+    with tap.visiting(lambda index, x: shapes.__setitem__(index, x.shape[:2])), torch.no_grad():
         model(**batch.inputs())
     for index, point in enumerate(points):
         assert shapes[index] == batch.attends[point.side].shape

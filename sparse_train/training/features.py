@@ -13,7 +13,7 @@ from sparse_train.models import block_output
 
 
 class Tap:
-    """Hooks on the outputs of `modules`. They visit nothing until open() is entered.
+    """Hooks on the outputs of `modules`. They visit nothing until visiting() is entered.
 
     Activation checkpointing runs the blocks again in the backward pass, when the tap is closed. To be made before
     DeepSpeed's engine, whose own hooks wrap the outputs.
@@ -29,7 +29,7 @@ class Tap:
             self._visit(index, block_output(output))
 
     @contextlib.contextmanager
-    def open(self, visit: Callable[[int, torch.Tensor], Any]) -> Iterator[None]:
+    def visiting(self, visit: Callable[[int, torch.Tensor], Any]) -> Iterator[None]:
         """Inside, `visit(index, output (B, T, D))` is called for each module that runs."""
         self._visit = visit
         try:

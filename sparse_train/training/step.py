@@ -100,7 +100,7 @@ class Trainer:
     def _forward(self, batch: Batch, targets: torch.Tensor) -> Shares:
         inputs = batch.inputs() | {"use_cache": False}
         features: dict[int, torch.Tensor] = {}
-        with self._block_tap.open(self._finite.watch), self._feature_tap.open(features.__setitem__):
+        with self._block_tap.visiting(self._finite.watch), self._feature_tap.visiting(features.__setitem__):
             logits = self.engine(**inputs).logits
         terms = new_terms(self._run.loss)
         outputs = ModelOutputs(logits, targets, batch.labels)

@@ -52,7 +52,7 @@ class Teacher:
                 for term in comparing:
                     term.add_features(student_feature, feature, attends[self._sides[index]])
 
-        with torch.no_grad(), self._tap.open(compare):
+        with torch.no_grad(), self._tap.visiting(compare):
             return self._engine(**inputs, **self._head_arguments).logits
 
 

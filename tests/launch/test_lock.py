@@ -59,7 +59,8 @@ def test_a_folder_that_submitit_would_rename_is_refused_before_it_is_made(name, 
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # The default, whatever these tests were started with: nohup has SIGHUP ignored.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
