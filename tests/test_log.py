@@ -28,7 +28,7 @@ def test_a_rank_log_has_the_time_and_the_rank_in_each_line(capsys):
 @pytest.mark.parametrize("arguments, lines", [
     (["runs"], ["a warning", "an error"]), (["runs", "-v"], ["what is done", "a warning", "an error"]),
     (["-v", "runs"], ["what is done", "a warning", "an error"]), (["-q", "runs"], ["an error"]),
-    (["runs", "--quiet"], ["an error"]),
+    (["runs", "--quiet"], ["an error"]), (["bench", "layers", "-q"], ["an error"]),
 ])
 def test_how_much_the_command_line_tells(arguments, lines, monkeypatch, capsys):
     def report(options, console):

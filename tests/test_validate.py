@@ -43,6 +43,13 @@ def test_every_family_has_an_embedded_task(family):
     validate(_run(family))
 
 
+def test_a_report_needs_matplotlib_and_other_stages_do_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    validate(_run("mpt"), ["dense", "prune"])
+    with pytest.raises(UserError, match=r"sparse-train\[plots\]"):
+        validate(_run("mpt"))
+
+
 def test_a_run_that_logs_to_wandb_needs_it_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     validate(_run("mpt"))

@@ -1,5 +1,7 @@
 """The stage graph of a run: the stages, their inputs, and the keys of the config that each reads."""
 
+from collections.abc import Sequence
+
 from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Kind, Stage
@@ -29,7 +31,7 @@ def build_stages(config: RunConfig) -> list[Stage]:
     return [*([] if dense.external else [dense]), *chain, evaluate, compress, *benchmarks, report]
 
 
-def select(stages: list[Stage], names: list[str]) -> list[Stage]:
+def select(stages: list[Stage], names: Sequence[str]) -> list[Stage]:
     """The stages whose kind or id is in `names`; all when it is empty. Raises UserError."""
     known = list(dict.fromkeys(name for stage in stages for name in (stage.kind.value, stage.id)))
     for name in names:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sparse_train import log
 from sparse_train.errors import StageFailed
 from sparse_train.tables import print_table
 
@@ -38,6 +39,8 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     train.add_argument("--repeats", type=_positive, default=7)
     train.add_argument("--json", action="store_true", help="only the last line")
     train.set_defaults(command=_train)
+    for kind in (layers, moves, train):
+        log.add_options(kind)
 
 
 def _sparsity(text: str) -> float:

@@ -69,7 +69,7 @@ def _check(config: RunConfig, names: list[str], options: argparse.Namespace, con
 
     require_inputs(config, names)
     check_replaced([config], names, options.replace or options.dry_run)
-    validation = validate(config, options.dry_run)
+    validation = validate(config, names, options.dry_run)
     if options.dry_run:
         for line in [*validation.remarks, *summarise(config, validation.parameters)]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -75,8 +75,7 @@ def run_sweep(points: Points, cluster: ClusterConfig, names: list[str], console:
 
 
 def _check(config: RunConfig, names: list[str], console: Console, dry_run: bool) -> None:
-    select(build_stages(config), names)  # a stage that does not exist is reported at once
-    validation = validate(config, dry_run)
+    validation = validate(config, names, dry_run)
     if dry_run:
         console.print(f"{config.name}:", highlight=False, soft_wrap=True, markup=False)
         for line in [*validation.remarks, *summarise(config, validation.parameters)]:

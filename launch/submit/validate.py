@@ -1,5 +1,6 @@
 """Checks of a run before its first job, so that predictable failures are reported early; and a summary of its work."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.extras import require
 from sparse_train.hub import has_data_set, hub_answers, may_be_hub_name
+from sparse_train.jobs.stage import Kind
+from sparse_train.launch.run.stages import build_stages, select
 from sparse_train.registry import FAMILIES, TASKS
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -25,8 +28,10 @@ class Validation:
     """What a dry run could not check, a line each."""
 
 
-def validate(config: RunConfig, dry_run: bool = False) -> Validation:
-    """Check data, model, and whether they fit each other.
+def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False) -> Validation:
+    """Check data, model, and whether they fit each other, and the packages that the selected stages need.
+
+    `names` select the stages; without any all are.
 
     A dry run works without the data, and reads nothing but a model's config from the hub, which it can do without.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
@@ -37,7 +42,8 @@ def validate(config: RunConfig, dry_run: bool = False) -> Validation:
     from sparse_train.pruning import build_pruner
     from sparse_train.pruning.parameters import count_parameters
 
-    require("plots")  # the report, the last stage, needs it
+    if any(stage.kind is Kind.REPORT for stage in select(build_stages(config), names)):
+        require("plots")  # before hours of work
     if config.tracking.wandb:
         require("wandb")
     build_pruner(config.prune)  # refuses options that it does not have
