@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import os
+import shlex
 import subprocess
 import sys
 
@@ -225,8 +226,9 @@ def test_looking_loads_nothing_heavy_and_prints_to_any_terminal(tmp_path):
 
 def test_a_pipe_that_nobody_reads_ends_quietly(tmp_path):
     _run(tmp_path, "a")
-    done = subprocess.run(f"{sys.executable} -m sparse_train.launch.cli runs '{tmp_path}' | true; "
-                          f"{sys.executable} -m sparse_train.launch.cli --help | true", shell=True, capture_output=True)
+    command = shlex.join([sys.executable, "-m", "sparse_train.launch.cli"])
+    done = subprocess.run(f"{command} runs {shlex.quote(str(tmp_path))} | true; {command} --help | true", shell=True,
+                          capture_output=True)
     assert done.stderr == b""
 
 
