@@ -38,7 +38,7 @@ def test_a_recipe_is_counted_without_data(recipe, tmp_path, capsys, monkeypatch)
     elif not config.sweep:
         assert [line.split()[0] for line in out.splitlines()[-len(stages):]] == stages
     if config.task.path:
-        assert f"data {config.task.path}: not on this machine" in out and own != ("as a name on the hub" in out)
+        assert f"data {config.task.path}: not on this machine" in out and own != ("to be a name on the hub" in out)
     assert "prunable parameters kept" in out and f"{config.finetune.steps:,} steps" in out
     known = set()
     for stage in build_stages(config):
