@@ -1,6 +1,6 @@
-"""Ranks: who am I, how many are we, sums over all, and agreement. Everything is the identity on one process.
+"""Ranks of a training job: their number and place, sums, exchange of objects. On one process all are the identity.
 
-A rank is a process of the training job. The device is what DeepSpeed's accelerator says; nothing here assumes a CPU.
+A rank is a process of the job. The device is that of DeepSpeed's accelerator; nothing here assumes a CPU.
 """
 
 import os
@@ -27,7 +27,7 @@ def start(rank: int, world_size: int, local_rank: int, local_size: int, address:
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        local_rank %= accelerator.device_count()  # a job step may show each task no GPU but its own
+        local_rank %= accelerator.device_count()  # SLURM may show each task one GPU only
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
                       LOCAL_SIZE=str(local_size), MASTER_ADDR=address, MASTER_PORT=str(port))
     disable_shared_memory_collectives()
@@ -38,6 +38,7 @@ def start(rank: int, world_size: int, local_rank: int, local_size: int, address:
 
 
 def stop() -> None:
+    """Leave the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -61,6 +62,7 @@ def node() -> tuple[int, int]:
 
 
 def device() -> torch.device:
+    """Of this rank."""
     return torch.device(get_accelerator().current_device_name())
 
 
@@ -79,32 +81,33 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def num_sums() -> int:
-    """How many sum_over_ranks this rank has begun; a training has one at least in every step."""
+    """Number of sum_over_ranks that this rank has begun; training has at least one in every step."""
     return _num_sums
 
 
 def any_rank(mine: bool) -> bool:
-    """Whether it holds on any rank."""
+    """Collective. Whether `mine` is true on any rank."""
     return bool(sum_over_ranks(torch.tensor(float(mine), device=device())) > 0)
 
 
 def gather_objects(mine: Any) -> list[Any]:
-    """`mine` of every rank, in the order of ranks; for small plain data."""
-    everyone = [mine] * world_size()
+    """Collective. `mine` of every rank, in the order of ranks; for small plain data."""
+    objects = [mine] * world_size()
     if world_size() > 1:
-        distributed.all_gather_object(everyone, mine)
-    return everyone
+        distributed.all_gather_object(objects, mine)
+    return objects
 
 
 def agree(check: Callable[[], None]) -> None:
-    """Run `check` on every rank. Collective: a UserError of any of them is raised on all, that of the lowest rank."""
+    """Collective. Run `check` on every rank; the UserError of the lowest rank that has one is raised on all."""
     try:
         check()
         problem = ""
     except UserError as error:
         problem = str(error)
-    if found := next(filter(None, gather_objects(problem)), None):
-        raise UserError(found)
+    first_problem = next(filter(None, gather_objects(problem)), None)
+    if first_problem:
+        raise UserError(first_problem)
 
 
 def share(items: list, num_sharing: int = 1) -> list:
@@ -116,8 +119,9 @@ def share(items: list, num_sharing: int = 1) -> list:
     return items[len(items) * part // num_parts:len(items) * (part + 1) // num_parts]
 
 
-def group_of_neighbours(size: int):
-    """This rank's process group, of `size` consecutive ranks. Raises UserError where they do not divide all ranks."""
+def group_of_neighbours(size: int) -> Any:
+    """Collective. This rank's process group, of `size` consecutive ranks. Raises UserError where `size` does not divide
+    the number of ranks."""
     if world_size() % size:
         raise UserError(f"sequence_parallel={size} does not divide {world_size()} ranks; use a divisor")
     groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
@@ -125,9 +129,9 @@ def group_of_neighbours(size: int):
 
 
 def require_agreement(what: str, digests: dict[str, str]) -> None:
-    """Stop every rank when a digest differs between ranks; the message names the entries and the ranks."""
-    everyone = gather_objects(digests)
-    for name in {name: None for digests in everyone for name in digests}:
-        odd = [r for r, theirs in enumerate(everyone) if theirs.get(name) != everyone[0].get(name)]
-        if odd:
-            raise RuntimeError(f"{what} differ between ranks: {name} on ranks {odd} is not what rank 0 has")
+    """Collective. Raises RuntimeError on every rank where a digest differs; it names the entry and the ranks."""
+    by_rank = gather_objects(digests)
+    for name in {name: None for digests in by_rank for name in digests}:
+        deviating = [number for number, other in enumerate(by_rank) if other.get(name) != by_rank[0].get(name)]
+        if deviating:
+            raise RuntimeError(f"{what} differ between ranks: {name} on ranks {deviating} is not what rank 0 has")

@@ -1,7 +1,7 @@
-"""Which examples go into which micro-step: a pure function of (seed, step), so that resuming needs no state.
+"""The examples of each micro-step, as a pure function of (seed, step), so that resuming needs no state.
 
-    epoch e = a permutation of the examples drawn from (seed, e); step s takes positions s * batch ... of all epochs
-    laid end to end; an endless task is taken in order. Ranks share a micro-step's examples in contiguous parts.
+Epoch e is a permutation of the examples drawn from (seed, e). Step s reads positions s * batch ... of the concatenated
+epochs; an endless task is read in order. The ranks divide a micro-step's examples into contiguous parts.
 """
 
 from functools import lru_cache
@@ -12,13 +12,15 @@ from sparse_train import dist
 
 
 class Order:
+    """The order in which training reads its examples."""
+
     def __init__(self, num_examples: int | None, batch_size: int, accumulation: int, seed: int, num_sharing: int = 1):
-        """`num_examples` None: endless, every example is seen once. `num_sharing` consecutive ranks share examples."""
+        """`num_examples` None: endless, every example is read once. `num_sharing` consecutive ranks get the same."""
         self._num_examples, self._seed, self._num_sharing = num_examples, seed, num_sharing
         self._micro_size, self._accumulation = batch_size // accumulation, accumulation
 
     def indices(self, step: int, micro_step: int) -> list[int]:
-        """This rank's examples of a micro-step; may be empty."""
+        """This rank's examples of a micro-step, counted from 0; may be empty."""
         start = (step * self._accumulation + micro_step) * self._micro_size
         positions = range(start, start + self._micro_size)
         return dist.share([self._example(position) for position in positions], self._num_sharing)
@@ -26,8 +28,8 @@ class Order:
     def _example(self, position: int) -> int:
         if self._num_examples is None:
             return position
-        epoch, place = divmod(position, self._num_examples)
-        return _permutation(self._num_examples, self._seed, epoch)[place]
+        epoch, index = divmod(position, self._num_examples)
+        return _permutation(self._num_examples, self._seed, epoch)[index]
 
 
 @lru_cache(maxsize=2)  # a step may straddle two epochs

@@ -1,12 +1,15 @@
 """Sequence parallelism: the ranks of a group hold consecutive tokens of the same examples (Ulysses, arXiv 2309.14509).
 
-Everything but attention works on a token alone. Attention sees all of them: an all-to-all gives each rank all tokens of
-some heads, and a second one gives the result back, tokens by rank.
+Everything but attention works on single tokens. For attention, an all-to-all gives each rank all tokens of some of the
+heads, and a second one returns the result to the ranks of the tokens.
 
     (B, H, T / P, D)  -> all-to-all ->  (B, H / P, T, D)  -> attention ->  all-to-all ->  (B, H, T / P, D)
 
 Letters: B batch, T tokens of the whole sequence, P ranks of the group, H heads, D a head's width.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -23,7 +26,7 @@ _NAME = "sparse_train_sequence_parallel"
 
 
 def split_tokens(tensor: torch.Tensor, group: distributed.ProcessGroup, fill: int | bool) -> torch.Tensor:
-    """(B, T) -> (B, ceil(T / P)), this rank's; the sequence is padded with `fill` to a multiple of P."""
+    """This rank's part (B, ceil(T / P)) of `tensor` (B, T), which is padded with `fill` to a multiple of P."""
     num_ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
     padded = functional.pad(tensor, (0, -tensor.shape[1] % num_ranks), value=fill)
     return padded.chunk(num_ranks, 1)[rank].contiguous()
@@ -36,7 +39,7 @@ def split_batch(batch: Batch, group: distributed.ProcessGroup) -> Batch:
 
 
 def parallelise_attention(model: PreTrainedModel, group: distributed.ProcessGroup) -> None:
-    """Make the attention of `model` span the ranks of `group`, in place; to be done before DeepSpeed's engine.
+    """Make the attention of `model` span the ranks of `group`, in place; call it before DeepSpeed's engine is built.
 
     From then on the model is called with this rank's tokens. Batches must be padded on the right: causal attention then
     needs no padding mask. Raises UserError for a model whose heads cannot be divided.
@@ -52,8 +55,8 @@ def parallelise_attention(model: PreTrainedModel, group: distributed.ProcessGrou
     if family_of_type(config.model_type).split_attention(model, exchange):
         return
     if not supports_attention_interface(model):
-        raise UserError(f"model type {config.model_type!r} has an attention of its own that sequence parallelism does "
-                        "not know; use sequence_parallel=1")
+        raise UserError(f"model type {config.model_type!r} has an attention that sequence parallelism does not "
+                        "support; use sequence_parallel=1")
     AttentionInterface.register(_NAME, _interface_forward(exchange))
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     model.set_attn_implementation(_NAME)
@@ -61,10 +64,10 @@ def parallelise_attention(model: PreTrainedModel, group: distributed.ProcessGrou
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all: dimension `split` is dealt out over the ranks, dimension `join` put together from them."""
+    """All-to-all: dimension `split` is divided among the ranks, and dimension `join` assembled from them."""
 
     @staticmethod
-    def forward(ctx, x, group, split, join):
+    def forward(ctx: Any, x: torch.Tensor, group: distributed.ProcessGroup, split: int, join: int) -> torch.Tensor:
         ctx.group, ctx.split, ctx.join = group, split, join
         parts = torch.stack(x.chunk(distributed.get_world_size(group), split))
         received = torch.empty_like(parts)
@@ -72,7 +75,7 @@ class _Exchange(torch.autograd.Function):
         return torch.cat(received.unbind(), join)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _Exchange.apply(grad, ctx.group, ctx.join, ctx.split), None, None, None
 
 
@@ -90,10 +93,10 @@ class _GroupExchange:
         return _Exchange.apply(x, self._group, 2, 1)
 
 
-def _interface_forward(exchange: _GroupExchange):
-    """An attention function of transformers' AttentionInterface: q (B, H, T / P, D), k and v with their own heads."""
+def _interface_forward(exchange: _GroupExchange) -> Callable[..., tuple[torch.Tensor, None]]:
+    """A function for transformers' AttentionInterface: q (B, H, T / P, D), k and v with their number of heads."""
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        if key.shape[1] % exchange.num_ranks:  # fewer key heads than ranks: every query head gets its own copy
+        if key.shape[1] % exchange.num_ranks:  # too few key heads to divide: copy them, one per query head
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         q, k, v = (exchange.to_heads(x) for x in (query, key, value))
         context = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout,
@@ -103,8 +106,9 @@ def _interface_forward(exchange: _GroupExchange):
     return forward
 
 
-def _global_positions(group):
-    def hook(module: nn.Module, args, kwargs):
+def _global_positions(group: distributed.ProcessGroup) -> Callable[..., Any]:
+    """A hook that gives the model the positions of this rank's tokens in the whole sequence."""
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         num_tokens = kwargs["input_ids"].shape[1]
         first = distributed.get_rank(group) * num_tokens
         positions = torch.arange(first, first + num_tokens, device=kwargs["input_ids"].device)
