@@ -31,7 +31,7 @@ lint: setup
 # mypy sees jobs/ and launch/ where they are installed, in sparse_train.
 types:
 	rm -rf build/mypy && mkdir -p build/mypy/sparse_train
-	ln -s $(CURDIR)/sparse_train/* $(CURDIR)/jobs $(CURDIR)/launch build/mypy/sparse_train
+	cd build/mypy/sparse_train && ln -s ../../../sparse_train/* ../../../jobs ../../../launch .
 	.venv/bin/python -m mypy
 
 setup: $(READY)
