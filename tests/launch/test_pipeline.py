@@ -211,8 +211,8 @@ def _started(folder, *overrides, sigint=signal.SIG_DFL):
     process = subprocess.Popen(
         _command("run", RECIPE, f"folder={folder}", *_LONG, *overrides), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # Where the tests run in a shell's background, Ctrl-C is ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint))
+        # In a shell's background Ctrl-C is ignored, under nohup SIGHUP, and that is inherited from the tests.
+        preexec_fn=lambda: (signal.signal(signal.SIGINT, sigint), signal.signal(signal.SIGHUP, signal.SIG_DFL)))
     metrics, deadline = folder / "tiny" / "dense.partial" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.is_file() or metrics.read_text().count("\n") < 30:
         assert process.poll() is None and time.monotonic() < deadline, "training did not get to step 30"
