@@ -119,6 +119,7 @@ TASKS = Registry("task", "sparse_train.tasks", TaskEntry, {
     "translation": TaskEntry("sparse_train.tasks.translation:Translation", "translation"),
     "speech": TaskEntry("sparse_train.tasks.speech:Speech", "speech", reads_both_splits=False),
     "text": TaskEntry("sparse_train.tasks.text:Text"),
+    "chat": TaskEntry("sparse_train.tasks.chat:Chat"),
 })
 """task.name. The target is a subclass of sparse_train.tasks.Task."""
 

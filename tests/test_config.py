@@ -87,6 +87,7 @@ def test_overrides_are_typed_and_nested():
     ("dense.steps=1.5", "dense.steps=1.5: give a whole number"),
     ("dense.steps=0x10", "dense.steps=0x10: give a whole number"),
     ("task.prompt=12", "task.prompt=12: give text"),
+    ("task.system=Hi", "system is given without chat=true"),
     ("finetune.zero.offload_optimizer=yes", "finetune.zero.offload_optimizer=yes: give true or false"),
     ("dense.steps", "write key=value"),
     ("prune.calibration.pth=x", "did you mean prune.calibration.path?"),

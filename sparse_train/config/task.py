@@ -1,8 +1,8 @@
 """`task`: the data that a run trains on and is scored on (sparse_train/tasks)."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from sparse_train.config.base import Location, Positive, Section
 from sparse_train.registry import TASKS
@@ -31,6 +31,12 @@ class TaskConfig(Section):
     """Template of the answer."""
     test_prompt: str | None = None
     """Template of the prompt in evaluation, where it differs."""
+    chat: bool = False
+    """Whether question and answer are turns of a chat, written by the chat template of the model's tokenizer: in
+    training, calibration and evaluation. The task chat always is."""
+    system: str | None = None
+    """The system message of each chat; None: none, or what the template writes without one. The task chat puts it in
+    front of conversations that have none."""
     shots: Annotated[int, Field(ge=0)] = 0
     """gsm8k: solved training examples in front of each test prompt, in its template."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -42,6 +48,12 @@ class TaskConfig(Section):
 
     options: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Settings of a task that another package adds; the task's own schema checks them."""
+
+    @model_validator(mode="after")
+    def _system_is_of_a_chat(self) -> Self:
+        if self.system is not None and not (self.chat or self.name == "chat"):
+            raise ValueError("system is given without chat=true; give both, or leave it out")
+        return self
 
     def split_name(self, split: str) -> str:
         """What the data calls "train" or "test"."""

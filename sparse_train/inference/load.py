@@ -14,7 +14,8 @@ from sparse_train.kernels import PackedMatrix
 from sparse_train.models import Processor, fill, load_processor, open_model
 from sparse_train.sparse import replace_module
 from sparse_train.tasks import Example, generate, read
-from sparse_train.tasks.batch import encode
+from sparse_train.tasks.batch import encode_prompt
+from sparse_train.tasks.conversation import Message
 
 _NEW_TOKENS = 128
 
@@ -30,8 +31,10 @@ class Runtime:
         """Whether it runs on the native kernels."""
         return any(isinstance(module, PackedLinear) for module in self.model.modules())
 
-    def complete(self, prompt: str, max_new_tokens: int | None = None) -> str:
-        """The greedy continuation of `prompt`, or an encoder-decoder's answer to it.
+    def complete(self, prompt: str, max_new_tokens: int | None = None,
+                 history: tuple[Message, ...] | None = None) -> str:
+        """The greedy continuation of `prompt`, or an encoder-decoder's answer to it; with a `history`, which may be
+        empty, the assistant's answer to it as a user's turn behind these messages.
 
         `max_new_tokens` None: 128, or as many as the model has positions for. Raises UserError for more than that.
         """
@@ -41,10 +44,10 @@ class Runtime:
             raise UserError(f"the prompt {prompt!r} is not UTF-8; give it as UTF-8")
         if self.processor.features is not None:
             raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
-        example = Example(prompt, "")
+        example = Example(prompt, "", history=history)
         try:
             if max_new_tokens is None:
-                num_prompt = len(self.processor.decoder_prefix) or len(encode(example, self.processor)[0])
+                num_prompt = len(self.processor.decoder_prefix) or len(encode_prompt(example, self.processor))
                 max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - num_prompt))
             return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
         except UserError:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from sparse_train.errors import UserError
 from sparse_train.models import Processor
+from sparse_train.tasks.conversation import ASSISTANT, Message, labelled_ids, prompt_ids
 
 IGNORED = -100
 
@@ -20,6 +21,9 @@ class Example:
     answer: str
     sound: Callable[[int], np.ndarray] | None = None
     """Sampling rate -> mono samples; takes the prompt's place for speech models."""
+    history: tuple[Message, ...] | None = None
+    """The messages before the prompt, which is then a user's turn, and the answer the assistant's; all are written by
+    the tokenizer's chat template, and assistants' turns in the history are answers too. None: plain text."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,46 @@ def encode(example: Example, processor: Processor) -> tuple[list[int], list[int]
     A decoder reads both as one text: the ids are those of the joined text wherever no token spans the boundary, and
     spaces at a prompt's end count with the answer, since most tokenizers join them to the word that follows. In front
     is what the tokenizer puts before any text, such as Llama's beginning-of-text. An encoder's prompt and its answer
-    are texts of their own, each with an end-of-text; sound has no prompt ids.
+    are texts of their own, each with an end-of-text; sound has no prompt ids. A conversation has the special tokens
+    that its template writes, and no others.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, prompt = processor.tokenizer, encode_prompt(example, processor)
     if processor.decoder_prefix:
-        prompt = [] if example.sound else [*_tokens(tokenizer, example.prompt), tokenizer.eos_token_id]
         return prompt, [*_tokens(tokenizer, example.answer), tokenizer.eos_token_id]
-    head = example.prompt.rstrip(" ") or example.prompt
-    tail = example.prompt[len(head):] + example.answer
-    prompt, whole = _tokens(tokenizer, head), _tokens(tokenizer, head + tail)
-    answer = whole[len(prompt):] if whole[:len(prompt)] == prompt else _continued(tokenizer, tail)
-    return [*_before_text(tokenizer), *prompt], [*answer, tokenizer.eos_token_id]
+    if example.history is not None:
+        return prompt, decoder_row(example, processor)[0][len(prompt):]
+    head = _head(example)
+    tail, start = example.prompt[len(head):] + example.answer, _tokens(tokenizer, head)
+    whole = _tokens(tokenizer, head + tail)
+    answer = whole[len(start):] if whole[:len(start)] == start else _continued(tokenizer, tail)
+    return prompt, [*answer, tokenizer.eos_token_id]
+
+
+def encode_prompt(example: Example, processor: Processor) -> list[int]:
+    """The prompt ids of `encode`."""
+    tokenizer = processor.tokenizer
+    if example.history is not None:
+        return prompt_ids(tokenizer, [*example.history, ("user", example.prompt)])
+    if processor.decoder_prefix:
+        return [] if example.sound else [*_tokens(tokenizer, example.prompt), tokenizer.eos_token_id]
+    return [*_before_text(tokenizer), *_tokens(tokenizer, _head(example))]
+
+
+def decoder_row(example: Example, processor: Processor) -> tuple[list[int], list[int]]:
+    """(token ids of the decoder, their labels)."""
+    if example.history is not None and not processor.decoder_prefix:
+        ids, is_answer = labelled_ids(processor.tokenizer, [*example.history, ("user", example.prompt),
+                                                            (ASSISTANT, example.answer)])
+        return ids, [token if answered else IGNORED for token, answered in zip(ids, is_answer, strict=True)]
+    prompt, answer = encode(example, processor)
+    if not processor.decoder_prefix:
+        return prompt + answer, [IGNORED] * len(prompt) + answer
+    prefix = list(processor.decoder_prefix)
+    return prefix + answer[:-1], [IGNORED] * (len(prefix) - 1) + answer
+
+
+def _head(example: Example) -> str:
+    return example.prompt.rstrip(" ") or example.prompt
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
@@ -169,19 +202,14 @@ def _cuts(sound: np.ndarray, size: int, rate: int) -> list[int]:
 
 def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     """Padded on the right to the longest. No examples make one row of padding: a rank without work still takes part."""
-    encoded = [encode(example, processor) for example in examples]
-    if not processor.decoder_prefix:
-        rows = [(prompt + answer, [IGNORED] * len(prompt) + answer) for prompt, answer in encoded]
-        return _decoder_batch(rows, processor)
-    prefix = list(processor.decoder_prefix)
-    rows = [(prefix + answer[:-1], [IGNORED] * (len(prefix) - 1) + answer) for _, answer in encoded]
-    return replace(_decoder_batch(rows, processor), encoder=encoder_input(examples, processor))
+    batch = _decoder_batch([decoder_row(example, processor) for example in examples], processor)
+    return replace(batch, encoder=encoder_input(examples, processor)) if processor.decoder_prefix else batch
 
 
 def encoder_input(examples: Sequence[Example], processor: Processor) -> EncoderInput:
     """Prompts or sounds, padded; of no examples one row of padding."""
     if processor.features is None:
-        ids, attend = pad_rows([encode(example, processor)[0] for example in examples], processor)
+        ids, attend = pad_rows([encode_prompt(example, processor) for example in examples], processor)
         return EncoderInput(ids, attend)
     rate = processor.features.sampling_rate
     return _spectrograms([example.sound(rate) for example in examples if example.sound], processor.features)

@@ -10,7 +10,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError
 from sparse_train.models import Processor, model_tokens
-from sparse_train.tasks.batch import Batch, Example, encode, encoder_input, pad_rows, windows
+from sparse_train.tasks.batch import Batch, Example, encode_prompt, encoder_input, pad_rows, windows
+from sparse_train.tasks.conversation import end_of_turn
 
 
 def generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
@@ -28,17 +29,20 @@ def _generate(model: PreTrainedModel, processor: Processor, examples: Sequence[E
               min_new_tokens: int | None) -> list[str]:
     tokenizer = processor.tokenizer
     tokens = model_tokens(model.generation_config, "the model")
+    ends = {tokenizer.eos_token_id, *tokens.get("eos_token_id", ())}
+    if any(example.history is not None for example in examples):
+        ends |= {end_of_turn(tokenizer)} - {None}
     settings = GenerationConfig(
         do_sample=False, num_beams=spec.num_beams, use_cache=True, max_new_tokens=spec.max_new_tokens,
         min_new_tokens=min_new_tokens, pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=next(iter(processor.decoder_prefix), None),
-        eos_token_id=sorted({tokenizer.eos_token_id, *tokens.get("eos_token_id", ())}),
+        eos_token_id=sorted(ends),
         suppress_tokens=tokens.get("suppress_tokens"), begin_suppress_tokens=tokens.get("begin_suppress_tokens"))
     if processor.decoder_prefix:
         start = torch.tensor([processor.decoder_prefix] * len(examples))
         prompts = Batch(start, torch.ones_like(start, dtype=torch.bool), start, encoder_input(examples, processor))
     else:
-        rows, attend = pad_rows([encode(example, processor)[0] for example in examples], processor, on_left=True)
+        rows, attend = pad_rows([encode_prompt(example, processor) for example in examples], processor, on_left=True)
         prompts = Batch(rows, attend, rows)
     _require_room(prompts, processor, spec.max_new_tokens)
     with _without_settings(model):

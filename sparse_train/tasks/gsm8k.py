@@ -2,7 +2,8 @@
 
 The paper trains on the raw question followed by the raw answer and evaluates with "Question: ...\nAnswer:"; here both
 have the latter, unless the templates say otherwise (task.prompt, task.answer, task.test_prompt). Answers keep their
-<<a*b=c>> marks.
+<<a*b=c>> marks. As turns of a chat (task.chat) they are the question and the answer alone; solved examples (task.shots)
+are part of the user's turn.
 
 Scores are those of lm-evaluation-harness's task gsm8k 3.0, strict-match and flexible-extract, with these differences:
 task.shots solved examples are the first training ones, the same for every test example, 0 by default where the harness
@@ -25,7 +26,8 @@ from sparse_train.tasks.task import Task
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
-_PROMPT, _ANSWER, _NEXT = "Question: {question}\nAnswer:", " {answer}", "Question:"
+_TEMPLATES, _NEXT = ("Question: {question}\nAnswer:", " {answer}"), "Question:"
+_TURNS = ("{question}", "{answer}")
 
 
 class WordProblems(Task):
@@ -34,9 +36,11 @@ class WordProblems(Task):
     metric = "exact_match"
     extra_metrics = ("exact_match_flexible",)
     score_settings = ("shots",)
+    takes_chat = True
 
     def problem(self, question: str, answer: str, split: str = "train") -> Example:
-        return self.fill_templates(split, (_PROMPT, _ANSWER), {"question": question, "answer": answer})
+        return self.fill_templates(split, _TURNS if self.config.chat else _TEMPLATES,
+                                   {"question": question, "answer": answer})
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """exact_match (the number after ####), exact_match_flexible (the last number), and how many shots."""
@@ -77,7 +81,8 @@ class Gsm8k(WordProblems):
         shots = ""
         if split == "test" and self.config.shots:
             solved = [self.problem(*pair, split) for pair in self._pairs("train")[:self.config.shots]]
-            shots = "".join(f"{example.prompt}{example.answer}\n\n" for example in solved)
+            between = "\n" if self.config.chat else ""
+            shots = "".join(f"{example.prompt}{between}{example.answer}\n\n" for example in solved)
         return [replace(example, prompt=shots + example.prompt) for example in
                 (self.problem(*pair, split) for pair in self._pairs(split))]
 

@@ -8,6 +8,7 @@ from sparse_train.errors import UserError
 from sparse_train.models import Processor
 from sparse_train.tasks import read
 from sparse_train.tasks.batch import Example, fits_model
+from sparse_train.tasks.conversation import Unwritable
 from sparse_train.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -63,16 +64,21 @@ def _fitting(task: Task, split: str, num_examples: int | None, fits: Callable[[E
     examples = task.examples(split)
     kept: list[int] = []
     left_out: list[str] = []
+    or_template = ""
     for index, example in enumerate(examples):
         if len(kept) == num_examples or (task.endless and not kept and index == _MAX_UNFIT):
             break
-        if fits(example):
-            kept.append(index)
-        else:
-            left_out.append(f"{example.prompt}{example.answer}"[:40])
+        try:
+            if fits(example):
+                kept.append(index)
+            else:
+                left_out.append(repr(f"{example.prompt}{example.answer}"[:40]))
+        except Unwritable as error:
+            left_out.append(str(error))
+            or_template = " or its chat template"
     kind = {"train": "training"}.get(split, split)
-    summary = (f"{len(left_out)} of the first {len(kept) + len(left_out)} {kind} examples {why}: "
-               f"{read.some([*map(repr, left_out)])}")
+    summary = (f"{len(left_out)} of the first {len(kept) + len(left_out)} {kind} examples {why}{or_template}: "
+               f"{read.some(left_out)}")
     if not kept:
         raise UserError(f"no {kind} example is left: {summary}; {remedy}")
     if left_out:

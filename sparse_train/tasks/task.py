@@ -15,7 +15,8 @@ from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.models import Processor
 from sparse_train.tasks import read
-from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode, fits_model, windows
+from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode_prompt, fits_model, windows
+from sparse_train.tasks.conversation import Message
 from sparse_train.tasks.decoding import generate
 
 
@@ -41,11 +42,15 @@ class Task(ABC):
     """Entries of measure() that describe how the scores were taken, such as shots, rather than a score."""
     higher_is_better = True
     """Of `metric`."""
+    takes_chat = False
+    """Whether its questions and answers can be turns of a chat (task.chat)."""
     generates = True
     """Whether the model generates answers; otherwise only the cross-entropy of the true ones is measured."""
 
     def __init__(self, config: TaskConfig):
         """Raises UserError for options that the task does not have."""
+        if config.chat and not self.takes_chat:
+            raise UserError(f"task.chat=true: task {config.name} has no questions that a user could ask; leave it out")
         self.config = config
         self.options = read_options(self.Options, config.options, "task.options", f"task.name={config.name}")
         self._splits: dict[str, Sequence[Example]] = {}
@@ -67,10 +72,17 @@ class Task(ABC):
         return self._splits[split][:num_examples]
 
     def fill_templates(self, split: str, defaults: tuple[str, str], columns: dict[str, str]) -> Example:
-        """The config's templates of prompt and answer, or `defaults`, with {column} replaced. Raises UserError."""
+        """The config's templates of prompt and answer, or `defaults`, with {column} replaced; turns of a chat where
+        task.chat says so. Raises UserError."""
         key = "test_prompt" if split == "test" and self.config.test_prompt else "prompt"
         return Example(read.fill(getattr(self.config, key) or defaults[0], key, columns),
-                       read.fill(self.config.answer or defaults[1], "answer", columns))
+                       read.fill(self.config.answer or defaults[1], "answer", columns),
+                       history=self.system if self.config.chat else None)
+
+    @property
+    def system(self) -> tuple[Message, ...]:
+        """task.system as the messages that it puts in front of a conversation."""
+        return () if self.config.system is None else (("system", self.config.system),)
 
     @abstractmethod
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,7 +108,7 @@ class Task(ABC):
         was_training = model.training
         model.eval()
         # Prompts of like length share a batch, which saves padding; ties keep their order.
-        order = sorted(range(len(examples)), key=lambda i: len(encode(examples[i], processor)[0]))
+        order = sorted(range(len(examples)), key=lambda i: len(encode_prompt(examples[i], processor)))
         predictions: dict[int, str] = {}
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():

@@ -24,6 +24,7 @@ class Translating(Task):
     metric = "bleu"
     extra_metrics = ("chrf",)
     score_settings = ("bleu_signature",)
+    takes_chat = True
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """bleu and chrf (0..100); bleu_signature, which names sacreBLEU's settings and version."""
