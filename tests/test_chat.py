@@ -27,8 +27,9 @@ _TEMPLATES = {
     # As Llama 3's: starts with the beginning-of-text, trims what is said; the next turn follows without a space.
     "llama": ("{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|end|>"
               "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n\n{% endif %}"),
-    # With the marks that transformers reads.
-    "marked": ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|start|>assistant\n{% generation %}"
+    # With the marks that transformers reads, and turns that look otherwise once others follow.
+    "marked": ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|start|>assistant\n"
+               "{{ '' if loop.last else '(' }}{% generation %}"
                "{{ m['content'] }}<|end|>{% endgeneration %}\n{% else %}<|start|>{{ m['role'] }}\n{{ m['content'] }}"
                "<|end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"),
     # As Gemma's: no system message, turns alternate, the assistant has another name.
