@@ -10,6 +10,7 @@ EXTRAS = {
     "translation": ("num2words", "sacrebleu"),
     "plots": ("matplotlib",),
     "wandb": ("wandb",),
+    "gguf": ("gguf", "accelerate"),
 }
 
 

@@ -38,7 +38,7 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     folder that is not a checkpoint or whose tokenizer is not the model's, pruning that does not fit the linears, and a
     loss on features that the model does not have.
     """
-    from sparse_train.models import check_on_hub, empty_model, is_folder
+    from sparse_train.models import as_folder, check_on_hub, empty_model, is_folder
     from sparse_train.pruning import build_pruner
     from sparse_train.pruning.parameters import count_parameters
 
@@ -50,6 +50,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     remarks: list[str] = []
     data = _read_first_examples(config, dry_run, remarks)
     path = config.dense.path or config.model.path
+    if path is not None and not dry_run:
+        path = str(as_folder(path))
     model_config = _read_model_config(config, path, dry_run, remarks)
     _check_task(config.task, model_config, "task")
     if config.prune.calibration:
@@ -127,13 +129,16 @@ def _may_be_elsewhere(task: TaskConfig) -> bool:
 
 def _read_model_config(config: RunConfig, path: str | None, dry_run: bool, remarks: list[str]) -> "PretrainedConfig":
     """The config of the model to start from: a folder, whose names and shapes are checked, the hub, or a new one."""
-    from sparse_train.models import describe, is_folder, open_model, read_config
+    from sparse_train.models import describe, is_folder, is_gguf, open_model, read_config
 
     if path is None:
         return describe(config.model)
     if is_folder(path):
         model, _ = open_model(path)
         return model.config
+    if is_gguf(path):
+        remarks.append(f"model {path}: only its header is read before a run")
+        return read_config(path)
     try:
         return read_config(path)
     except UserError as error:

@@ -20,7 +20,7 @@ from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.launch.run.folder import log_folder, partial_folder
 from sparse_train.launch.worker.process_info import ProcessInfo
-from sparse_train.models import describe, empty_model, read_config
+from sparse_train.models import as_folder, describe, empty_model, read_config
 from sparse_train.pruning.parameters import ParameterCounts, count_parameters
 from sparse_train.training.partition import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
 
@@ -53,7 +53,7 @@ def check_ranks(process: ProcessInfo, config: RunConfig, stage: Stage) -> None:
     first_of_nodes = [info.rank for info in ranks if info.local_rank == 0]
     _require_shared_folder(process, first_of_nodes, config.path, log_folder(stage, config))
     path = config.dense.path or config.model.path
-    model = empty_model(read_config(path) if path else describe(config.model))
+    model = empty_model(read_config(as_folder(path)) if path else describe(config.model))
     counts = count_parameters(model, config.prune)
     dist.agree(lambda: _require_disk(config, stage, counts))
     dist.agree(lambda: _require_memory(process, config, stage, counts, ranks[process.rank]))

@@ -23,7 +23,7 @@ def check_inputs(stage: Stage, config: RunConfig) -> None:
     for folder in (config.path / stage.id, partial_folder(stage, config)):
         artifacts.require_own(folder, stage.id)
     for path in (Path(source.external) for source in stage.inputs if source.external):
-        if path.is_absolute() and not path.is_dir():
+        if path.is_absolute() and not path.exists():
             raise UserError(f"stage {stage.id} needs {path}, which does not exist; run what makes it")
     for source in stage.upstream:
         if damage := artifacts.damage(config.path / source.id, dist.share):

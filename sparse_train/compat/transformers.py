@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -144,6 +145,12 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
                    _raise_exceptions_for_connection_errors=False) is None:
         source = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
     return GenerationConfig.from_pretrained(path, **source)
+
+
+def gguf_text_splits() -> set[str]:
+    """Names of the ways to split text that transformers knows in GGUF files with a tokenizer on bytes
+    (`GGUF_PRE_TOKENIZER_SPLITS`); all others it takes for GPT-2's."""
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def to_device(model: M, device: torch.device) -> M:

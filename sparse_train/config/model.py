@@ -10,8 +10,8 @@ from sparse_train.registry import FAMILIES
 
 class ModelConfig(Section):
     path: Location | None = None
-    """A local folder or hub name to start from; None initialises a new model of the size below. With a path, the size
-    only says what to expect where the hub cannot be reached (--dry-run)."""
+    """A local folder, GGUF file or hub name to start from; None initialises a new model of the size below. With a path,
+    the size only says what to expect where the hub cannot be reached (--dry-run)."""
     family: str = "mpt"
     """An architecture of sparse_train/registry.py, such as mpt, t5, whisper or llama."""
     d_model: Positive = 128

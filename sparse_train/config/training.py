@@ -81,4 +81,5 @@ class TrainConfig(Section):
 
 class DenseConfig(TrainConfig):
     path: Location | None = None
-    """A dense model that is already fine-tuned on the task: it becomes the teacher and nothing is trained."""
+    """A dense model (folder, hub name or GGUF file) that is already fine-tuned on the task: it becomes the teacher and
+    nothing is trained."""

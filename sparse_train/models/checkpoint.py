@@ -17,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparse_train.compat.transformers import drop_expected
 from sparse_train.errors import UserError, first_line
 from sparse_train.hub import hub_answers, tensors_on_hub
-from sparse_train.models.config import gguf_error, is_folder, read_config, read_generation, reading
+from sparse_train.models.config import is_folder, read_config, read_generation, reading
 from sparse_train.models.empty import compute, empty_model, own_tensors
+from sparse_train.models.gguf import as_folder
 from sparse_train.models.names import Match, Shape, Source, as_stored, match
 from sparse_train.models.older import add_older_keys, with_head
 from sparse_train.models.processor import Processor
@@ -47,7 +48,8 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
                quantised: bool = False) -> tuple[PreTrainedModel, "ModelFolder"]:
     """A model without data (meta device), dense or with SparseLinears, and the folder to read its tensors from.
 
-    For callers that load tensors piecewise. A hub name is downloaded first. `quantised`: also accept int8 values.
+    For callers that load tensors piecewise. A hub name is downloaded first, a GGUF file converted. `quantised`: also
+    accept int8 values.
     Raises UserError where the folder lacks a tensor of the model, holds one too many or one of another shape.
     """
     folder = ModelFolder(fetch(path))
@@ -65,7 +67,9 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
 
 
 def fetch(path: str | Path) -> Path:
-    """The folder itself, or that of a hub name, downloaded. Raises UserError where it has no weights in safetensors."""
+    """The folder itself, or that of a hub name, downloaded, or of a GGUF file, converted. Raises UserError where it has
+    no weights in safetensors."""
+    path = as_folder(path)
     folder = Path(path)
     downloaded = not is_folder(path)
     if downloaded:
@@ -75,8 +79,8 @@ def fetch(path: str | Path) -> Path:
         except (OSError, ValueError) as error:
             cause = first_line(error) if answers else "the hub does not answer, and its cache does not hold it"
             raise UserError(f"cannot download {path}: {cause}; give a folder or a hub name") from error
-    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        raise gguf_error(next(folder.glob("*.gguf")))
+    if not any(folder.glob("*.safetensors")) and (files := sorted(folder.glob("*.gguf"))):
+        raise UserError(f"{path} holds a GGUF file and no safetensors; give the path of that file: {files[0]}")
     if not any(folder.glob("*.safetensors")) and (downloaded or any(folder.glob("*.bin"))):
         raise UserError(f"{path} has no weights in safetensors; pickled ones (*.bin) can execute code and are not "
                         "read: where you trust them, convert them by transformers' from_pretrained and save_pretrained")

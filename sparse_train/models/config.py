@@ -1,4 +1,4 @@
-"""config.json of a model folder or hub name, read without running anything of it."""
+"""config.json of a model folder or hub name, or the header of a GGUF file, read without running anything of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,20 @@ _COUNTED, _LARGEST_COUNT = ("layer", "layers", "experts", "blocks", "labels", "h
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
-    """Of a folder or hub name. Raises UserError where there is none, or one whose model transformers does not have."""
-    if not is_folder(path):
+    """Of a folder, a hub name or a GGUF file's header. Raises UserError where there is none, or one whose model
+    transformers does not have."""
+    header = is_gguf(path)
+    if not header and not is_folder(path):
         hub_answers()
-    with reading(path, "a model config", "give a folder with config.json or a hub name"):
-        config, _ = PretrainedConfig.get_config_dict(path, trust_remote_code=False)
+    with reading(path, "a model config", "give a folder with config.json, a hub name or a GGUF file"):
+        source = {"gguf_file": Path(path).name} if header else {}
+        config, _ = PretrainedConfig.get_config_dict(Path(path).parent if header else path, trust_remote_code=False,
+                                                     **source)
         _check_counts(path, config)
         _check_quantised(path, config)
         family_of_type(str(config.get("model_type"))).check_config(path, config)
+        if header:
+            return AutoConfig.for_model(**config)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -39,11 +45,11 @@ def read_generation(path: str | Path) -> GenerationConfig:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder; otherwise it is a hub name. Raises UserError where it can be neither."""
+    """Whether `path` is a folder; otherwise it is a hub name or a GGUF file. Raises UserError where it is neither."""
     if Path(path).is_dir():
         return True
-    if str(path).endswith(".gguf"):
-        raise gguf_error(path)
+    if is_gguf(path):
+        return False
     if Path(path).exists():
         raise UserError(f"{path} is a file; give the checkpoint folder that it lies in")
     if not may_be_hub_name(str(path)):
@@ -51,9 +57,14 @@ def is_folder(path: str | Path) -> bool:
     return False
 
 
-def gguf_error(path: str | Path) -> UserError:
-    return UserError(f"{path}: GGUF files are not read yet; convert it by transformers' from_pretrained(FOLDER, "
-                     "gguf_file=NAME) and save_pretrained, or give the checkpoint that it was made from")
+def is_gguf(path: str | Path) -> bool:
+    """Whether `path` is a GGUF file. Raises UserError where it is named like one and is not there."""
+    if not str(path).endswith(".gguf") or Path(path).is_dir():
+        return False
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}; a GGUF file is read from this machine: download it, and give its "
+                        "path")
+    return True
 
 
 def _check_counts(path: str | Path, config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from sparse_train.errors import UserError
 from sparse_train.models.config import read_config, read_generation, reading
 from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
+from sparse_train.models.gguf import as_folder
 from sparse_train.models.positions import decoder_positions, encoder_positions
 
 
@@ -40,11 +41,12 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig,
 
 
 def load_processor(path: str | Path, language: str | None = None) -> Processor:
-    """Of a folder or hub name. A tokenizer without a padding token pads with its end-of-text token.
+    """Of a folder, hub name or GGUF file. A tokenizer without a padding token pads with its end-of-text token.
 
     `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is no tokenizer, or one
     that does not fit the model.
     """
+    path = as_folder(path)
     config = read_config(path)
     family = family_of_type(config.model_type)
     with reading(path, "a tokenizer"):
