@@ -16,7 +16,8 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 _RECIPES = sorted(str(path.relative_to(_CONFIGS)) for path in _CONFIGS.rglob("*.yaml") if "cluster" not in path.parts)
 # Billions of parameters, as published.
 _SIZES = {"mpt-7b/base.yaml": 6.65, "mpt-30b/gsm8k.yaml": 29.96, "llama-2-7b/gsm8k.yaml": 6.74,
-          "qwen3-8b/gsm8k.yaml": 8.19, "t5-small/wmt14.yaml": 0.0605, "whisper-small/hindi.yaml": 0.2417}
+          "qwen3-8b/gsm8k.yaml": 8.19, "t5-small/wmt14.yaml": 0.0605, "whisper-base/digits.yaml": 0.0726,
+          "whisper-small/hindi.yaml": 0.2417}
 
 
 @pytest.fixture(autouse=True)
