@@ -170,8 +170,9 @@ def test_a_damaged_file_and_a_full_machine_are_told_in_one_line(tmp_path, monkey
     with pytest.raises(UserError, match=r"becomes a model of 0\.0 GB, and .* has 0\.0 GB free; .*HF_HOME"):
         as_folder(file)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(UserError, match=r"^accelerate not installed; pip install 'sparse-train\[gguf\]'$"):
-        as_folder(file)
+    for read in (as_folder, read_config):
+        with pytest.raises(UserError, match=r"^accelerate not installed; pip install 'sparse-train\[gguf\]'$"):
+            read(file)
     with pytest.raises(UserError, match=r"there is no file .*nowhere\.gguf; a GGUF file is read from this machine"):
         as_folder(tmp_path / "nowhere.gguf")
     file.rename(tmp_path / "assets" / "tiny.gguf")

@@ -10,6 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from sparse_train.compat.transformers import load_generation_config
 from sparse_train.errors import UserError, first_line
+from sparse_train.extras import require
 from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
@@ -21,7 +22,9 @@ def read_config(path: str | Path) -> PretrainedConfig:
     """Of a folder, a hub name or a GGUF file's header. Raises UserError where there is none, or one whose model
     transformers does not have."""
     header = is_gguf(path)
-    if not header and not is_folder(path):
+    if header:
+        require("gguf")
+    elif not is_folder(path):
         hub_answers()
     with reading(path, "a model config", "give a folder with config.json, a hub name or a GGUF file"):
         source = {"gguf_file": Path(path).name} if header else {}
