@@ -8,12 +8,14 @@ import json
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
 from sparse_train.artifacts import sign
-from sparse_train.config import EvaluateConfig, ModelConfig, TaskConfig
+from sparse_train.config import EvaluateConfig, ModelConfig, RunConfig, TaskConfig
 from sparse_train.errors import UserError
 from sparse_train.inference.load import Runtime
 from sparse_train.launch.cli import main
+from sparse_train.launch.submit.validate import validate
 from sparse_train.models import Processor, build_model, build_processor, save_model
 from sparse_train.tasks import Example, build_task, build_tokenizer, scored_examples, training_examples
 from sparse_train.tasks.batch import collate, decoder_row, encode
@@ -108,9 +110,10 @@ def test_a_conversation_is_what_the_tokenizers_template_makes_of_it(name):
     (_CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), 0, "mark what the assistant says"),
     (_CHATML.replace("<|end|>", "!"), 0, "without a special token, so a model would not learn to stop"),
     ("{% if messages | length > 2 %}{{ raise_exception('too long a chat') }}{% endif %}" + _CHATML, 1, "too long a ch"),
-    ("{{ 1 / 0 }}", 0, "division by zero"), ("{% if %}", 0, "Expected an expression"),
+    ("\ud800" + _CHATML, 0, "half of a surrogate pair"), ("{{ 1 / 0 }}", 0, "division by zero"),
+    ("{% if %}", 0, "Expected an expression"),
     ("{{ messages.__class__.__mro__ }}" + _CHATML, 0, "access to attribute '__class__'"),
-], ids=["thoughts", "prompted thoughts", "endless", "long", "zero", "broken", "unsafe"])
+], ids=["thoughts", "prompted thoughts", "endless", "long", "half", "zero", "broken", "unsafe"])
 def test_conversations_that_the_template_cannot_write_are_left_out_with_the_reason(template, num_kept, why, tmp_path,
                                                                                    caplog):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
@@ -131,6 +134,10 @@ def test_conversations_that_the_template_cannot_write_are_left_out_with_the_reas
 def test_a_tokenizer_without_a_template_is_one_line():
     with pytest.raises(UserError, match=r"the tokenizer of a new model has no chat template.*leave chat out"):
         training_examples(build_task(TaskConfig(chat=True)), Processor(_tokenizer()), 1)
+    with pytest.raises(UserError, match=r"a new model's tokenizer has no chat template; give the model"):
+        validate(RunConfig.model_validate({"name": "a", "task": {"chat": True}, "prune": {"sparsity": 0.5}}))
+    with pytest.raises(UserError, match=r"does not tell which characters a token stands for"):
+        training_examples(build_task(TaskConfig(chat=True)), Processor(ByT5Tokenizer(chat_template=_CHATML)), 1)
 
 
 def _rows(folder, **splits):

@@ -35,8 +35,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
 
     A dry run works without the data, and reads nothing but a model's config from the hub, which it can do without.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
-    folder that is not a checkpoint or whose tokenizer is not the model's, pruning that does not fit the linears, and a
-    loss on features that the model does not have.
+    folder that is not a checkpoint or whose tokenizer is not the model's, a chat where there is no chat template,
+    pruning that does not fit the linears, and a loss on features that the model does not have.
     """
     from sparse_train.models import as_folder, check_on_hub, empty_model, is_folder
     from sparse_train.pruning import build_pruner
@@ -59,9 +59,11 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     if path is not None:
         _check_language(config.task, model_config)
     _check_lengths(config, model_config, is_new=path is None)
-    if path is not None and is_folder(path):
+    if path is None:
+        _refuse_chat(data)
+    elif is_folder(path):
         _check_examples_fit(config, path, data)
-    elif path is not None and not dry_run:
+    elif not dry_run:
         check_on_hub(path, model_config)
     model = empty_model(model_config)
     parameters = count_parameters(model, config.prune)
@@ -199,6 +201,13 @@ def _check_lengths(config: RunConfig, model: "PretrainedConfig", is_new: bool) -
     if model.is_encoder_decoder and config.task.max_length > positions:
         raise UserError(f"task.max_length={config.task.max_length} is more than the {positions} positions of the "
                         f"model's decoder; give at most {positions}")
+
+
+def _refuse_chat(data: list[_Split]) -> None:
+    for split in data:
+        if split.task.examples(split.name, 1)[0].history is not None:
+            raise UserError("a new model's tokenizer has no chat template; give the model to start from (dense.path, "
+                            "model.path), or leave task.chat out")
 
 
 def _check_examples_fit(config: RunConfig, path: str, data: list[_Split]) -> None:

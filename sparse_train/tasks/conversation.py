@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_train.errors import UserError, first_line
+from sparse_train.tasks import read
 
 Message = tuple[str, str]
 """(role, content)."""
@@ -36,6 +37,9 @@ def labelled_ids(tokenizer, messages: Sequence[Message]) -> tuple[list[int], lis
     if _MARKS.search(_template(tokenizer)):
         marked = _write(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(mark) for mark in marked["assistant_masks"]]
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token stands for, "
+                        "so the assistant's tokens cannot be found; give a folder with a tokenizer.json")
     text = _write(tokenizer, messages, tokenize=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, is_answer = encoded["input_ids"], [False] * len(encoded["input_ids"])
@@ -73,10 +77,13 @@ def _why_unmarked(tokenizer) -> str:
 def _write(tokenizer, messages: Sequence[Message], **options: Any) -> Any:
     _template(tokenizer)
     try:
-        return tokenizer.apply_chat_template([{"role": role, "content": content} for role, content in messages],
-                                             **options)
+        written = tokenizer.apply_chat_template([{"role": role, "content": content} for role, content in messages],
+                                                **options)
     except Exception as error:  # it may raise anything, also by raise_exception
         raise _unwritable(messages, first_line(error)) from error
+    if isinstance(written, str) and not read.is_unicode(written):
+        raise _unwritable(messages, "it writes half of a surrogate pair, which is no character")
+    return written
 
 
 def _template(tokenizer) -> str:
