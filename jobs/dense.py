@@ -21,4 +21,5 @@ def run(job: Job) -> dict[str, Any]:
         torch.manual_seed(config.seed)  # every rank builds the same model
         model = build_model(config.model, processor)
     data = TrainingData(job, config.dense, processor)
-    return fine_tune(job, data, processor, TrainingRun(model, data.batch, data.order, config.dense, seed=config.seed))
+    return fine_tune(job, data, processor, TrainingRun(model, data.batch, data.order, config.dense, seed=config.seed,
+                                                       packed=data.packed))

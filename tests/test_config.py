@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from sparse_train.config import RunConfig, Section, TaskConfig
+from sparse_train.config import RunConfig, RunTaskConfig, Section
 from sparse_train.config.load import dump_config, load_config, load_points
 from sparse_train.config.yaml_core import read_yaml, write_yaml
 from sparse_train.errors import UserError
@@ -201,7 +201,7 @@ def test_which_loss_is_compressed_does_not_depend_on_their_order(tmp_path):
 def test_the_task_of_a_run_without_one_is_what_its_family_can_do(family, task):
     run = {"model": {"family": family}, "prune": {"sparsity": 0.5}}
     assert RunConfig.model_validate(run).task.name == task
-    assert RunConfig.model_validate(run | {"task": {"max_length": 9}}).task == TaskConfig(name=task, max_length=9)
+    assert RunConfig.model_validate(run | {"task": {"max_length": 9}}).task == RunTaskConfig(name=task, max_length=9)
     assert RunConfig.model_validate(run | {"task": {"name": "gsm8k"}}).task.name == "gsm8k"
 
 

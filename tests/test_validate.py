@@ -38,6 +38,27 @@ def test_sound_is_for_speech_models_and_for_them_only(family, task):
         validate(_run(family, prune=calibration))
 
 
+    with pytest.raises(UserError, match=rf"^task.mix.task.name={task} has"):
+        validate(_run(family, {"mix": {"share": 0.5, "task": {"name": task}}}))
+
+
+def test_what_cannot_be_packed_is_refused():
+    def refused(match, family="llama", error=UserError, **more):
+        with pytest.raises(error, match=match):
+            validate(_run(family, more.pop("task", {"pack": True}), **more))
+
+    refused("^task.pack=true: the examples of task.name=arithmetic never end, .* give finetune.num_examples and dense")
+    limited = {"dense": {"num_examples": 9}, "finetune": {"num_examples": 9}}
+    validate(_run("llama", {"pack": True}, **limited))
+    refused("^task.pack=true: a t5 model cannot keep the examples of a window apart", "t5", **limited)
+    mix = {"share": 0.5, "task": {"name": "arithmetic", "max_length": 99}}
+    refused("the examples of task.mix.task.name=arithmetic never end", task={"pack": True, "mix": mix}, **limited)
+    refused("mix.task.max_length=99 is longer than a window, max_length=9; give at most 9", error=ValueError,
+            task={"pack": True, "max_length": 9, "mix": mix})
+    refused("dense.sequence_parallel=2: ranks that share tokens cannot keep examples of a window", error=ValueError,
+            dense={"sequence_parallel": 2})
+
+
 @pytest.mark.parametrize("family", ["mpt", "t5", "whisper", "llama"])
 def test_every_family_has_an_embedded_task(family):
     validate(_run(family))

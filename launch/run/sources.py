@@ -129,9 +129,9 @@ def _at(tree: Any, key: str) -> Any:
 
 def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:
     """The paths outside the run that the stage reads, by config key or stage id."""
-    calibration = config.prune.calibration
+    calibration, mix = config.prune.calibration, config.task.mix
     paths = {"task.path": config.task.path, "model.path": config.model.path,
-             "prune.calibration.path": calibration and calibration.path}
+             "prune.calibration.path": calibration and calibration.path, "task.mix.task.path": mix and mix.task.path}
     external = {source.id: source.external for source in stage.inputs if source.external}
     return {**external, **{key: path for key, path in paths.items() if path and any(
         key.startswith(part) for part in stage.reads)}}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sparse_train.config import PruneConfig, RunConfig, Section, TaskConfig, TrainConfig
+from sparse_train.config import PruneConfig, RunConfig, RunTaskConfig, Section, TaskConfig, TrainConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.registry import PRUNERS, TASKS
@@ -11,7 +11,7 @@ from sparse_train.registry import PRUNERS, TASKS
 def build_stages(config: RunConfig) -> list[Stage]:
     """In the order in which they run."""
     dense = Stage(Kind.DENSE, "dense", (
-        "seed", *_training_data(config.task), "model.path" if config.model.path else "model", *_training("dense")),
+        "seed", *_trained_data(config.task), "model.path" if config.model.path else "model", *_training("dense")),
         external=config.dense.path)
     chain = _chain(config, dense)
     one_shots = [stage for stage in chain if stage.kind is Kind.PRUNE and stage.loss is None]
@@ -55,7 +55,7 @@ def _chain(config: RunConfig, dense: Stage) -> list[Stage]:
     Every level has a one-shot model, pruned from the dense one. From the second level on, each loss also prunes its own
     fine-tuned model of the level before.
     """
-    pruning, training = _pruning(config), ("seed", *_training_data(config.task), *_training("finetune"))
+    pruning, training = _pruning(config), ("seed", *_trained_data(config.task), *_training("finetune"))
     levels, stages = config.prune.levels, []
     tuned: dict[str, Stage] = {}
     for index, level in enumerate(levels):
@@ -84,6 +84,11 @@ def _training_data(task: TaskConfig) -> tuple[str, ...]:
     """The keys that decide the training examples. How many bad rows are an error (max_bad_share) changes none."""
     scored = ["shots", "test_prompt", "max_bad_share"]
     return _of(TaskConfig, "task", *scored, *([] if TASKS.entries[task.name].reads_both_splits else ["test_split"]))
+
+
+def _trained_data(task: RunTaskConfig) -> tuple[str, ...]:
+    """Those of a training, which may also pack them and mix others in."""
+    return *_training_data(task), "task.pack", "task.mix"
 
 
 def _training(name: str) -> tuple[str, ...]:

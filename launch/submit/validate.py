@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_train.config import EvaluateConfig, RunConfig, TaskConfig, TrainConfig
+from sparse_train.config import EvaluateConfig, RunConfig, RunTaskConfig, TaskConfig, TrainConfig
 from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.extras import require
@@ -36,7 +36,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     A dry run works without the data, and reads nothing but a model's config from the hub, which it can do without.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
     folder that is not a checkpoint or whose tokenizer is not the model's, a chat where there is no chat template,
-    pruning that does not fit the linears, and a loss on features that the model does not have.
+    pruning that does not fit the linears, a loss on features that the model does not have, and packing where examples
+    cannot be kept apart.
     """
     from sparse_train.models import as_folder, check_on_hub, empty_model, is_folder
     from sparse_train.pruning import build_pruner
@@ -56,6 +57,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     _check_task(config.task, model_config, "task")
     if config.prune.calibration:
         _check_task(config.prune.calibration, model_config, "prune.calibration")
+    if config.task.mix:
+        _check_task(config.task.mix.task, model_config, "task.mix.task")
     if path is not None:
         _check_language(config.task, model_config)
     _check_lengths(config, model_config, is_new=path is None)
@@ -68,6 +71,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     model = empty_model(model_config)
     parameters = count_parameters(model, config.prune)
     _check_features(config, model)
+    if config.task.pack:
+        _check_packing(config, model)
     return Validation(parameters, remarks)
 
 
@@ -75,10 +80,15 @@ def require_data(config: RunConfig) -> None:
     """Raises UserError where a run would not find its data. It is the last check of a dry run."""
     from sparse_train.tasks import read
 
-    for task in (config.task, config.prune.calibration):
-        if task and task.path and read.local(task, "data") is None and has_data_set(task.path) is False:
+    for task in (config.task, *_other_tasks(config)):
+        if task.path and read.local(task, "data") is None and has_data_set(task.path) is False:
             raise UserError(f"task.path={task.path}: there is no such file or folder here, and no data set of that "
                             "name on the hub that you may read")
+
+
+def _other_tasks(config: RunConfig) -> list[TaskConfig]:
+    """Those whose training examples are read beside the run's own task."""
+    return [task for task in (config.prune.calibration, config.task.mix and config.task.mix.task) if task]
 
 
 def summarise(config: RunConfig, parameters: "ParameterCounts") -> list[str]:
@@ -93,9 +103,9 @@ def summarise(config: RunConfig, parameters: "ParameterCounts") -> list[str]:
     return lines
 
 
-def _steps_and_tokens(train: TrainConfig, task: TaskConfig) -> str:
-    num_tokens = train.steps * train.batch_size * task.max_length
-    return f"{train.steps:,} steps of {train.batch_size} examples, at most {num_tokens:,} tokens"
+def _steps_and_tokens(train: TrainConfig, task: RunTaskConfig) -> str:
+    num_tokens, rows = train.steps * train.batch_size * task.max_length, "windows" if task.pack else "examples"
+    return f"{train.steps:,} steps of {train.batch_size} {rows}, at most {num_tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -110,15 +120,13 @@ def _read_first_examples(config: RunConfig, dry_run: bool, remarks: list[str]) -
     from sparse_train.tasks import build_task
 
     splits = []
-    for task_config, names in ((config.task, ("train", "test")), (config.prune.calibration, ("train",))):
-        if task_config is None:
-            continue
+    for task_config in (config.task, *_other_tasks(config)):
         if dry_run and _may_be_elsewhere(task_config):
             on_hub = ", so it is assumed to be a name on the hub" if may_be_hub_name(str(task_config.path)) else ""
             remarks.append(f"data {task_config.path}: not on this machine{on_hub}; not checked")
             continue
         task = build_task(task_config)
-        for name in names:
+        for name in ("train", "test") if task_config is config.task else ("train",):
             task.examples(name, 1)
             splits.append(_Split(task, name))
     return splits
@@ -230,3 +238,16 @@ def _check_features(config: RunConfig, model: "PreTrainedModel") -> None:
     for loss in config.finetune.losses.values():
         if loss.feature_weight:
             family_of(model).feature_points(model, loss.final_feature)
+
+
+def _check_packing(config: RunConfig, model: "PreTrainedModel") -> None:
+    from sparse_train.models import family_of
+
+    family_of(model).separate_examples(model)
+    counts = {"finetune": config.finetune.num_examples} | (
+        {} if config.dense.path else {"dense": config.dense.num_examples})
+    for key, task, unlimited in (("task", config.task, [f"{name}.num_examples" for name in counts if not counts[name]]),
+                                 ("task.mix.task", config.task.mix and config.task.mix.task, ["another task"])):
+        if task and unlimited and TASKS.load(task.name).endless:
+            raise UserError(f"task.pack=true: the examples of {key}.name={task.name} never end, so they cannot be "
+                            f"divided into windows; give {' and '.join(unlimited)}")

@@ -3,6 +3,9 @@
 tests/test_compat.py fails where a release changes one of them. Tested with transformers 5.23.0.
 """
 
+import inspect
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,6 +30,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 M = TypeVar("M", bound=PreTrainedModel)
 
+_MASKS_OF_POSITIONS = re.compile(r'mask\w*\([^)]*\bposition_ids=position_ids|'
+                                 r'mask_kwargs = {[^}]*"position_ids": position_ids')
+"""In the source of a model: its positions go into its masks."""
+
 natural_order = dot_natural_key
 """Sort key of tensor names, in which layer 2 comes before layer 10, as converters expect their inputs."""
 
@@ -49,6 +56,18 @@ def reset_implementations(config: PretrainedConfig) -> None:
 def supports_attention_interface(model: PreTrainedModel) -> bool:
     """Whether attention can be replaced through AttentionInterface (`_supports_attention_backend`)."""
     return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def separates_sequences(model: PreTrainedModel) -> bool:
+    """Whether position_ids that start at 0 again begin another sequence for all of `model`: it has attention alone, and
+    transformers.masking_utils makes its masks from them (`_supports_attention_backend`, `_is_stateful`, its source).
+
+    False as well for some models of which this cannot be told.
+    """
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    return (supports_attention_interface(model) and not model._is_stateful
+            and kinds <= {"full_attention", "sliding_attention"}
+            and _MASKS_OF_POSITIONS.search(inspect.getsource(sys.modules[type(model).__module__])) is not None)
 
 
 def mark_initialised(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ from sparse_train.config.run import (
     RunConfig,
     WandbConfig,
 )
-from sparse_train.config.task import TaskConfig
+from sparse_train.config.task import RunTaskConfig, TaskConfig
 from sparse_train.config.training import DenseConfig, TeacherConfig, TrainConfig, ZeroConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "PruneConfig",
     "PruneLevel",
     "RunConfig",
+    "RunTaskConfig",
     "Section",
     "TaskConfig",
     "TeacherConfig",

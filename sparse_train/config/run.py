@@ -10,7 +10,7 @@ from sparse_train.config.base import Positive, Section
 from sparse_train.config.loss import LossConfig
 from sparse_train.config.model import ModelConfig
 from sparse_train.config.pruning import PruneConfig
-from sparse_train.config.task import TaskConfig
+from sparse_train.config.task import RunTaskConfig
 from sparse_train.config.training import DenseConfig, TeacherConfig, TrainConfig
 from sparse_train.registry import FAMILIES
 
@@ -86,7 +86,7 @@ class RunConfig(Section):
     folder: str = "runs"
     """The run's files go to folder/name."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
-    task: TaskConfig = TaskConfig()
+    task: RunTaskConfig = RunTaskConfig()
     model: ModelConfig = ModelConfig()
     dense: DenseConfig = DenseConfig()
     prune: PruneConfig
@@ -125,6 +125,15 @@ class RunConfig(Section):
             raise ValueError(f"compress.loss is missing: finetune.losses has {', '.join(losses)}; {remedy}")
         if chosen is not None and chosen not in losses:
             raise ValueError(f"compress.loss={chosen} is none of finetune.losses: {', '.join(losses)}; {remedy}")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_not_shared(self) -> Self:
+        for key, training in (("dense", self.dense), ("finetune", self.finetune)):
+            ranks = training.sequence_parallel
+            if self.task.pack and ranks > 1:
+                raise ValueError(f"{key}.sequence_parallel={ranks}: ranks that share tokens cannot keep examples of a "
+                                 f"window apart; use {key}.sequence_parallel=1, or leave task.pack out")
         return self
 
     @property

@@ -58,3 +58,27 @@ class TaskConfig(Section):
     def split_name(self, split: str) -> str:
         """What the data calls "train" or "test"."""
         return self.train_split if split == "train" else self.test_split
+
+
+class MixConfig(Section):
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Of the examples (with task.pack: of the windows) that a training reads; spread evenly."""
+    task: TaskConfig
+    """Whose training examples they are. {name: text, path: ...} is general text."""
+
+
+class RunTaskConfig(TaskConfig):
+    """A run's own task, with what only its trainings read."""
+
+    pack: bool = False
+    """Put short examples together in windows of at most max_length tokens, none of which attends to another; batch_size
+    then counts windows. For models without an encoder."""
+    mix: MixConfig | None = None
+    """Other examples that the dense model's training and the fine-tunes read among those of the task."""
+
+    @model_validator(mode="after")
+    def _mixed_examples_fit_the_windows(self) -> Self:
+        if self.pack and self.mix and self.mix.task.max_length > self.max_length:
+            raise ValueError(f"mix.task.max_length={self.mix.task.max_length} is longer than a window, max_length="
+                             f"{self.max_length}; give at most {self.max_length}")
+        return self

@@ -46,7 +46,8 @@ class TrainConfig(Section):
     steps: Positive = 1000
     """Optimizer steps."""
     batch_size: Positive = 32
-    """Examples per optimizer step over all ranks and micro-steps; the result does not depend on the number of ranks."""
+    """Examples (with task.pack: windows of them) per optimizer step over all ranks and micro-steps; the result does not
+    depend on the number of ranks."""
     accumulation: Positive = 1
     """Micro-steps per optimizer step; must divide batch_size."""
     num_examples: Positive | None = None

@@ -15,6 +15,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from sparse_train.compat.transformers import separates_sequences
 from sparse_train.config import ModelConfig
 from sparse_train.errors import UserError
 from sparse_train.sparse import SparseLinear
@@ -66,6 +67,8 @@ class Family:
     """Last names of the linears of a block that are pruned; everything else stays dense."""
     takes_audio: bool = False
     """Whether the encoder reads audio instead of text."""
+    needs_example_mask: bool = False
+    """Whether packed examples need a mask of ours, because transformers makes none from position_ids."""
     prefix_length: int = 1
     """Of an encoder-decoder: the most tokens that the answers of a published model start from."""
 
@@ -108,6 +111,17 @@ class Family:
         """
         return False
 
+    def separate_examples(self, model: PreTrainedModel) -> None:
+        """Let `model` take rows of several examples, by position_ids that start at 0 in each and no attention_mask.
+
+        Raises UserError for a model that cannot keep them apart.
+        """
+        if self.needs_example_mask:
+            model.register_forward_pre_hook(_add_example_mask, with_kwargs=True)
+        elif not separates_sequences(model):
+            raise UserError(f"task.pack=true: a {model.config.model_type} model cannot keep the examples of a window "
+                            "apart; leave task.pack out")
+
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """Full module name -> block, in the order in which the model runs them."""
         return {f"{stack.blocks}.{index}": block for stack in self.stacks
@@ -135,6 +149,19 @@ class Family:
         return {f"{prefix}.{name}": module for prefix, block in self.blocks(model).items()
                 for name, module in block.named_modules()
                 if isinstance(module, (nn.Linear, SparseLinear)) and name.rpartition(".")[2] in self.prunable}
+
+
+def _add_example_mask(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook that makes attention_mask (B, 1, T, T) of position_ids (B, T): the smallest number wherever a token must
+    not attend, so that masks of either kind, added to scores or true where hidden, agree."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        return args, kwargs
+    example = (positions == 0).cumsum(1)
+    is_later = torch.ones(positions.shape[1:] * 2, dtype=torch.bool, device=positions.device).triu(1)
+    hidden = (example[:, :, None] != example[:, None, :]) | is_later
+    mask = hidden.to(model.dtype) * torch.finfo(model.dtype).min
+    return args, {**kwargs, "attention_mask": mask[:, None]}
 
 
 def _list_of_blocks(model: nn.Module, stack: Stack) -> nn.ModuleList:

@@ -3,7 +3,7 @@
     task.py                                   the base class of tasks
     arithmetic.py, numbers.py, dialtones.py   generated tasks (generated.py), which need no data
     gsm8k.py, translation.py, speech.py, text.py, chat.py   tasks that read files or the hub (read.py)
-    batch.py, selection.py                    batches; which examples fit a model
+    batch.py, packing.py, selection.py        batches; windows of several examples; which examples fit a model
     conversation.py                           conversations through a tokenizer's chat template
     decoding.py                               generation
     tokenizer.py                              tokenizers of new models

@@ -47,17 +47,24 @@ class Batch:
     """(B, T) int64, -100 where nothing is predicted. Without an encoder the answer's tokens and the end of text at
     their own positions; with one, the token that each position predicts."""
     encoder: EncoderInput | None = None
+    positions: torch.Tensor | None = None
+    """(B, T) int64: each token's position in its example, where a row holds several (packing.py); None: a row is one
+    example."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.input_ids.to(device), self.attend.to(device), self.labels.to(device),
-                     self.encoder and self.encoder.to(device))
+                     self.encoder and self.encoder.to(device),
+                     None if self.positions is None else self.positions.to(device))
 
     @property
     def targets(self) -> torch.Tensor:
         """(B, T) int64: the token that position t predicts, -100 for none."""
         if self.encoder is not None:
             return self.labels
-        return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+        labels = self.labels
+        if self.positions is not None:  # an example's first token is not predicted from the example before
+            labels = labels.masked_fill(self.positions == 0, IGNORED)
+        return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     @property
     def attends(self) -> dict[str, torch.Tensor]:
@@ -66,6 +73,8 @@ class Batch:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of the model's forward."""
+        if self.positions is not None:  # without a mask, transformers takes each start at 0 for another sequence
+            return {"input_ids": self.input_ids, "position_ids": self.positions}
         if self.encoder is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attend.long()}
         decoder = {"decoder_input_ids": self.input_ids, "decoder_attention_mask": self.attend.long()}
@@ -202,7 +211,7 @@ def _cuts(sound: np.ndarray, size: int, rate: int) -> list[int]:
 
 def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     """Padded on the right to the longest. No examples make one row of padding: a rank without work still takes part."""
-    batch = _decoder_batch([decoder_row(example, processor) for example in examples], processor)
+    batch = decoder_batch([decoder_row(example, processor) for example in examples], processor)
     return replace(batch, encoder=encoder_input(examples, processor)) if processor.decoder_prefix else batch
 
 
@@ -227,7 +236,8 @@ def pad_rows(rows: Sequence[list[int]], processor: Processor,
     return ids, attend
 
 
-def _decoder_batch(rows: Sequence[tuple[list[int], list[int]]], processor: Processor) -> Batch:
+def decoder_batch(rows: Sequence[tuple[list[int], list[int]]], processor: Processor) -> Batch:
+    """Of token ids and labels, padded on the right."""
     input_ids, attend = pad_rows([ids for ids, _ in rows], processor)
     labels = torch.full_like(input_ids, IGNORED)
     for index, (_, row) in enumerate(rows):

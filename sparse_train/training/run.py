@@ -21,6 +21,8 @@ class TrainingRun:
     config: TrainConfig
     seed: int = 0
     """Of dropout."""
+    packed: bool = False
+    """Whether a row of a batch holds several examples (Batch.positions)."""
     loss: LossConfig = field(default_factory=LossConfig)
     teacher: PreTrainedModel | None = None
     """Needed where loss.needs_teacher says so."""

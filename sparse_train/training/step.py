@@ -46,6 +46,9 @@ class Trainer:
         if run.config.sequence_parallel > 1:
             self._group = dist.group_of_neighbours(run.config.sequence_parallel)
             parallelise_attention(run.student, self._group)
+        if run.packed:
+            for model in filter(None, (run.student, run.teacher)):
+                family_of(model).separate_examples(model)
         terms = list(new_terms(run.loss).values())
         # Taps come before DeepSpeed's own hooks, which wrap the outputs.
         blocks = family_of(run.student).blocks(run.student)

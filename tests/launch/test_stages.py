@@ -12,6 +12,7 @@ import yaml
 from sparse_train import artifacts
 from sparse_train.config import RunConfig, Section, TaskConfig
 from sparse_train.config.load import load_config
+from sparse_train.config.task import MixConfig
 from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
 from sparse_train.launch.run.cluster import ClusterConfig
@@ -34,6 +35,7 @@ READERS = {
     "task.test_prompt": "evaluate compress benchmark",
     "task.test_split": "evaluate compress benchmark",
     "task.max_bad_share": "",
+    "task.pack": "dense finetune", "task.mix": "dense finetune",
     "task.*": "dense prune finetune evaluate compress benchmark",
     "model.*": "dense",
     "*.zero.*": "", "*.sequence_parallel": "", "*.activation_checkpointing": "", "*.checkpoint*": "", "*.log_every": "",
@@ -94,8 +96,10 @@ def _with(section, key, value):
 
 
 def _another(key, tmp_path):
-    special = {"prune.sparsity": 0.5, "prune.method": "magnitude", "prune.calibration": TaskConfig(name="numbers"),
-               "task.name": "gsm8k", "benchmark.devices": ("gpu",), "compress.loss": "ce",
+    numbers = TaskConfig(name="numbers")
+    special = {"prune.sparsity": 0.5, "prune.method": "magnitude", "prune.calibration": numbers,
+               "task.mix": MixConfig(share=0.5, task=numbers), "task.name": "gsm8k",
+               "benchmark.devices": ("gpu",), "compress.loss": "ce",
                "folder": str(tmp_path / "moved")}
     if key.endswith(".terms"):
         return {"logit": 0.5}

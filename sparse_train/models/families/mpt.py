@@ -25,6 +25,7 @@ _LARGEST_ALIBI = 1 << 28
 class Mpt(Family):
     stacks = (Stack("transformer.blocks", "transformer.norm_f"),)
     prunable = ("Wqkv", "out_proj", "up_proj", "down_proj")
+    needs_example_mask = True
 
     def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
         return MptConfig(d_model=size.d_model, n_layers=size.n_layers, n_heads=size.n_heads,
