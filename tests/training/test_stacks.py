@@ -80,11 +80,11 @@ def test_ranks_do_not_change_what_an_encoder_decoder_learns(family, tmp_path):
         assert_trained_as_exact(lines, tensors, plain, exact)
 
 
-def _squarehead(family, padding, folder):
+def _squarehead(family, padding, folder, precision="fp32"):
     """The logged terms of a step that changes nothing, and the batch."""
     student, teacher, processor = _parts(family)
     batch = collate(_examples(processor), processor)
-    config = TrainConfig(steps=1, batch_size=5, learning_rate=0.0, zero=ZeroConfig(stage=0))
+    config = TrainConfig(steps=1, batch_size=5, learning_rate=0.0, zero=ZeroConfig(stage=0), precision=precision)
     loss = LossConfig(feature_weight=1.0, encoder_padding=padding)
     outcome = train(TrainingRun(student, lambda indices: batch, Order(5, 5, 1, 0), config, loss=loss, teacher=teacher),
                     folder)
@@ -110,6 +110,11 @@ def test_squarehead_of_two_stacks_is_the_formula(family, padding, tmp_path):
     (found, batch), = run_ranks(_squarehead, 1, family, padding, tmp_path)
     plain, exact = (_formula(family, padding, batch, dtype) for dtype in (torch.float32, torch.float64))
     assert_as_exact("SquareHead", found, plain, exact)
+
+
+def test_audio_is_given_in_the_precision_of_the_model(tmp_path):
+    (found, batch), = run_ranks(_squarehead, 1, "whisper", False, tmp_path, "bf16")
+    assert found == pytest.approx(_formula("whisper", False, batch, torch.float64), rel=2.0**-5)
 
 
 def test_a_batch_goes_to_a_device_whole():
