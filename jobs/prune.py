@@ -13,6 +13,7 @@ from sparse_train.pruning import prune
 from sparse_train.registry import PRUNERS
 from sparse_train.sparse import densify, sparse_linears, sparsify
 from sparse_train.tasks import build_task, training_examples
+from sparse_train.tasks.batch import encode
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -23,7 +24,8 @@ def run(job: Job) -> dict[str, Any]:
     model = to_device(densify(model), dist.device())
     task = build_task(spec.calibration or job.config.task)
     calibrates = PRUNERS.entries[spec.method].calibrates
-    examples = training_examples(task, processor, spec.num_calibration)[0] if calibrates else []
+    examples = list(training_examples(task, processor, spec.num_calibration)[0]) if calibrates else []
+    examples.sort(key=lambda example: sum(map(len, encode(example, processor))))  # less padding
     batches = (task.batch([examples[i] for i in range(start, min(start + spec.batch_size, len(examples)))],
                           processor).to(dist.device())
                for start in range(0, len(examples), spec.batch_size))

@@ -9,13 +9,15 @@ from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.pruning import build_pruner, prune
+from sparse_train.pruning.blockwise import _Call, _collect, _record_calls
 from sparse_train.pruning.pattern import keep_groups, keep_largest
 from sparse_train.pruning.pruner import Layer
 from sparse_train.pruning.sparsegpt import SparseGPT
 from sparse_train.pruning.statistics import Hessian
 from sparse_train.registry import PRUNERS
 from sparse_train.tasks import Batch
-from tests.models import tiny_mpt
+from sparse_train.tasks.batch import collate
+from tests.models import tiny_examples, tiny_model, tiny_mpt
 
 METHODS = list(PRUNERS.entries)
 PATTERNS = [{"sparsity": 0.75}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:16"}]
@@ -111,6 +113,7 @@ def test_a_failing_cholesky_is_tried_with_more_damping_then_named(caplog):
 def test_counts_are_exact_and_ties_go_to_the_first(count):
     keep = keep_largest(torch.ones(4, 5), count)
     assert keep.sum() == count and keep.flatten()[:count].all()
+    assert keep_largest(torch.tensor([torch.nan, 1, torch.inf, 2]), count % 4).sum() == count % 4
 
 
 def test_groups_keep_the_largest_of_each():
@@ -176,6 +179,69 @@ def test_a_block_sees_the_inputs_that_the_pruned_blocks_before_it_make():
     inputs = torch.cat(found)
     expected, _ = sparsegpt(model.get_submodule(name).weight, 2 * inputs.T @ inputs / len(inputs), spec)
     torch.testing.assert_close(weights[name].to_dense(), expected, rtol=1e-3, atol=1e-4)
+
+
+class _Three(torch.nn.Module):
+    """`b` gets the inputs of `a` where the first state is positive; `c` runs twice on one input, once on another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, hidden_states):
+        a = self.a(hidden_states)
+        b = self.b(hidden_states if hidden_states.flatten()[0] > 0 else a)
+        both = a + b
+        return self.c(self.c(both) + self.c(both))
+
+
+def test_linears_share_statistics_exactly_as_long_as_they_share_inputs():
+    torch.manual_seed(0)
+    block = _Three()
+    linears = dict(block.named_children())
+    for signs, shares in (((1, 1), True), ((1, -1), False), ((-1, 1), False)):
+        states = [sign * torch.rand(2, 5, 8) for sign in signs]
+        seen = {name: [] for name in linears}
+        handles = [linear.register_forward_pre_hook(lambda module, args, into=seen[name]: into.append(args[0]))
+                   for name, linear in linears.items()]
+        attend = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
+        with torch.no_grad():
+            found = _collect(build_pruner(PruneConfig(sparsity=0.5)), block, linears,
+                             [_Call((x,), {}) for x in states], [Batch(attend.long(), attend, attend.long())] * 2,
+                             "decoder")
+        for handle in handles:
+            handle.remove()
+        assert (found["a"] is found["b"]) == shares and found["c"] not in (found["a"], found["b"])
+        for name, statistics in found.items():
+            inputs = torch.cat([x[attend] for x in seen[name]]).double()
+            assert statistics.num_tokens == len(inputs), name
+            torch.testing.assert_close(statistics.mean().double(), 2 * inputs.T @ inputs / len(inputs))
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_blocks_are_skipped_only_where_no_other_argument_depends_on_them(depends):
+    """Recorded with and without skipping, each block is called with the same masks and positions."""
+    model, processor = tiny_model("llama")
+    blocks = list(family_of(model).blocks(model).values())
+    batches = [collate(tiny_examples(processor)[start:start + 2], processor) for start in (0, 2)]
+    seen, num_runs = [], []
+
+    def add_argument(module, args, kwargs):
+        return args, kwargs | {"extra": args[0].mean() if depends else torch.ones(1)}
+
+    blocks[1].register_forward_pre_hook(add_argument, with_kwargs=True)
+    handle = blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(_Call(args, kwargs).others()), with_kwargs=True)
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch.inputs(), use_cache=False)
+        handle.remove()
+        blocks[0].mlp.down_proj.register_forward_hook(lambda *_: num_runs.append(1))
+        records = _record_calls(model, blocks, batches)
+    for record, expected in zip(records, seen, strict=True):
+        found = record[1].others()
+        assert len(found) == len(expected) > 1 and all(map(torch.equal, found, expected))
+    assert len(num_runs) == (2 if depends else 1)
 
 
 def test_a_pattern_that_does_not_divide_a_width_is_refused_before_anything_changes():

@@ -8,6 +8,8 @@ A block is called as the model itself called it; nothing of a model's inside is 
 are recorded after the encoder is pruned, so its cross-attention learns from pruned states.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ def _prune_blocks(model: PreTrainedModel, pruner: Pruner, layers: dict[str, Laye
     blocks, num_done = family.blocks(model), 0
     for stack in family.stacks:
         stack_blocks = {name: block for name, block in blocks.items() if name.startswith(f"{stack.blocks}.")}
-        records = [_record_calls(model, list(stack_blocks.values()), batch) for batch in batches]
+        records = _record_calls(model, list(stack_blocks.values()), batches)
         hidden = [record[0].hidden for record in records]
         for index, (prefix, block) in enumerate(stack_blocks.items()):
             calls = [record[index].with_hidden(states) for record, states in zip(records, hidden, strict=True)]
@@ -116,17 +118,62 @@ def _without_inputs() -> str:
     return f"use prune.method={' or '.join(methods)}"
 
 
-def _record_calls(model: PreTrainedModel, blocks: list[nn.Module], batch: Batch) -> list[_Call]:
-    """What each block is called with in one forward pass; of the hidden states only the first block's are kept."""
+def _record_calls(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch]) -> list[list[_Call]]:
+    """What each block is called with, by batch; of the hidden states only the first block's are kept.
+
+    What blocks get besides hidden states seldom depends on what the blocks before them compute. Where the first batch
+    shows that it does not, the blocks of the others do nothing.
+    """
+    records: list[list[_Call]] = []
+    skips = False
+    for batch in batches:
+        record, outputs = _record(model, blocks, batch, skips)
+        if not records and all(isinstance(output, torch.Tensor) for output in outputs):
+            skipped, _ = _record(model, blocks, batch, skips=True)
+            skips = all(_same_others(call, other) for call, other in zip(record, skipped, strict=True))
+        records.append(record)
+    return records
+
+
+class _AllRecorded(Exception):
+    """Ends a forward pass when the last block is called."""
+
+
+def _record(model: PreTrainedModel, blocks: list[nn.Module], batch: Batch,
+            skips: bool) -> tuple[list[_Call], list[Any]]:
+    """(each block's call, the outputs of all blocks but the last). `skips`: blocks return their hidden states."""
     calls: list[_Call] = []
+    outputs: list[Any] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = _Call(args, kwargs)
         calls.append(call.with_hidden(None) if calls else call)
+        if module is blocks[-1]:
+            raise _AllRecorded
 
-    with _pre_hooks(blocks, record):
-        model(**batch.inputs(), use_cache=False)
-    return calls
+    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return _Call(args, kwargs).hidden
+
+    for block in blocks if skips else []:
+        block.forward = skip
+    handles = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in blocks]
+    try:
+        with _pre_hooks(blocks, record):
+            model(**batch.inputs(), use_cache=False)
+    except _AllRecorded:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in blocks if skips else []:
+            del block.forward  # that of its class is left
+    return calls, outputs
+
+
+def _same_others(call: _Call, other: _Call) -> bool:
+    """Whether two calls agree in all but the hidden states."""
+    mine, others = call.others(), other.others()
+    return len(mine) == len(others) and all(map(torch.equal, mine, others))
 
 
 def _collect(pruner: Pruner, block: nn.Module, linears: dict[str, nn.Linear], calls: list[_Call], batches: list[Batch],
@@ -137,31 +184,60 @@ def _collect(pruner: Pruner, block: nn.Module, linears: dict[str, nn.Linear], ca
         for call, batch in zip(calls, batches, strict=True):
             collector.call, collector.batch = call, batch
             block(*call.args, **call.kwargs)
+            collector.finish()
     return collector.statistics
 
 
 class _Collector:
-    """`add` is a forward pre-hook of linears; `call` and `batch` are what the block runs on."""
+    """`add` is a forward pre-hook of linears; `call` and `batch` are what the block runs on.
+
+    Linears share their statistics as long as they get the same inputs, as those of queries, keys and values do.
+    """
 
     call: _Call
     batch: Batch
 
     def __init__(self, pruner: Pruner, linears: dict[str, nn.Linear], side: str):
-        assert pruner.Statistics is not None  # or nothing would be collected
+        kind = pruner.Statistics
+        assert kind is not None  # or nothing would be collected
+        shared = functools.cache(kind)
         self.statistics: dict[str, Statistics] = {
-            name: pruner.Statistics(linear.in_features, linear.weight.device) for name, linear in linears.items()}
+            name: shared(linear.in_features, linear.weight.device) for name, linear in linears.items()}
         self._names: dict[nn.Module, str] = {linear: name for name, linear in linears.items()}
         self._side = side
+        self._pending: list[str] = []
+        """Linears that got the newest inputs, which no statistics have yet."""
+        self._source: tuple[torch.Tensor, int] | None = None
+        """These inputs as they came, and how often they had been written to."""
+        self._inputs = torch.empty(0)
+        """(tokens, C): the real ones of them."""
 
     def add(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, name = args[0], self._names[linear]
+        is_newest = self._source is not None and self._source[0] is inputs and self._source[1] == inputs._version
+        if not is_newest or name in self._pending:
+            self.finish()
+            self._source, self._inputs = (inputs, inputs._version), self._real(name, inputs)
+        self._pending.append(name)
+
+    def finish(self) -> None:
+        """Add the newest inputs to the statistics of the linears that got them. Also called after each batch."""
+        for statistics in {id(found): found for found in map(self.statistics.__getitem__, self._pending)}.values():
+            mine = [name for name in self._pending if self.statistics[name] is statistics]
+            if len(mine) < sum(other is statistics for other in self.statistics.values()):
+                statistics = copy.deepcopy(statistics)  # the others get something else
+                self.statistics |= dict.fromkeys(mine, statistics)
+            statistics.add(self._inputs)
+        self._pending, self._source = [], None
+
+    def _real(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         # Cross-attention multiplies the encoder's states as they came in; everything else is the block's own.
         is_foreign = any(inputs.data_ptr() == other.data_ptr() for other in self.call.others())
         is_real = self.batch.attends["encoder" if is_foreign else self._side]
         if inputs[..., 0].numel() != is_real.numel():
             raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
                             f"{is_real.numel()}, so padding cannot be left out; {_without_inputs()}")
-        self.statistics[name].add(inputs.reshape(-1, inputs.shape[-1])[is_real.flatten()])
+        return inputs.reshape(-1, inputs.shape[-1])[is_real.flatten()]
 
 
 @contextmanager

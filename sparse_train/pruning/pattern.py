@@ -10,8 +10,13 @@ from sparse_train.pruning.pruner import Layer
 
 def keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Exactly `count` True at the largest of `scores` (any shape); of equal ones the first in memory survive."""
-    order = scores.flatten().sort(descending=True, stable=True).indices
-    return _keep_first(order, count, scores.shape)
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.flatten().nan_to_num(torch.inf, torch.inf, -torch.inf)
+    least = flat.kthvalue(flat.numel() - count + 1).values  # several times faster than a sort
+    keep = flat > least
+    keep[(flat == least).nonzero().flatten()[:count - int(keep.sum())]] = True
+    return keep.view(scores.shape)
 
 
 def keep_largest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -26,7 +31,9 @@ def keep_largest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
     places = places.masked_fill(scores < 0, num_columns).flatten()
     order = scores.flatten().sort(descending=True, stable=True).indices
     order = order[places[order].sort(stable=True).indices]
-    return _keep_first(order, count, scores.shape)
+    keep = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    keep[order[:count]] = True
+    return keep.view(scores.shape)
 
 
 def keep_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
@@ -51,9 +58,3 @@ def keep_best(scores: torch.Tensor, layer: Layer,
     else:
         keep = keep_unstructured(scores, num_kept(scores.numel(), layer.spec.sparsity))
     return keep if layer.earlier is None else keep & layer.earlier
-
-
-def _keep_first(order: torch.Tensor, count: int, shape: torch.Size) -> torch.Tensor:
-    keep = torch.zeros(shape.numel(), dtype=torch.bool, device=order.device)
-    keep[order[:count]] = True
-    return keep.view(shape)

@@ -21,30 +21,40 @@ from sparse_train.pruning.statistics import Hessian
 
 log = logging.getLogger(__name__)
 _CHOLESKY_ATTEMPTS = 5
+_NARROW = 16  # columns that are updated one by one
 
 
 class SparseGPT(Pruner[Hessian]):
     Statistics = Hessian
+    _factor: tuple[tuple[Hessian, int, float], torch.Tensor, torch.Tensor] | None = None
+    """Of the layer before, which often has the same inputs: what it was made from, U, the dead columns."""
 
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         """The updated weight is fp32. What an earlier level dropped stays dropped, though updates write there before a
         block's turn comes. Raises UserError, naming the layer, when the Hessian stays singular."""
         layer.require_finite(statistics)
-        weight, hessian = layer.weight.detach().float().clone(), statistics.mean()
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        weight[:, dead] = 0
-        upper = _inverse_factor(hessian, layer.spec.damping, layer.name)
-        keep = torch.zeros_like(weight, dtype=torch.bool)
-        num_rows, num_columns = weight.shape
+        source = (statistics, statistics.num_tokens, layer.spec.damping)
+        if self._factor is None or self._factor[0] != source:
+            hessian = statistics.mean()
+            dead = hessian.diagonal() == 0
+            hessian.diagonal()[dead] = 1
+            self._factor = source, _inverse_factor(hessian, layer.spec.damping, layer.name), dead
+        _, upper, dead = self._factor
+        columns = layer.weight.detach().float().T.clone(memory_format=torch.contiguous_format)
+        columns[dead] = 0
+        keep = torch.zeros_like(columns, dtype=torch.bool)
+        num_columns, num_rows = columns.shape
         width = _block_width(layer.spec)
         starts = range(0, num_columns, width)
         budgets = _budgets(num_rows, [*starts, num_columns], layer.spec.sparsity, layer.earlier)
         for start, budget in zip(starts, budgets, strict=True):
             stop = min(start + width, num_columns)
-            errors = _prune_block(weight, keep, upper, start, stop, budget, layer)
-            weight[:, stop:] -= errors @ upper[start:stop, stop:]
-        return weight, keep
+            if layer.spec.group is None:
+                keep[start:stop] = keep_largest(_scores(columns, upper, slice(start, stop), layer), budget).T
+            errors = torch.empty_like(columns[start:stop])
+            _prune_columns(columns, keep, errors, upper, start, stop, layer)
+            columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        return columns.T.contiguous(), keep.T.contiguous()
 
 
 def _block_width(spec: PruneConfig) -> int:
@@ -72,30 +82,38 @@ def _budgets(num_rows: int, edges: list[int], sparsity: float, earlier: torch.Te
     return budgets
 
 
-def _prune_block(weight: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, start: int, stop: int, budget: int,
-                 layer: Layer) -> torch.Tensor:
-    """Prune columns start..stop-1 in place, one after the other; returns the scaled errors (R, stop - start)."""
-    diagonal, earlier, group = upper.diagonal(), layer.earlier, layer.spec.group
+def _scores(columns: torch.Tensor, upper: torch.Tensor, part: slice, layer: Layer) -> torch.Tensor:
+    """(R, columns in `part`)."""
+    scores = (columns[part].square() / upper.diagonal()[part, None].square()).T
+    return lower_dropped(scores, None if layer.earlier is None else layer.earlier[:, part])
 
-    def scores(part: slice) -> torch.Tensor:
-        return lower_dropped(weight[:, part].square() / diagonal[part].square(),
-                             None if earlier is None else earlier[:, part])
 
-    if group is None:
-        keep[:, start:stop] = keep_largest(scores(slice(start, stop)), budget)
-    errors = torch.zeros_like(weight[:, start:stop])
+def _prune_columns(columns: torch.Tensor, keep: torch.Tensor, errors: torch.Tensor, upper: torch.Tensor, start: int,
+                   stop: int, layer: Layer) -> None:
+    """Prune `columns` (C, R) from start to stop - 1 in place, in order; their scaled errors go to `errors`.
+
+    `columns`, `keep` and `errors` have a weight's columns as rows, so that each is contiguous. A half is finished
+    before one product takes its errors to the other half: few columns are updated one by one.
+    """
+    group = layer.spec.group
+    size = group[1] if group else 1
+    half = (stop - start) // 2 // size * size
+    if half and stop - start > _NARROW:
+        middle = start + half
+        _prune_columns(columns, keep, errors[:half], upper, start, middle, layer)
+        columns[middle:stop].addmm_(upper[start:middle, middle:stop].T, errors[:half], alpha=-1)
+        _prune_columns(columns, keep, errors[half:], upper, middle, stop, layer)
+        return
     for column in range(start, stop):
-        if group and (column - start) % group[1] == 0:
-            ahead = slice(column, column + group[1])  # scores see the updates of the columns before
-            keep[:, ahead] = keep_groups(scores(ahead), group)
-            if earlier is not None:
-                keep[:, ahead] &= earlier[:, ahead]
-        before = weight[:, column].clone()
-        weight[:, column] *= keep[:, column]
-        error = (before - weight[:, column]) / diagonal[column]
-        weight[:, column + 1:stop] -= torch.outer(error, upper[column, column + 1:stop])
-        errors[:, column - start] = error
-    return errors
+        if group and (column - start) % size == 0:
+            ahead = slice(column, column + size)  # scores see the updates of the columns before
+            keep[ahead] = keep_groups(_scores(columns, upper, ahead, layer), group).T
+            if layer.earlier is not None:
+                keep[ahead] &= layer.earlier[:, ahead].T
+        error = errors[column - start]
+        torch.div(columns[column].masked_fill(keep[column], 0), upper[column, column], out=error)
+        columns[column] *= keep[column]
+        columns[column + 1:stop].addr_(upper[column, column + 1:stop], error, alpha=-1)
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:

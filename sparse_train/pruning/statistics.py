@@ -2,21 +2,27 @@
 
 import torch
 
+_TILE = 256  # columns of a product that makes a part of the lower triangle
+
 
 class Hessian:
     """H (C, C) = 2 / n * sum of x x^T over n tokens."""
 
     def __init__(self, num_columns: int, device: torch.device):
+        """`sum` is filled up to the diagonal, and beyond it where tiles stand out."""
         self.sum, self.num_tokens = torch.zeros(num_columns, num_columns, device=device), 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """`inputs` (tokens, C): real tokens only."""
         inputs = inputs.float()
-        self.sum.addmm_(inputs.T, inputs, alpha=2.0)
+        for start in range(0, inputs.shape[1], _TILE):
+            stop = start + _TILE
+            self.sum[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop], alpha=2.0)
         self.num_tokens += len(inputs)
 
     def mean(self) -> torch.Tensor:
-        return self.sum / self.num_tokens
+        lower = self.sum.tril() / self.num_tokens
+        return lower + lower.tril(-1).T
 
 
 class ColumnNorms:
