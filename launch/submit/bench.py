@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from sparse_train import log
-from sparse_train.errors import StageFailed
+from sparse_train.errors import StageFailed, UserError
 from sparse_train.tables import print_table
 
 
@@ -32,8 +32,9 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     train.add_argument("--ranks", type=_positive, help="number of processes (default: that of the cluster file)")
     train.add_argument("--sparsity", type=_sparsity, default=0.75)
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    train.add_argument("--d-model", type=_width, default=768, help="a multiple of 64")
-    train.add_argument("--n-layers", type=_positive, default=6)
+    train.add_argument("--model", metavar="FOLDER", help="a decoder's folder or hub name (default: an MPT, untrained)")
+    train.add_argument("--d-model", type=_width, help="of the MPT: a multiple of 64 (default: 768)")
+    train.add_argument("--n-layers", type=_positive, help="of the MPT (default: 6)")
     train.add_argument("--num-tokens", type=_positive, default=512, help="per rank and step")
     train.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     train.add_argument("--repeats", type=_positive, default=7)
@@ -99,8 +100,8 @@ def _train(options, console: Console) -> int:
     from sparse_train.launch.submit.processes import free_port, handle_signals, start_processes, stop_processes
 
     cluster = load_cluster(options.on)
-    measurement = {key: getattr(options, key) for key in ("sparsity", "precision", "d_model", "n_layers", "num_tokens",
-                                                          "checkpointing", "repeats")}
+    measurement = _model_to_measure(options) | {
+        key: getattr(options, key) for key in ("sparsity", "precision", "num_tokens", "checkpointing", "repeats")}
     handle_signals()
     with tempfile.TemporaryDirectory() as logs:
         job = start_processes(cluster, options.ranks or cluster.ranks, Path(logs), _train_rank, measurement, cluster,
@@ -116,6 +117,26 @@ def _train(options, console: Console) -> int:
         _print_train(result, console)
     print(json.dumps(result))
     return 0
+
+
+def _model_to_measure(options) -> dict[str, Any]:
+    """The fields of TrainBench that say which model it is. Raises UserError for one that cannot be measured."""
+    size = {key: getattr(options, key) for key in ("d_model", "n_layers") if getattr(options, key)}
+    if options.model is None:
+        return size
+    if size:
+        raise UserError("--d-model and --n-layers are the size of an untrained MPT; leave out these or --model")
+    from sparse_train.models import read_config
+    from sparse_train.models.positions import decoder_positions
+
+    config = read_config(options.model)
+    if config.is_encoder_decoder:
+        raise UserError(f"{options.model} has an encoder, and bench train measures decoders; give a decoder's folder")
+    positions = decoder_positions(config)
+    if positions and options.num_tokens > positions:
+        raise UserError(f"--num-tokens={options.num_tokens}: {options.model} has {positions} positions; give fewer")
+    is_folder = Path(options.model).is_dir()
+    return {"path": str(Path(options.model).resolve()) if is_folder else options.model, "vocab_size": config.vocab_size}
 
 
 def _train_rank(measurement: dict[str, Any], cluster, port: int) -> dict[str, Any]:
@@ -136,6 +157,8 @@ def _print_train(result: dict[str, Any], console: Console) -> None:
     from sparse_train.bench.tables import print_measured, spread_cell
 
     measured = result["measured"]
+    console.print(f"{result['products_flops_per_second']['median'] / 1e9:.0f} GFLOP/s in products of the linears' "
+                  "shapes on one rank; of products: a step's rate relative to that", highlight=False)
     console.print(f"{result['ranks']} ranks on {result['device']}, ZeRO-3; relative to the dense step; "
                   "arithmetic alone makes 1.333", highlight=False)
     rows = []
@@ -145,9 +168,10 @@ def _print_train(result: dict[str, Any], console: Console) -> None:
         rows.append([name, f"{1e3 * seconds['median']:.0f}",
                      f"{step['median']:.2f} ({step['low']:.2f}-{step['high']:.2f})",
                      spread_cell(seconds["low"], seconds["median"], seconds["high"]),
+                     "{median:.2f} ({low:.2f}-{high:.2f})".format(**values["fraction_of_products"]),
                      *(f"{values[key] / 1e6:.0f} ({values[key] / measured['dense'][key]:.2f})"
                        for key in ("peak_memory", "traffic_bytes", "state_bytes"))])
-    header = ("step", "ms", "time (quartiles)", "spread", "peak MB", "moved MB", "state MB per rank")
+    header = ("step", "ms", "time (quartiles)", "spread", "of products", "peak MB", "moved MB", "state MB per rank")
     print_measured(console, header, rows, [result["backend"]])
     groups = list(measured["dense"]["milliseconds_of"])
     print_table(console, ("where it goes, ms", *measured), [

@@ -6,9 +6,20 @@
 
 All three take turns under ZeRO-3, on the same ranks, with the same model and batch. The teacher's forward pass (1)
 beside the student's forward and backward pass (1 + 2) makes the arithmetic 4 / 3 of the dense step's.
+
+The FLOPs of a step are those of its matrix products. A forward pass over one sequence of T tokens takes
+
+    F = sum over linears, the head included, of  2 * T * R * C      + num_layers * 4 * T^2 * heads * head width
+
+where the second part is attention's two products, over all T keys as they are computed. A step takes 3 F, and F more
+for a teacher; where the teacher's head works on one token alone, T - 1 tokens less of the head. Pruned weights count as
+well, because they are multiplied; recomputation does not. `fraction_of_products` is the step's FLOPs per second over
+those of torch's products of the model's linears alone: y = x W^T and both gradients, one layer after the other, in the
+same dtype, threads and rounds.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +28,12 @@ import torch
 from deepspeed.comm.comm import comms_logger
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import MptConfig, MptForCausalLM
+from transformers import MptConfig, MptForCausalLM, PreTrainedModel
 
 from sparse_train import dist, kernels
-from sparse_train.bench.timing import interleave
+from sparse_train.bench.timing import Timing, interleave
 from sparse_train.config import LossConfig, TeacherConfig, TrainConfig, ZeroConfig
-from sparse_train.models import family_of
+from sparse_train.models import family_of, load_model
 from sparse_train.sparse import BitmaskTensor, replace_module, sparsify
 from sparse_train.tasks import Batch
 from sparse_train.training.engine import build_student, build_teacher, step_engine
@@ -44,6 +55,8 @@ _GROUPS = {
 
 @dataclass(frozen=True)
 class TrainBench:
+    path: str | None = None
+    """A folder or hub name of a dense decoder with at least `vocab_size` tokens; None: an MPT of the size below."""
     d_model: int = 768
     n_layers: int = 6
     vocab_size: int = 8192
@@ -54,7 +67,11 @@ class TrainBench:
     checkpointing: bool = False
     repeats: int = 7
 
-    def model(self) -> MptForCausalLM:
+    def model(self) -> PreTrainedModel:
+        if self.path is not None:
+            model = load_model(self.path)
+            model.config.use_cache = False
+            return model
         torch.manual_seed(0)
         return MptForCausalLM(MptConfig(d_model=self.d_model, n_layers=self.n_layers, n_heads=self.d_model // 64,
                                         vocab_size=self.vocab_size, max_seq_len=self.num_tokens, use_cache=False))
@@ -75,23 +92,66 @@ class TrainBench:
 def train_bench(bench: TrainBench, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Collective. Under step_time, peak_memory, traffic_bytes and state_bytes: masked and ours relative to dense
     (step_time with its quartiles over rounds); under measured: the absolute values of this rank."""
+    products = _Products(bench.model(), bench)
     candidates: dict[str, Trainer | _Masked] = {
         "dense": _trainer(bench, sparse=False), "masked": _Masked(bench), "ours": _trainer(bench, sparse=True)}
     steps = {name: functools.partial(_step, candidate) for name, candidate in candidates.items()}
-    timings = interleave(steps, bench.repeats, progress)
+    timings = interleave({**steps, "products": products}, bench.repeats, progress)
     measured: dict[str, dict[str, Any]] = {}
     for name, candidate in candidates.items():
         num_state_bytes = state_bytes(candidate.engine)
         peak, parts = _profile(steps[name])
         measured[name] = {"seconds": timings[name].plain(), "state_bytes": num_state_bytes,
                           "peak_memory": num_state_bytes + peak, "traffic_bytes": _traffic(steps[name]),
-                          "milliseconds_of": parts}
+                          "milliseconds_of": parts, "flops": products.flops_of_step(has_teacher=name != "dense")}
+        speed = Timing(tuple(measured[name]["flops"] / seconds for seconds in timings[name].rounds))
+        most = Timing(tuple(products.flops / seconds for seconds in timings["products"].rounds))
+        measured[name]["fraction_of_products"] = speed.over(most).plain()
     others = ("masked", "ours")
     return {"step_time": {name: timings[name].over(timings["dense"]).plain() for name in others},
             **{key: {name: measured[name][key] / measured["dense"][key] for name in others}
                for key in ("peak_memory", "traffic_bytes", "state_bytes")},
-            "measured": measured, "bench": vars(bench), "ranks": dist.world_size(), "device": str(dist.device()),
+            "products_flops_per_second": most.plain(), "measured": measured, "bench": vars(bench),
+            "ranks": dist.world_size(), "device": str(dist.device()),
             "backend": kernels.backend() if dist.device().type == "cpu" else ""}
+
+
+class _Products:
+    """The products of a step's linears, without all else: `flops` of them per call."""
+
+    def __init__(self, model: PreTrainedModel, bench: TrainBench):
+        self._num_tokens, config = bench.num_tokens, model.config
+        linears = [linear for linear in model.modules() if isinstance(linear, nn.Linear)]
+        self._shapes = [tuple(linear.weight.shape) for linear in linears]
+        self._tensors = {shape: self._inputs(*shape, torch.bfloat16 if bench.precision == "bf16" else torch.float32)
+                         for shape in set(self._shapes)}
+        self.flops = 3 * self._forward(self._shapes)
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._attention = 4 * config.num_hidden_layers * bench.num_tokens**2 * config.num_attention_heads * head_width
+        head = model.get_output_embeddings()
+        self._teacher_skips = self._forward([tuple(head.weight.shape)]) * (1 - 1 / bench.num_tokens) * (
+            "logits_to_keep" in inspect.signature(model.forward).parameters)
+
+    def _inputs(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(size, dtype=torch.float32).to(dist.device(), dtype) for size in (
+            (self._num_tokens, columns), (self._num_tokens, rows), (rows, columns)))
+
+    def _forward(self, shapes: list[tuple[int, ...]]) -> int:
+        return sum(2 * self._num_tokens * rows * columns for rows, columns in shapes)
+
+    def flops_of_step(self, has_teacher: bool) -> float:
+        """On this rank; see the module's formula."""
+        forward = self.flops / 3 + self._attention
+        return 3 * forward + has_teacher * (forward - self._teacher_skips)
+
+    def __call__(self) -> None:
+        for shape in self._shapes:
+            x, grad_y, weight = self._tensors[shape]
+            torch.mm(x, weight.T)
+            torch.mm(grad_y, weight)
+            torch.mm(grad_y.T, x)
+        if dist.device().type == "cuda":
+            torch.cuda.synchronize()
 
 
 def _trainer(bench: TrainBench, sparse: bool) -> Trainer:

@@ -4,15 +4,20 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_train.bench.train import TrainBench, _Products
 from sparse_train.launch.cli import main
+from sparse_train.models import save_model
 from tests.launch.test_pipeline import _cli
+from tests.models import tiny_model
 
-_SIZE = ("--d-model", "128", "--n-layers", "2", "--num-tokens", "32", "--repeats", "1")
+_STEP = ("--num-tokens", "32", "--repeats", "1")
+_SIZE = ("--d-model", "128", "--n-layers", "2", *_STEP)
 
 
-def _found(*arguments):
-    return json.loads(_cli("bench", "train", "--json", *_SIZE, *arguments)[0].splitlines()[-1])
+def _found(*arguments, size=_SIZE):
+    return json.loads(_cli("bench", "train", "--json", *size, *arguments)[0].splitlines()[-1])
 
 
 def _check(found):
@@ -22,11 +27,38 @@ def _check(found):
     assert found["peak_memory"]["ours"] < found["peak_memory"]["masked"]
 
 
-def test_ours_holds_and_moves_less_than_the_masked_way():
-    found = _found()
+def test_ours_holds_and_moves_less_than_the_masked_way(tmp_path, capsys):
+    """Of a model in a folder; the GPU's test below makes its own."""
+    _, processor = tiny_model("mpt")
+    model = TrainBench(d_model=128, n_layers=2, num_tokens=32).model()
+    save_model(tmp_path, model, processor)
+    found = _found("--model", tmp_path, size=_STEP)
     assert found["ranks"] == 2
     _check(found)
+    for values in found["measured"].values():
+        assert 0 < values["fraction_of_products"]["median"] < 2
     assert found["traffic_bytes"]["ours"] < found["traffic_bytes"]["masked"]
+    for arguments, told in ((("--d-model", "64"), "are the size of an untrained MPT"),
+                            (("--num-tokens", "33"), "has 32 positions; give fewer")):
+        assert main(["bench", "train", "--model", str(tmp_path), *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_flops_of_a_step_are_those_that_torch_counts():
+    torch.manual_seed(0)
+    bench = TrainBench(d_model=64, n_layers=2, vocab_size=100, num_tokens=24)
+    model, products = bench.model(), _Products(bench.model(), bench)
+    ids = bench.batch([0]).input_ids
+    counts = []
+    for arguments in ({}, {"logits_to_keep": 1}):
+        with FlopCounterMode(display=False) as counter:
+            logits = model(input_ids=ids, **arguments).logits
+            if not arguments:
+                logits.sum().backward()
+        counts.append(counter.get_total_flops())
+    # The first layer's inputs need a gradient too: they come from a trained embedding.
+    assert products.flops_of_step(has_teacher=False) == counts[0]
+    assert products.flops_of_step(has_teacher=True) == pytest.approx(sum(counts))
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
