@@ -123,7 +123,7 @@ class _Products:
         self._num_tokens, config = bench.num_tokens, model.config
         linears = [linear for linear in model.modules() if isinstance(linear, nn.Linear)]
         self._shapes = [tuple(linear.weight.shape) for linear in linears]
-        self._tensors = {shape: self._inputs(*shape, torch.bfloat16 if bench.precision == "bf16" else torch.float32)
+        self._tensors = {shape: self._inputs(shape, torch.bfloat16 if bench.precision == "bf16" else torch.float32)
                          for shape in set(self._shapes)}
         self.flops = 3 * self._forward(self._shapes)
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -132,7 +132,9 @@ class _Products:
         self._teacher_skips = self._forward([tuple(head.weight.shape)]) * (1 - 1 / bench.num_tokens) * (
             "logits_to_keep" in inspect.signature(model.forward).parameters)
 
-    def _inputs(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def _inputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """x (T, C), the gradient of y (T, R), W (R, C)."""
+        rows, columns = shape
         return tuple(torch.randn(size, dtype=torch.float32).to(dist.device(), dtype) for size in (
             (self._num_tokens, columns), (self._num_tokens, rows), (rows, columns)))
 
