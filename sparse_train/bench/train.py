@@ -12,14 +12,13 @@ The FLOPs of a step are those of its matrix products. A forward pass over one se
     F = sum over linears, the head included, of  2 * T * R * C      + num_layers * 4 * T^2 * heads * head width
 
 where the second part is attention's two products, over all T keys as they are computed. A step takes 3 F, and F more
-for a teacher; where the teacher's head works on one token alone, T - 1 tokens less of the head. Pruned weights count as
-well, because they are multiplied; recomputation does not. `fraction_of_products` is the step's FLOPs per second over
-those of torch's products of the model's linears alone: y = x W^T and both gradients, one layer after the other, in the
-same dtype, threads and rounds.
+for a teacher, without its head, whose logits SquareHead does not read. Pruned weights count as well, because they are
+multiplied; recomputation does not. `fraction_of_products` is the step's FLOPs per second over those of torch's products
+of the model's linears alone: y = x W^T and both gradients, one layer after the other, in the same dtype, threads and
+rounds.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,9 +127,7 @@ class _Products:
         self.flops = 3 * self._forward(self._shapes)
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._attention = 4 * config.num_hidden_layers * bench.num_tokens**2 * config.num_attention_heads * head_width
-        head = model.get_output_embeddings()
-        self._teacher_skips = self._forward([tuple(head.weight.shape)]) * (1 - 1 / bench.num_tokens) * (
-            "logits_to_keep" in inspect.signature(model.forward).parameters)
+        self._teacher_skips = self._forward([tuple(model.get_output_embeddings().weight.shape)])
 
     def _inputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """x (T, C), the gradient of y (T, R), W (R, C)."""
@@ -197,7 +194,7 @@ class _Masked:
         with torch.no_grad():
             teacher = self._teacher(**inputs)
         student = self.engine(**inputs)
-        outputs = ModelOutputs(student.logits, batch.targets, batch.labels)
+        outputs = ModelOutputs(*(x.flatten(0, 1) for x in (student.logits, batch.targets, batch.labels)))
         loss = weighted_loss(LossConfig(), new_terms(LossConfig()), outputs).loss
         for s, t in zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True):
             s, t = s[batch.attend].float(), t[batch.attend].float()

@@ -14,6 +14,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper-whisper": {"task_weight": 0.5, "feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-8,
                       "epsilon_per": "position", "layers": tuple(range(10)), "encoder_padding": True},
     "sparseml": {"feature_weight": 1.0, "normalise": "micro_batch"},
+    "ast": {"task_weight": 0.33, "logit_weight": 0.67, "temperature": 2.0, "normalise": "micro_batch"},
 }
 METRICS = frozenset({"step", "loss", "squarehead", "num_tokens", "learning_rate", "gradient_norm", "tokens_per_second",
                      "nodes", "global_step"})
@@ -21,10 +22,10 @@ METRICS = frozenset({"step", "loss", "squarehead", "num_tokens", "learning_rate"
 
 
 class LossConfig(Section):
-    """total = task_weight * CE + logit_weight * KL(teacher || student) * T^2 + feature_weight * SquareHead, and the
+    """total = task_weight * CE + logit_weight * D(teacher, student) * T^2 + feature_weight * SquareHead, and the
     terms that other packages add."""
 
-    preset: Literal["paper-mpt", "paper-t5", "paper-whisper", "sparseml"] | None = None
+    preset: Literal["paper-mpt", "paper-t5", "paper-whisper", "sparseml", "ast"] | None = None
     """Start from the formulas of that code; keys given beside it win."""
     task_weight: Weight = 1.0
     logit_weight: Weight = 0.0
@@ -44,8 +45,11 @@ class LossConfig(Section):
     """Blocks of each stack whose outputs are compared; None takes all."""
     encoder_padding: bool = False
     """Count an encoder's padding as tokens in SquareHead."""
+    logit_beta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """D: 0 is KL(teacher || student), 1 is KL(student || teacher), and what is between them the generalised
+    Jensen-Shannon divergence of arXiv 2306.13649 as it is there, so that D is small near 0 and near 1."""
     logit_tokens: Literal["predicted", "labelled"] = "predicted"
-    """KL at the positions that predict a target, or at the targets' own positions (off by one in a decoder)."""
+    """D at the positions that predict a target, or at the targets' own positions (off by one in a decoder)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """The weighted terms of a loss, as shares of one sum over all ranks.
 
-    total = task_weight * CE + logit_weight * KL(teacher || student) * T^2 + feature_weight * SquareHead + ...
+    total = task_weight * CE + logit_weight * D(teacher, student) * T^2 + feature_weight * SquareHead + ...
 
 Each term is a ratio whose numerator and denominator are summed over all ranks of the global micro-step, so that it does
 not depend on how examples, or the tokens of one example, fall on ranks. A rank's share is its own numerator over the
@@ -9,15 +9,19 @@ reduced once per micro-step. `normalise: micro_batch` forms the ratios per rank 
 (arXiv 2310.06927).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sparse_train import dist
 from sparse_train.config import LossConfig
 from sparse_train.registry import LOSS_TERMS
-from sparse_train.training.terms import LossTerm, ModelOutputs
+from sparse_train.training.terms import LossTerm, ModelOutputs, RowSum
+
+_CHUNK = 1 << 20
+"""Logits that are made fp32 at a time, 4 MB: a CPU's caches hold what the terms compute of them."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Shares:
     loss: torch.Tensor
     """Scalar with gradient: the weighted sum of the terms below."""
     terms: dict[str, torch.Tensor]
-    """By the terms' names, unweighted: scalars, or (L,) for a term of L parts."""
+    """By the terms' names, unweighted: scalars, or (L,) for a term of L parts. Those of logits have no gradient of
+    their own."""
 
     def detached(self) -> "Shares":
         return Shares(self.loss.detach(), {name: term.detach() for name, term in self.terms.items()})
@@ -39,17 +44,53 @@ def new_terms(config: LossConfig) -> dict[str, LossTerm]:
 
 
 def weighted_loss(config: LossConfig, terms: Mapping[str, LossTerm], outputs: ModelOutputs) -> Shares:
-    """This rank's share of the loss. Collective: every rank must call it with the same terms."""
+    """This rank's share of the loss, whose backward pass can run once. Collective: every rank must call it with the
+    same terms."""
     ratios = {name: term.ratio(outputs) for name, term in terms.items()}
-    denominators = torch.cat([ratio.denominators.reshape(-1).to(outputs.predictions.dtype)
-                              for ratio in ratios.values()])
+    denominators = torch.cat([ratio.denominators.reshape(-1).to(torch.float32) for ratio in ratios.values()])
     if config.normalise == "global":
         denominators = dist.sum_over_ranks(denominators)
-    shares: dict[str, torch.Tensor] = {}
-    for (name, ratio), denominator in zip(
-            ratios.items(), denominators.split([ratio.denominators.numel() for ratio in ratios.values()]), strict=True):
-        shares[name] = ratio.numerators / denominator.view_as(ratio.numerators).clamp(min=ratio.minimum)
+    divisors = dict(zip(ratios, denominators.split([ratio.denominators.numel() for ratio in ratios.values()]),
+                        strict=True))
+    for name, ratio in ratios.items():
+        divisors[name] = divisors[name].view_as(ratio.denominators).clamp(min=ratio.minimum)
         if config.normalise == "micro_batch":
-            shares[name] = shares[name] / dist.world_size()
-    loss = sum((config.weights[name] * share.sum() for name, share in shares.items()), start=outputs.zero)
-    return Shares(loss, shares)
+            divisors[name] = divisors[name] * dist.world_size()
+    sums = {name: ratio.numerators for name, ratio in ratios.items() if callable(ratio.numerators)}
+    numerators = {name: ratio.numerators for name, ratio in ratios.items() if not callable(ratio.numerators)}
+    weights = {name: config.weights[name] / divisors[name] for name in ratios}
+    loss, totals = _SumRows.apply(outputs.logits, outputs, list(sums.values()),
+                                  torch.stack([weights[name] for name in sums]))
+    loss = sum(((weights[name] * numerator).sum() for name, numerator in numerators.items()), start=loss)
+    numerators |= dict(zip(sums, totals, strict=True))
+    return Shares(loss, {name: numerators[name] / divisors[name] for name in ratios})
+
+
+class _SumRows(torch.autograd.Function):
+    """(sum of weight * sum, the sums (K,) without gradient) over all rows.
+
+    The gradient is computed with the sums, chunk by chunk, and is all that is kept: (R, V) in the logits' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, outputs: ModelOutputs, sums: Sequence[RowSum],
+                weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        totals, gradient = torch.zeros_like(weights), torch.empty_like(logits)
+        num_rows = max(1, _CHUNK // logits.shape[1])
+        for start in range(0, len(logits), num_rows):
+            rows = slice(start, start + num_rows)
+            with torch.enable_grad():
+                leaf = logits[rows].detach().float().requires_grad_()
+                chunk = outputs.some(rows, leaf)
+                parts = torch.stack([sum_rows(chunk) for sum_rows in sums])
+                gradient[rows], = torch.autograd.grad(parts @ weights, leaf)
+            totals += parts.detach()
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(totals)
+        return totals @ weights, totals
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gradient = ctx.gradient
+        del ctx.gradient  # which is scaled in place: a second backward pass would be wrong
+        return gradient.mul_(grad), None, None, None

@@ -1,7 +1,7 @@
 """One optimizer step: fetch, forward, loss, backward, update."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +12,7 @@ from sparse_train.tasks.batch import IGNORED
 from sparse_train.training.bits import FrozenBits, digest_bits
 from sparse_train.training.engine import build_student, step_engine
 from sparse_train.training.features import FiniteCheck, Tap
+from sparse_train.training.head import Head
 from sparse_train.training.losses import Shares, new_terms, weighted_loss
 from sparse_train.training.run import TrainingRun
 from sparse_train.training.schedule import learning_rate
@@ -50,6 +51,7 @@ class Trainer:
             for model in filter(None, (run.student, run.teacher)):
                 family_of(model).separate_examples(model)
         terms = list(new_terms(run.loss).values())
+        self._head = Head(run.student)
         # Taps come before DeepSpeed's own hooks, which wrap the outputs.
         blocks = family_of(run.student).blocks(run.student)
         self._finite = FiniteCheck(list(blocks))
@@ -102,11 +104,16 @@ class Trainer:
 
     def _forward(self, batch: Batch, targets: torch.Tensor) -> Shares:
         inputs = batch.inputs() | {"use_cache": False}
+        is_read = targets != IGNORED
+        if self._run.loss.logit_tokens == "labelled":
+            is_read = is_read | (batch.labels != IGNORED)
+        positions = is_read.flatten().nonzero().squeeze(1)
         features: dict[int, torch.Tensor] = {}
         with self._block_tap.visiting(self._finite.watch), self._feature_tap.visiting(features.__setitem__):
-            logits = self.engine(**inputs).logits
+            logits = self._head.logits(self.engine, inputs, positions)
         terms = new_terms(self._run.loss)
-        outputs = ModelOutputs(logits, targets, batch.labels)
+        taught = torch.empty(0)
         if self._teacher is not None:
-            outputs = replace(outputs, teacher_logits=self._teacher.answer(inputs, batch, terms.values(), features))
-        return weighted_loss(self._run.loss, terms, outputs)
+            taught = self._teacher.answer(inputs, batch, positions, terms.values(), features)
+        labels = batch.labels.flatten()[positions]
+        return weighted_loss(self._run.loss, terms, ModelOutputs(logits, targets.flatten()[positions], labels, taught))

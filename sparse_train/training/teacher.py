@@ -1,6 +1,5 @@
 """The teacher in a training: its logits, and its features as they appear."""
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ from sparse_train.models.family import FeaturePoint
 from sparse_train.tasks import Batch
 from sparse_train.training.engine import build_teacher
 from sparse_train.training.features import Tap
+from sparse_train.training.head import Head
 from sparse_train.training.terms import LossTerm
 
 
@@ -27,16 +27,12 @@ class Teacher:
         points = feature_points(model, loss) if any(term.uses_features for term in terms) else []
         self._sides = [point.side for point in points]
         self._tap = Tap([point.module for point in points])
-        # Where no term reads logits the head works on one token, as little as the model allows.
-        self._head_arguments: dict[str, int] = {}
-        if not any(term.uses_teacher_logits for term in terms) and (
-                "logits_to_keep" in inspect.signature(model.forward).parameters):
-            self._head_arguments["logits_to_keep"] = 1
+        self._head, self._uses_logits = Head(model), any(term.uses_teacher_logits for term in terms)
         self._engine = build_teacher(model, config, teacher_config)
 
-    def answer(self, inputs: dict[str, Any], batch: Batch, terms: Iterable[LossTerm],
+    def answer(self, inputs: dict[str, Any], batch: Batch, positions: torch.Tensor, terms: Iterable[LossTerm],
                student_features: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Logits (B, T, V), or the last token's alone where no term reads them.
+        """Logits (R, V) of `positions` (R,), indices of the flattened (B, T); no rows where no term reads them.
 
         Each feature of the student is compared, and dropped, when the teacher's appears; no feature of the teacher
         outlives its block.
@@ -53,7 +49,7 @@ class Teacher:
                     term.add_features(student_feature, feature, attends[self._sides[index]])
 
         with torch.no_grad(), self._tap.visiting(compare):
-            return self._engine(**inputs, **self._head_arguments).logits
+            return self._head.logits(self._engine, inputs, positions if self._uses_logits else positions[:0])
 
 
 def feature_points(model: PreTrainedModel, loss: LossConfig) -> list[FeaturePoint]:

@@ -72,7 +72,8 @@ def _computed(kind, batch):
     terms = new_terms(_LOSS)
     for name, state in states.items():
         terms["feature"].add_features(state, teacher_states[name], batch.attend)
-    shares = weighted_loss(_LOSS, terms, ModelOutputs(logits, batch.targets, batch.labels, teacher_logits))
+    rows = (x.flatten(0, 1) for x in (logits, batch.targets, batch.labels, teacher_logits))
+    shares = weighted_loss(_LOSS, terms, ModelOutputs(*rows))
     shares.loss.backward()
     return (logits.detach()[batch.attend], shares.detached().terms,
             {name: p.grad for name, p in student.named_parameters() if p.grad is not None})

@@ -40,7 +40,7 @@ class FeatureTerm(LossTerm):
 
     def ratio(self, outputs: ModelOutputs) -> Ratio:
         if not self.errors:
-            empty = outputs.predictions.new_zeros(0)
+            empty = outputs.zero.detach().new_zeros(0)
             return Ratio(empty, empty)
         return Ratio(torch.stack(self.errors), torch.stack(self.energies), minimum=_TINY)
 

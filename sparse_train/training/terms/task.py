@@ -1,7 +1,9 @@
 """The task's own loss: cross-entropy of the targets."""
 
+import torch
 from torch.nn import functional
 
+from sparse_train.tasks.batch import IGNORED
 from sparse_train.training.terms.term import LossTerm, ModelOutputs, Ratio
 
 
@@ -11,7 +13,8 @@ class TaskTerm(LossTerm):
     uses_teacher_logits = False
 
     def ratio(self, outputs: ModelOutputs) -> Ratio:
-        predictions, targets = outputs.predictions, outputs.targets[outputs.is_target]
-        if not len(predictions):
-            return Ratio(outputs.zero, outputs.num_targets)
-        return Ratio(functional.cross_entropy(predictions, targets, reduction="sum"), outputs.num_targets)
+        return Ratio(_cross_entropy, outputs.num_targets)
+
+
+def _cross_entropy(rows: ModelOutputs) -> torch.Tensor:
+    return functional.nll_loss(rows.log_probs, rows.targets, ignore_index=IGNORED, reduction="sum")
