@@ -24,6 +24,7 @@ from sparse_train.jobs.stage import Kind
 from sparse_train.registry import TASKS
 from sparse_train.tables import print_table
 from sparse_train.tasks import Task
+from sparse_train.tasks.general_text import in_tables
 
 _RUNTIME = ("runtime: each token as generate computes it, new ones by the sparse kernels; int8: weights and "
             "activations have 8 bits in every product of a sparse weight")
@@ -97,18 +98,32 @@ def _score_table(data: dict[str, Any]) -> Table:
     for row in data["scores"]:
         by_model.setdefault((row["loss"], row["engine"], row["sparsity"]), {})[row["metric"]] = row["value"]
     columns = (task.metric, *task.extra_metrics)
-    rows = [[loss, engine, f"{sparsity:.2f}", *(_number(metrics[name], 3) for name in columns),
-             _number(metrics["cross_entropy"], 4), str(metrics["num_examples"])]
-            for (loss, engine, sparsity), metrics in by_model.items()]
     settings = next(iter(by_model.values()))  # all models have the same
+    on_texts = in_tables(settings)
+    rows = [[loss, engine, f"{sparsity:.2f}", *(_number(metrics[name], 3) for name in columns),
+             _number(metrics["cross_entropy"], 4), *(_number(metrics.get(name), 3) for name in on_texts),
+             str(metrics["num_examples"])]
+            for (loss, engine, sparsity), metrics in by_model.items()]
     notes = _teacher_note(task, [row for row in data["scores"] if row["metric"] == task.metric])
     notes += [f"{_words(name)}: {settings[name]}" for name in task.score_settings]
     if any(engine.startswith("runtime") for _, engine, _ in by_model):
         notes.append(_RUNTIME)
     if num_left_out := settings.get("num_left_out"):
         notes.append(f"{num_left_out} test examples that do not fit the model are left out")
-    header = ["model", "computed in", "sparsity", *map(_words, columns), "cross-entropy", "examples"]
+    notes += _notes_on_texts(settings)
+    header = ["model", "computed in", "sparsity", *map(_words, columns), "cross-entropy", *map(_words, on_texts),
+              "examples"]
     return Table("Scores on unseen examples", header, rows, "\n".join(notes))
+
+
+def _notes_on_texts(settings: dict[str, Any]) -> list[str]:
+    notes = []
+    for name in (key.removesuffix("/num_tokens") for key in settings if key.endswith("/num_tokens")):
+        num_left_out = settings[f"{name}/num_left_out"]
+        left_out = f"; {num_left_out} texts that do not fit the model are left out" if num_left_out else ""
+        notes.append(f"{_words(name)}: {settings[f'{name}/num_tokens']:,} tokens of general text; kl: "
+                     f"KL(dense || model) in nats per token{left_out}")
+    return notes
 
 
 def _size_table(data: dict[str, Any]) -> Table:
@@ -132,7 +147,7 @@ def _teacher_note(task: type[Task], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("/", " ")
 
 
 def _number(value: float | None, digits: int) -> str:

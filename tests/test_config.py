@@ -80,6 +80,8 @@ def test_overrides_are_typed_and_nested():
     ("finetune.accumulation=7", "accumulation=7 must divide batch_size=64"),
     ("model.n_heads=3", "n_heads=3 must divide d_model=128"),
     ("finetune.losses.SquareHead={}", "a loss is called 'SquareHead'; take small letters, digits, _ and -"),
+    ("evaluate.texts={My books: {path: x}}", "a set of texts is called 'My books'; take small letters"),
+    ("evaluate.texts.books.pth=x", "did you mean evaluate.texts.books.path?"),
     ("finetune.losses={kd: {logit_weight: 1}}", "compress.loss=squarehead is none of finetune.losses: kd"),
     ("compress={loss: null}", "compress.loss is missing: finetune.losses has ce, squarehead; give the one"),
     ("dense.steps=0", "dense.steps=0: input should be greater than 0"),

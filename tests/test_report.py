@@ -30,7 +30,11 @@ def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
             ("translation", "bleu", {"chrf": 30.0, "bleu_signature": "nrefs:1|case:mixed", "cross_entropy": 1.0},
              ["chrf", "30.000", "bleu signature: nrefs:1|case:mixed"]),
             ("speech", "wer", {"cer": 0.25, "wer_normalised": 0.4, "cer_normalised": 0.2, "cross_entropy": None},
-             ["cer normalised", "0.250", "0.400", "-"])):
+             ["cer normalised", "0.250", "0.400", "-"]),
+            ("text", "perplexity", {"cross_entropy": 1.0, "books/perplexity": 34.5, "books/kl": 0.0625,
+                                    "books/num_tokens": 9000, "books/num_left_out": 2},
+             ["books perplexity", "34.500", "books kl", "0.062", "books: 9,000 tokens of general text",
+              "; 2 texts that do not fit the model are left out"])):
         data = _data(task, metric, **{metric: 0.5, "num_left_out": 3, **metrics}) | {"about": "<b> & more"}
         (tmp_path / "report.json").write_text(json.dumps(data))
         (tmp_path / "picture.png").write_bytes(b"")

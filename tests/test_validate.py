@@ -83,7 +83,18 @@ def test_text_has_nothing_for_an_encoder(tmp_path):
     text = {"name": "text", "path": str(tmp_path)}
     with pytest.raises(UserError, match=r"task.name=text has no prompts"):
         validate(_run("t5", text))
+    with pytest.raises(UserError, match=r"^evaluate.texts.books.name=text has no prompts"):
+        validate(_run("t5", evaluate={"texts": {"books": text}}))
     validate(_run("mpt", text))
+
+
+def test_general_text_is_text_that_is_there(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} word " * 30 for i in range(400)))
+    validate(_run("mpt", evaluate={"texts": {"books": {"path": str(tmp_path)}}}))
+    for text, told in (({"name": "numbers"}, r"^evaluate.texts.books.name=numbers has questions and answers; give"),
+                       ({"path": str(tmp_path / "nothing")}, "nothing")):
+        with pytest.raises(UserError, match=told):
+            validate(_run("mpt", evaluate={"texts": {"books": text}}))
 
 
 def test_lengths_are_held_against_the_positions():

@@ -83,6 +83,8 @@ def _change(before: Any, now: Any, key: str) -> str | None:
         changes = (_change(before.get(name, _plain(field.get_default(call_default_factory=True))), getattr(now, name),
                            f"{key}.{name}") for name, field in type(now).model_fields.items())
         return next(filter(None, changes), None)
+    if isinstance(now, dict) and isinstance(before, dict) and now.keys() == before.keys():
+        return next(filter(None, (_change(before[name], value, f"{key}.{name}") for name, value in now.items())), None)
     if before == _plain(now):
         return None
     return f"{key}: {_short(before)} -> {_short(_plain(now))}"
@@ -131,7 +133,8 @@ def _outside(stage: Stage, config: RunConfig) -> dict[str, str]:
     """The paths outside the run that the stage reads, by config key or stage id."""
     calibration, mix = config.prune.calibration, config.task.mix
     paths = {"task.path": config.task.path, "model.path": config.model.path,
-             "prune.calibration.path": calibration and calibration.path, "task.mix.task.path": mix and mix.task.path}
+             "prune.calibration.path": calibration and calibration.path, "task.mix.task.path": mix and mix.task.path,
+             **{f"evaluate.texts.{name}.path": text.path for name, text in config.evaluate.texts.items()}}
     external = {source.id: source.external for source in stage.inputs if source.external}
     return {**external, **{key: path for key, path in paths.items() if path and any(
         key.startswith(part) for part in stage.reads)}}

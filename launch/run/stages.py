@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from sparse_train.config import PruneConfig, RunConfig, RunTaskConfig, Section, TaskConfig, TrainConfig
+from sparse_train.config import (
+    EvaluateConfig,
+    PruneConfig,
+    RunConfig,
+    RunTaskConfig,
+    Section,
+    TaskConfig,
+    TrainConfig,
+)
 from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.registry import PRUNERS, TASKS
@@ -20,7 +28,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
     last = next(stage for stage in reversed(tuned) if stage.loss == config.compressed_loss)
     data = _of(TaskConfig, "task", "max_bad_share")
     evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
-    compress = Stage(Kind.COMPRESS, "compress", (*data, "evaluate", "compress.precisions"), (last,))
+    answers = _of(EvaluateConfig, "evaluate", "texts", "num_texts")
+    compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions"), (last,))
     devices = config.benchmark.devices
     benchmarks = [Stage(Kind.BENCHMARK, f"benchmark/{device}" if len(devices) > 1 else "benchmark",
                         ("name", *data, "benchmark", "prune.sparsity", "compress.precisions"),

@@ -137,20 +137,23 @@ def print_collected(points: Points, console: Console) -> None:
 
 def print_sweep(table: list[dict[str, Any]], metric: str, console: Console) -> None:
     """Mean and sample standard deviation over the seeds; one line per combination and sparsity, one column per loss."""
+    from sparse_train.tasks.general_text import in_tables  # torch takes seconds to import
+
     keys = [key for key in table[0]["point"] if key not in ("seed", "prune.sparsity")]
     losses = list(dict.fromkeys(row["loss"] for row in table))
-    for name in (metric, "cross_entropy"):
+    on_texts = in_tables(dict.fromkeys(name for row in table for name in row["metrics"]))
+    for name in (metric, "cross_entropy", *on_texts):
         # (combination, sparsity, loss) -> seed -> value. A dense model has no sparsity here, so that a seed's counts
         # once, however many models were pruned from it.
         values: defaultdict[tuple[tuple[str, ...], str, str], dict[Any, float | None]] = defaultdict(dict)
         for row in table:
             combination, loss = tuple(str(row["point"][key]) for key in keys), row["loss"]
             sparsity = "" if loss == "dense" else f"{row['sparsity']:.2f}"
-            values[combination, sparsity, loss][row["point"].get("seed")] = row["metrics"][name]
+            values[combination, sparsity, loss][row["point"].get("seed")] = row["metrics"].get(name)
         lines = dict.fromkeys((combination, sparsity) for combination, sparsity, _ in values if sparsity)
         rows = [[*combination, sparsity, *(_mean(values[combination, "" if loss == "dense" else sparsity, loss])
                                            for loss in losses)] for combination, sparsity in lines]
-        console.print(f"[bold]{name.replace('_', ' ')}")
+        console.print(f"[bold]{name.replace('_', ' ').replace('/', ' ')}")
         print_table(console, (*(key.rpartition(".")[2] for key in keys), "sparsity", *losses), rows, len(keys) + 1)
 
 

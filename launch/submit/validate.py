@@ -59,6 +59,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
         _check_task(config.prune.calibration, model_config, "prune.calibration")
     if config.task.mix:
         _check_task(config.task.mix.task, model_config, "task.mix.task")
+    for name, text in config.evaluate.texts.items():
+        _check_text(text, model_config, f"evaluate.texts.{name}")
     if path is not None:
         _check_language(config.task, model_config)
     _check_lengths(config, model_config, is_new=path is None)
@@ -80,7 +82,7 @@ def require_data(config: RunConfig) -> None:
     """Raises UserError where a run would not find its data. It is the last check of a dry run."""
     from sparse_train.tasks import read
 
-    for task in (config.task, *_other_tasks(config)):
+    for task in (config.task, *_other_tasks(config), *config.evaluate.texts.values()):
         if task.path and read.local(task, "data") is None and has_data_set(task.path) is False:
             raise UserError(f"task.path={task.path}: there is no such file or folder here, and no data set of that "
                             "name on the hub that you may read")
@@ -120,13 +122,15 @@ def _read_first_examples(config: RunConfig, dry_run: bool, remarks: list[str]) -
     from sparse_train.tasks import build_task
 
     splits = []
-    for task_config in (config.task, *_other_tasks(config)):
+    for task_config, names in ((config.task, ("train", "test")),
+                               *((other, ("train",)) for other in _other_tasks(config)),
+                               *((text, ("test",)) for text in config.evaluate.texts.values())):
         if dry_run and _may_be_elsewhere(task_config):
             on_hub = ", so it is assumed to be a name on the hub" if may_be_hub_name(str(task_config.path)) else ""
             remarks.append(f"data {task_config.path}: not on this machine{on_hub}; not checked")
             continue
         task = build_task(task_config)
-        for name in ("train", "test") if task_config is config.task else ("train",):
+        for name in names:
             task.examples(name, 1)
             splits.append(_Split(task, name))
     return splits
@@ -160,7 +164,7 @@ def _read_model_config(config: RunConfig, path: str | None, dry_run: bool, remar
 
 
 def _check_task(task: TaskConfig, model: "PretrainedConfig", key: str) -> None:
-    """Whether the task has the options, and the model can do it. `key` of the config: task or prune.calibration."""
+    """Whether the task has the options, and the model can do it. `key`: its place in the config."""
     from sparse_train.models import family_of_type
 
     kind, model_takes_audio = TASKS.load(task.name), family_of_type(model.model_type).takes_audio
@@ -173,6 +177,12 @@ def _check_task(task: TaskConfig, model: "PretrainedConfig", key: str) -> None:
     if model.is_encoder_decoder and not kind.generates:
         raise UserError(f"{key}.name={task.name} has no prompts, and the encoder of a {model.model_type} model would "
                         "read nothing; choose another task, or a model without an encoder")
+
+
+def _check_text(text: TaskConfig, model: "PretrainedConfig", key: str) -> None:
+    _check_task(text, model, key)
+    if TASKS.load(text.name).generates:
+        raise UserError(f"{key}.name={text.name} has questions and answers; give general text ({key}.name=text)")
 
 
 def _input(is_audio: bool) -> str:

@@ -1,6 +1,7 @@
 """A run: all of its sections, with those of evaluate, compress, benchmark and tracking."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,9 +11,15 @@ from sparse_train.config.base import Positive, Section
 from sparse_train.config.loss import LossConfig
 from sparse_train.config.model import ModelConfig
 from sparse_train.config.pruning import PruneConfig
-from sparse_train.config.task import RunTaskConfig
+from sparse_train.config.task import RunTaskConfig, TaskConfig
 from sparse_train.config.training import DenseConfig, TeacherConfig, TrainConfig
 from sparse_train.registry import FAMILIES
+
+
+def _check_names(names: Iterable[str], what: str, example: str) -> None:
+    for name in names:
+        if not re.fullmatch("[a-z0-9_][a-z0-9_-]{0,99}", name):
+            raise ValueError(f"{what} is called {name!r}; take small letters, digits, _ and -, such as {example}")
 
 
 class FinetuneConfig(TrainConfig):
@@ -25,9 +32,7 @@ class FinetuneConfig(TrainConfig):
     def _at_least_one(cls, losses: dict[str, LossConfig]) -> dict[str, LossConfig]:
         if not losses:
             raise ValueError("losses is empty; name at least one, such as squarehead: {feature_weight: 1}")
-        for name in losses:
-            if not re.fullmatch("[a-z0-9_][a-z0-9_-]{0,99}", name):
-                raise ValueError(f"a loss is called {name!r}; take small letters, digits, _ and -, such as squarehead")
+        _check_names(losses, "a loss", "squarehead")
         reserved = {"dense", "prune", "one-shot"} & set(losses)
         if reserved:
             raise ValueError(f"a loss cannot be called {min(reserved)}, which the report calls another model")
@@ -41,6 +46,24 @@ class EvaluateConfig(Section):
     max_new_tokens: Positive = 256
     num_beams: Positive = 1
     """1 is greedy."""
+    texts: dict[str, TaskConfig] = {}  # noqa: RUF012 - pydantic copies it
+    """Sets of general text under names of your own, such as {books: {path: ...}}. The perplexity of every model on
+    their test pieces, and KL(dense || model) per token in nats, are printed beside the task's score."""
+    num_texts: Positive = 100
+    """Pieces of each of evaluate.texts."""
+
+    @field_validator("texts", mode="before")
+    @classmethod
+    def _plain_text(cls, texts: Any) -> Any:
+        if not isinstance(texts, dict):
+            return texts
+        return {name: {"name": "text", **text} if isinstance(text, dict) else text for name, text in texts.items()}
+
+    @field_validator("texts")
+    @classmethod
+    def _names_of_texts(cls, texts: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        _check_names(texts, "a set of texts", "books")
+        return texts
 
 
 class CompressConfig(Section):

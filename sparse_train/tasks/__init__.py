@@ -6,6 +6,7 @@
     batch.py, packing.py, selection.py        batches; windows of several examples; which examples fit a model
     conversation.py                           conversations through a tokenizer's chat template
     decoding.py                               generation
+    likelihood.py, general_text.py            cross-entropy; perplexity and divergence on general text
     tokenizer.py                              tokenizers of new models
 
 The tasks are the table TASKS of sparse_train/registry.py.

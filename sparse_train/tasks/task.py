@@ -1,13 +1,11 @@
 """The base class of tasks: examples, batches, the score."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig, Section, TaskConfig
@@ -15,9 +13,10 @@ from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.models import Processor
 from sparse_train.tasks import read
-from sparse_train.tasks.batch import IGNORED, Batch, Example, collate, encode_prompt, fits_model, windows
+from sparse_train.tasks.batch import Batch, Example, collate, encode_prompt, fits_model, windows
 from sparse_train.tasks.conversation import Message
 from sparse_train.tasks.decoding import generate
+from sparse_train.tasks.likelihood import Head, Likelihood, like_lengths, predicted
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,15 @@ class Task(ABC):
         # Prompts of like length share a batch, which saves padding; ties keep their order.
         order = sorted(range(len(examples)), key=lambda i: len(encode_prompt(examples[i], processor)))
         predictions: dict[int, str] = {}
-        total = torch.zeros(2, dtype=torch.float64)
+        head, answers = Head(model), Likelihood()
         with torch.no_grad():
             for start in range(0, len(order), spec.batch_size):
                 chosen = order[start:start + spec.batch_size]
                 part = [examples[i] for i in chosen]
                 whole = [example for example in part if len(windows(example, processor)) == 1]
-                total += _cross_entropy(model, self.batch(whole, processor).to(model.device)).cpu()
+                for like in like_lengths(whole, processor, spec.batch_size):
+                    batch = self.batch(like, processor).to(model.device)
+                    answers.add(head, head.states(batch), predicted(batch))
                 if self.generates:
                     predictions.update(zip(chosen, generate(model, processor, part, spec), strict=True))
                 if progress:
@@ -124,15 +125,5 @@ class Task(ABC):
         model.train(was_training)
         samples = [{"prompt": example.prompt, "answer": example.answer, "prediction": predictions.get(i, "")}
                    for i, example in enumerate(examples)]
-        cross_entropy = float(total[0] / total[1]) if total[1] else None
-        perplexity = None if cross_entropy is None else math.exp(min(cross_entropy, 700))
-        return Score({**(self.measure(samples) if self.generates else {}), "cross_entropy": cross_entropy,
-                      "perplexity": perplexity, "num_examples": len(samples)}, samples)
-
-
-def _cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """(2,) float64: the sum over target tokens and their number."""
-    logits, targets = model(**batch.inputs(), use_cache=False).logits, batch.targets
-    loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum",
-                                    ignore_index=IGNORED)
-    return torch.stack([loss, (targets != IGNORED).sum()]).double()
+        return Score({**(self.measure(samples) if self.generates else {}), "cross_entropy": answers.cross_entropy,
+                      "perplexity": answers.perplexity, "num_examples": len(samples)}, samples)

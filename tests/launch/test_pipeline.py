@@ -25,6 +25,8 @@ from sparse_train.launch.run.stages import build_stages
 from sparse_train.sparse import TensorFolder
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
+_TEXTS = (f"evaluate.texts.prose.path='{Path(__file__).parents[2] / 'LICENSE'}'", "evaluate.texts.prose.max_length=64",
+          "evaluate.texts.prose.test_share=0.5", "evaluate.num_texts=3", "about=nothing learnt")
 STAGES = ["dense", "prune", "finetune/ce", "finetune/squarehead", "evaluate", "compress", "benchmark", "report"]
 
 
@@ -47,7 +49,7 @@ def run(tmp_path_factory):
     folder, recorder = tmp_path_factory.mktemp("all runs"), Path(__file__).with_name("recorder")
     (folder / "reads").mkdir()
     env = {**os.environ, "PYTHONPATH": str(recorder), "READS": str(folder / "reads")}
-    return folder, _cli("run", RECIPE, f"folder='{folder}'", env=env)[0]
+    return folder, _cli("run", RECIPE, f"folder='{folder}'", *_TEXTS, env=env)[0]
 
 
 def test_every_stage_is_signed_and_undamaged(run):
@@ -66,12 +68,12 @@ _NO_SOURCE = {"folder", "name", "tracking.wandb", "*.activation_checkpointing", 
 # What this run has no use for and others have: other tasks' data, and sizes, settings and terms that are not given;
 # and which devices are measured, of which each stage has one.
 _ELSEWHERE = {"task.path", "task.subset", "task.*_split", "task.test_share", "task.language*", "task.max_length",
-              "task.shots", "model.d_ff", "model.n_kv_heads", "model.window_seconds", "finetune.losses.*",
-              "prune.sparsity", "benchmark.devices"}
+              "task.shots", "task.system", "model.d_ff", "model.n_kv_heads", "model.window_seconds",
+              "finetune.losses.*", "prune.sparsity", "benchmark.devices", "evaluate.texts.*"}
 
 
 def test_the_sources_of_each_stage_are_what_its_job_read(run):
-    config = load_config(RunConfig, RECIPE)
+    config = load_config(RunConfig, RECIPE, _TEXTS)
     missing, idle = {}, {}
     for stage in build_stages(config):
         read = set((run[0] / "reads" / stage.id.replace("/", "-")).read_text().split())
@@ -110,10 +112,17 @@ def test_the_report_has_every_row_and_opens_offline(run):
     assert {(row["engine"], row["precision"]) for row in data["speed"]} == \
         {("torch", "fp32"), ("sparse", "fp32"), ("sparse", "int8")}
     assert all(row["milliseconds"] > 0 and row["fraction_of_byte_bound"] > 0 for row in data["speed"])
+    on_texts = {metric: [row["value"] for row in data["scores"] if row["metric"] == f"prose/{metric}"]
+                for metric in ("perplexity", "kl", "num_tokens")}
+    assert [len(values) for values in on_texts.values()] == [4, 4, 4] and len(set(on_texts["num_tokens"])) == 1
+    assert all(value > 1 for value in on_texts["perplexity"])
+    assert on_texts["kl"][0] == 0 and all(value > 0 for value in on_texts["kl"][1:])
     assert (report / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     page = (report / "report.html").read_text()
     assert "nothing learnt" in page and "nothing learnt" in run[1]
     assert "squarehead" in page and "data:image/png;base64," in page and "http" not in page
+    for shown in (page, " ".join(run[1].split())):
+        assert "tokens of general text; kl: KL(dense || model) in nats per token" in shown.replace("&gt;", ">")
     assert "squarehead" in run[1] and f"report: {report / 'report.html'}" in run[1]
 
 
@@ -135,11 +144,12 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(run):
 
 
 def test_a_rerun_does_nothing_and_a_change_redoes_what_depends_on_it(run):
-    planned = _cli("run", RECIPE, f"folder='{run[0]}'", "--dry-run")[0].splitlines()[-len(STAGES):]
+    planned = _cli("run", RECIPE, f"folder='{run[0]}'", *_TEXTS, "--dry-run")[0].splitlines()[-len(STAGES):]
     assert [line.split() for line in planned] == [[stage, "current"] for stage in STAGES]
-    again, _ = _cli("run", RECIPE, f"folder='{run[0]}'")
+    again, _ = _cli("run", RECIPE, f"folder='{run[0]}'", *_TEXTS)
     assert [line.split() for line in again.splitlines()[:len(STAGES)]] == [[stage, "current"] for stage in STAGES]
-    plan, _ = _cli("run", RECIPE, f"folder='{run[0]}'", "finetune.losses.squarehead.feature_weight=2.0", "--dry-run")
+    plan, _ = _cli("run", RECIPE, f"folder='{run[0]}'", *_TEXTS, "finetune.losses.squarehead.feature_weight=2.0",
+                   "--dry-run")
     state = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in plan.splitlines()}
     assert [stage for stage in STAGES if state[stage] == "current"] == ["dense", "prune", "finetune/ce"]
     assert state["finetune/squarehead"] == "finetune.losses.squarehead.feature_weight: 1.0 -> 2.0"

@@ -48,6 +48,7 @@ READERS = {
     "finetune.steps": "finetune report",
     "finetune.num_examples": "finetune report",
     "finetune.*": "finetune",
+    "evaluate.*texts": "evaluate",
     "evaluate.*": "evaluate compress",
     "compress.precisions": "compress benchmark",
     "compress.loss": "compress benchmark report",  # takes another input
@@ -98,8 +99,8 @@ def _with(section, key, value):
 def _another(key, tmp_path):
     numbers = TaskConfig(name="numbers")
     special = {"prune.sparsity": 0.5, "prune.method": "magnitude", "prune.calibration": numbers,
-               "task.mix": MixConfig(share=0.5, task=numbers), "task.name": "gsm8k",
-               "benchmark.devices": ("gpu",), "compress.loss": "ce",
+               "task.mix": MixConfig(share=0.5, task=numbers), "evaluate.texts": {"books": TaskConfig(name="text")},
+               "task.name": "gsm8k", "benchmark.devices": ("gpu",), "compress.loss": "ce",
                "folder": str(tmp_path / "moved")}
     if key.endswith(".terms"):
         return {"logit": 0.5}

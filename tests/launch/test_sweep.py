@@ -52,7 +52,7 @@ def test_a_mistake_in_a_sweep_is_one_line(given, said):
 def test_the_table_has_means_and_spreads_over_seeds(capsys):
     def row(seed, loss, sparsity, value):
         return {"point": {"seed": seed, "finetune.steps": 10}, "loss": loss, "sparsity": sparsity,
-                "metrics": {"exact_match": value, "cross_entropy": 1.0}}
+                "metrics": {"exact_match": value, "cross_entropy": 1.0} | ({"books/kl": 0.2} if loss == "ce" else {})}
 
     table = [row(seed, loss, sparsity, value + seed / 10) for seed in (1, 2, 3)
              for loss, sparsity, value in (("dense", 0.0, 0.5), ("ce", 0.75, 0.1), ("ce", 0.9, 0.0))]
@@ -61,6 +61,7 @@ def test_the_table_has_means_and_spreads_over_seeds(capsys):
     assert lines[1] == ["steps", "sparsity", "dense", "ce"]
     assert " ".join(lines[2]) == "10 0.75 0.700 ± 0.100 0.300 ± 0.100"
     assert " ".join(lines[3]) == "10 0.90 0.700 ± 0.100 0.200 ± 0.100"
+    assert lines[8] == ["books", "kl"] and " ".join(lines[10]) == "10 0.75 - 0.200 ± 0.000"
 
 
 def test_combinations_share_the_dense_model_and_a_failed_one_does_not_stop_the_others(tmp_path):
