@@ -39,7 +39,7 @@ _SLIDING = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers"
 
 
 def _examples():
-    return [Example("", " one two"), Example("Say nine", " 9 9 9"), Example("Say it", " it"),
+    return [Example("Say nine", " 9 9 9"), Example("", " one two"), Example("Say it", " it"),
             Example("1 + 1 =", " 2 and then some 3 4 5"), Example("a", "b")]
 
 
@@ -103,14 +103,17 @@ def test_a_window_computes_what_its_examples_do(kind):
     for part in (1, 2):
         assert found[part].keys() == exact[part].keys()
         for name, tensor in exact[part].items():
-            assert_as_exact(name, found[part][name], plain[part][name], tensor)
+            # A divergence is the difference of two cross-entropies, and rounded as they are.
+            sizes = exact[1]["task"] if name == "logit" else None
+            assert_as_exact(name, found[part][name], plain[part][name], tensor, sizes=sizes)
 
 
 def test_no_example_predicts_the_first_token_of_the_next():
     _, processor = _model("llama")
     examples = _examples()
     packed, alone = collate_windows([examples], processor), collate(examples, processor)
-    assert packed.labels[0, 0] != IGNORED  # an example without a prompt
+    starts = (packed.positions[0] == 0).nonzero()[1]
+    assert packed.labels[0, starts] != IGNORED  # an example without a prompt, behind another
     assert packed.targets[packed.attend].tolist() == alone.targets[alone.attend].tolist()
     assert packed.positions[0].tolist() == [place for row in alone.attend.sum(1).tolist() for place in range(row)]
     empty = collate_windows([], processor)
@@ -212,7 +215,7 @@ def test_a_training_reads_windows_of_its_task_and_of_the_mixed_text(tmp_path, ca
     config = RunConfig.model_validate({
         "prune": {"sparsity": 0.5}, "finetune": {"steps": 10, "batch_size": 4, "num_examples": 30},
         "task": {"name": "arithmetic", "pack": True, "max_length": 400, "mix": {"share": 0.3, "task": {
-            "name": "text", "path": str(tmp_path / "book.txt"), "max_length": 80}}}})
+            "name": "text", "path": str(tmp_path / "book.txt"), "max_length": 40}}}})
     processor = replace(processor, positions=None)
     with caplog.at_level("INFO", logger="sparse_train"):
         data = TrainingData(SimpleNamespace(config=config), config.finetune, processor)
