@@ -172,6 +172,7 @@ def test_looking_at_a_run_and_its_models(run, monkeypatch):
     assert len(answers) == 1
 
 
+@pytest.mark.slow  # test_sweep.py has all of it but a report
 def test_a_dense_model_from_outside_is_the_teacher_and_nothing_dense_is_trained(run, tmp_path):
     shutil.copytree(run[0] / "tiny" / "dense", tmp_path / "my model")
     _cli("run", RECIPE, f"folder={tmp_path}", f"dense.path='{tmp_path / 'my model'}'",
@@ -183,22 +184,10 @@ def test_a_dense_model_from_outside_is_the_teacher_and_nothing_dense_is_trained(
         {("dense", 0.0), ("one-shot", 0.5), ("squarehead", 0.5)}
 
 
-def test_a_failed_stage_names_its_cause_and_its_log(tmp_path):
-    (tmp_path / "random.py").write_text("raise ImportError('a file of the user, who works in this folder')")
-    _, err = _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "dense", "dense.learning_rate=1e30",
-                  "dense.clip=0", "dense.warmup_steps=0", code=1, cwd=tmp_path)
-    assert "stage dense failed: rank 0 FloatingPointError: step 2: the gradient's norm is" in err
-    assert err.count("\n") == 1
-    log = Path(err.rpartition("log: ")[2].strip().rstrip(")"))
-    assert "FloatingPointError" in log.read_text()
-    shown, _ = _cli("status", tmp_path / "tiny")
-    assert shown.splitlines()[1].split()[:3] == ["dense", "failed:", "FloatingPointError:"]
-    shown = subprocess.run(_command("logs", tmp_path / "tiny", "dense"), capture_output=True, text=True)
-    assert shown.returncode == 0 and shown.stdout == (tmp_path / "tiny" / "logs" / "dense" / log.name).read_text()
-
-
-def test_a_damaged_input_is_refused_by_name(tmp_path):
-    _cli("run", RECIPE, f"folder={tmp_path}", "--stages", "dense")
+def test_a_damaged_input_is_refused_by_name(run, tmp_path):
+    shutil.copytree(run[0] / "tiny" / "dense", tmp_path / "tiny" / "dense")
+    for name in ("config.yaml", "cluster.yaml"):
+        shutil.copy(run[0] / "tiny" / name, tmp_path / "tiny")
     file = tmp_path / "tiny" / "dense" / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -209,50 +198,42 @@ def test_a_damaged_input_is_refused_by_name(tmp_path):
 _LONG = ("--stages", "dense", "dense.steps=120", "dense.checkpoint_every=20")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    _cli("run", RECIPE, f"folder={folder}", *_LONG)
-    return (folder / "tiny" / "dense" / "model.safetensors").read_bytes()
-
-
-def _started(folder, *overrides, sigint=signal.SIG_DFL):
-    """The command, at work beyond step 30; its first checkpoint is written."""
+def _started(folder, *overrides, step=30, sigint=signal.SIG_DFL):
+    """The command, at work beyond `step`; by the 30th its first checkpoint is written."""
     process = subprocess.Popen(
         _command("run", RECIPE, f"folder={folder}", *_LONG, *overrides), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
         # In a shell's background Ctrl-C is ignored, under nohup SIGHUP, and that is inherited from the tests.
         preexec_fn=lambda: (signal.signal(signal.SIGINT, sigint), signal.signal(signal.SIGHUP, signal.SIG_DFL)))
     metrics, deadline = folder / "tiny" / "dense.partial" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.is_file() or metrics.read_text().count("\n") < 30:
-        assert process.poll() is None and time.monotonic() < deadline, "training did not get to step 30"
+    while not metrics.is_file() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None and time.monotonic() < deadline, f"training did not get to step {step}"
         time.sleep(0.02)
     return process
 
 
-def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(tmp_path, undisturbed):
+def test_a_run_that_ctrl_c_and_a_killed_rank_interrupt_ends_with_the_same_bits(tmp_path):
+    _cli("run", RECIPE, f"folder={tmp_path / 'undisturbed'}", *_LONG)
     process = _started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "saved its state; the same command continues from there" in out
-    steps = [json.loads(line)["step"] for line in
-             (tmp_path / "tiny/dense.partial/metrics.jsonl").read_text().splitlines()]
-    assert (tmp_path / f"tiny/dense.partial/checkpoints/step-{steps[-1]:08d}/DONE").is_file()
-    _cli("run", RECIPE, f"folder={tmp_path}", *_LONG)
-    assert (tmp_path / "tiny" / "dense" / "model.safetensors").read_bytes() == undisturbed
+    saved = [json.loads(line)["step"] for line in
+             (tmp_path / "tiny/dense.partial/metrics.jsonl").read_text().splitlines()][-1]
+    assert (tmp_path / f"tiny/dense.partial/checkpoints/step-{saved:08d}/DONE").is_file()
 
-
-def test_a_killed_rank_ends_the_stage_and_the_same_command_ends_with_the_same_bits(tmp_path, undisturbed):
-    process = _started(tmp_path)
+    process = _started(tmp_path, step=saved + 10)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True)
              if "submitit.core._submit" in " ".join(child.cmdline())]
     assert len(ranks) == 2
     ranks[1].kill()
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "stage dense failed" in err and "log:" in err
+    assert process.returncode == 1 and "stage dense failed" in err and "log:" in err and err.count("\n") == 1
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+
     _cli("run", RECIPE, f"folder={tmp_path}", *_LONG)
-    assert (tmp_path / "tiny" / "dense" / "model.safetensors").read_bytes() == undisturbed
+    model = Path("tiny", "dense", "model.safetensors")
+    assert (tmp_path / model).read_bytes() == (tmp_path / "undisturbed" / model).read_bytes()
 
 
 def test_two_commands_on_one_run_folder_do_not_meet_and_cancel_waits_for_the_save(tmp_path):

@@ -64,23 +64,44 @@ def test_the_table_has_means_and_spreads_over_seeds(capsys):
     assert lines[8] == ["books", "kl"] and " ".join(lines[10]) == "10 0.75 - 0.200 ± 0.000"
 
 
-def test_combinations_share_the_dense_model_and_a_failed_one_does_not_stop_the_others(tmp_path):
-    recipe = tmp_path / "swept.yaml"
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """(folder, what the command printed) of a sweep of which one combination fails."""
+    folder = tmp_path_factory.mktemp("all sweeps")
+    (folder / "random.py").write_text("raise ImportError('a file of the user, who works in this folder')")
+    recipe = folder / "swept.yaml"
     recipe.write_text(yaml.safe_dump({
-        "extends": str(RECIPE), "folder": str(tmp_path), "name": "swept", "finetune": {"losses": {"squarehead": None}},
-        "compress": {"loss": "ce"},
+        "extends": str(RECIPE), "folder": str(folder), "name": "swept",
+        "prune": {"pattern": "2:4", "sparsity": None, "method": "magnitude"},
+        "finetune": {"losses": {"ce": None}, "clip": 0, "warmup_steps": 0, "zero": {"stage": 2}},
         "sweep": {"finetune.learning_rate": [1e30, 1e-3]}}))
-    out, _ = _cli("run", recipe, "finetune.clip=0", "finetune.warmup_steps=0", "--stages", "prune,finetune,evaluate",
-                  code=1)
-    dense = [path for path in (tmp_path / "swept").glob("dense-*") if (path / "dense" / "DONE").is_file()]
+    return folder / "swept", _cli("run", recipe, "--stages", "prune,finetune,evaluate", code=1, cwd=folder)[0]
+
+
+def test_combinations_share_the_dense_model_and_a_failed_one_does_not_stop_the_others(swept):
+    """To each of them the dense model, which is the teacher too, is one from outside."""
+    folder, _ = swept
+    dense = [path for path in folder.glob("dense-*") if (path / "dense" / "DONE").is_file()]
     assert len(dense) == 1
     for point in ("learning_rate-0.001", "learning_rate-1e-30"):
-        inputs = artifacts.read_manifest(tmp_path / "swept" / point / "prune")["inputs"]
-        assert inputs["dense"] == str(dense[0] / "dense")
-    table = json.loads((tmp_path / "swept" / "sweep.json").read_text())
-    assert {(row["point"]["finetune.learning_rate"], row["loss"]) for row in table} == \
-        {(0.001, "dense"), (0.001, "one-shot"), (0.001, "ce")}
-    assert "learning_rate-1e-30: stage finetune/ce failed" in out
+        inputs = artifacts.read_manifest(folder / point / "prune")["inputs"]
+        assert inputs["dense"] == str(dense[0] / "dense") and not (folder / point / "dense").exists()
+    table = json.loads((folder / "sweep.json").read_text())
+    assert {(row["point"]["finetune.learning_rate"], row["loss"], row["sparsity"]) for row in table} == \
+        {(0.001, "dense", 0.0), (0.001, "one-shot", 0.5), (0.001, "squarehead", 0.5)}
+
+
+def test_a_failed_stage_names_its_cause_and_its_log(swept, capsys):
+    run = swept[0] / "learning_rate-1e-30"
+    assert "learning_rate-1e-30: stage finetune/squarehead failed: rank 0 FloatingPointError: step 2: the gradient's " \
+           "norm is" in swept[1].replace("\n", " ")
+    log, = (run / "logs" / "finetune" / "squarehead").glob("*_0_log.out")
+    assert str(log) in swept[1].replace("\n", "") and "FloatingPointError" in log.read_text()
+    shown, _ = _cli("status", run)
+    assert [line.split()[:3] for line in shown.splitlines()[1:] if line.startswith("finetune")] == \
+        [["finetune/squarehead", "failed:", "FloatingPointError:"]]
+    assert main(["logs", str(run), "finetune/squarehead"]) == 0
+    assert capsys.readouterr().out == log.read_text()
 
 
 @pytest.mark.parametrize("swept, after", [("finetune.steps", "afterok"), ("seed", "afterany")])

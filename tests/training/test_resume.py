@@ -1,7 +1,9 @@
 """Stopping, resuming and damage: what comes out is to the bit what an undisturbed training makes."""
 
+import functools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -50,10 +52,21 @@ def _equal(mine, theirs):
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """config -> (folder of the checkpoints, what rank 0 found) of a training on two ranks that nothing interrupts."""
+    @functools.cache
+    def trained(config):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return folder, run_ranks(_train, 2, config, folder)[0]
+
+    return trained
+
+
 @pytest.mark.parametrize("stage, stop_rank", [(3, 0), (2, 1), (0, 0)])
-def test_stopped_by_a_signal_and_resumed_is_uninterrupted_to_the_bit(stage, stop_rank, tmp_path):
+def test_stopped_by_a_signal_and_resumed_is_uninterrupted_to_the_bit(stage, stop_rank, undisturbed, tmp_path):
     config = _config(stage)
-    whole = run_ranks(_train, 2, config, tmp_path / "whole")[0]
+    _, whole = undisturbed(config)
     assert whole[0] and whole[2] == list(range(1, 9))
     first = run_ranks(_train, 2, config, tmp_path / "cut", 4, stop_rank)[0]
     # The signal comes while step 4 is logged; the ranks agree on it in step 5.
@@ -63,8 +76,8 @@ def test_stopped_by_a_signal_and_resumed_is_uninterrupted_to_the_bit(stage, stop
     assert _equal(second[3], whole[3])
 
 
-def test_a_training_that_is_cut_off_after_its_last_step_repeats_none(tmp_path):
-    whole = run_ranks(_train, 2, _config(), tmp_path / "whole")[0]
+def test_a_training_that_is_cut_off_after_its_last_step_repeats_none(undisturbed, tmp_path):
+    _, whole = undisturbed(_config())
     first = run_ranks(_train, 2, _config(), tmp_path / "cut", 7)[0]
     assert not first[0] and first[2] == list(range(1, 9))
     second = run_ranks(_train, 2, _config(), tmp_path / "cut")[0]
@@ -73,9 +86,10 @@ def test_a_training_that_is_cut_off_after_its_last_step_repeats_none(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["truncate", "flip", "unsign", "remove"])
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, tmp_path):
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, undisturbed, tmp_path):
     config = _config()
-    whole = run_ranks(_train, 2, config, tmp_path)[0]
+    folder, whole = undisturbed(config)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     newest = sorted(tmp_path.glob("step-*"))[-1]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000006", "step-00000008"]
     file = next(path for path in sorted(newest.rglob("*")) if path.suffix == ".safetensors")
@@ -93,9 +107,10 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(spoil, tmp
     assert _equal(again[3], whole[3])
 
 
-def test_a_checkpoint_that_was_signed_and_not_renamed_does_not_count(tmp_path):
+def test_a_checkpoint_that_was_signed_and_not_renamed_does_not_count(undisturbed, tmp_path):
     config = _config(steps=4)
-    whole = run_ranks(_train, 2, config, tmp_path)[0]
+    folder, whole = undisturbed(config)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "step-00000004").rename(tmp_path / "step-00000004.partial")
     assert checkpoint.newest_step(tmp_path) == 2
     again = run_ranks(_train, 2, config, tmp_path)[0]
@@ -105,8 +120,8 @@ def test_a_checkpoint_that_was_signed_and_not_renamed_does_not_count(tmp_path):
 @pytest.mark.parametrize("precision, stages", [
     ("fp32", (3, 3, 3)), ("fp32", (2, 3, 0)), ("fp32", (0, 1, 3)), ("bf16", (3, 3, 3)), ("bf16", (0, 2, 3)),
 ], ids=str)
-def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(precision, stages, tmp_path):
-    whole = run_ranks(_train, 2, _config(stages[0], precision=precision), tmp_path / "whole")[0]
+def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(precision, stages, undisturbed, tmp_path):
+    _, whole = undisturbed(_config(stages[0], precision=precision))
     for world, stage, stop in ((2, stages[0], 2), (3, stages[1], 5), (1, stages[2], None)):
         found = run_ranks(_train, world, _config(stage, precision=precision), tmp_path / "cut", stop)[0]
     assert found[0] and found[2] == [7, 8]
@@ -203,9 +218,9 @@ def test_a_checkpoint_of_other_bits_is_refused(tmp_path):
         run_ranks(_train, 1, _config(), tmp_path)
 
 
-def test_activation_checkpointing_changes_no_bit(tmp_path):
-    plain = run_ranks(_train, 2, _config(steps=4), tmp_path / "a")[0]
-    less = run_ranks(_train, 2, _config(steps=4, activation_checkpointing=True), tmp_path / "b")[0]
+def test_activation_checkpointing_changes_no_bit(undisturbed, tmp_path):
+    _, plain = undisturbed(_config(steps=4))
+    less = run_ranks(_train, 2, _config(steps=4, activation_checkpointing=True), tmp_path)[0]
     for name, tensor in plain[3].items():
         assert torch.equal(less[3][name], tensor), name
 
