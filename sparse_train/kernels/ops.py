@@ -61,7 +61,8 @@ def _linear_grad_x(grad_y: Tensor, values: Tensor, bitmask: Tensor, num_columns:
 
 
 def _linear_grad_values(grad_y: Tensor, x: Tensor, bitmask: Tensor, num_values: int) -> Tensor:
-    return _compact(grad_y.flatten(0, -2).T @ x.flatten(0, -2), bitmask, num_values)
+    grad_y, x = (torch.atleast_2d(rows).flatten(0, -2) for rows in (grad_y, x))
+    return _compact(grad_y.T @ x, bitmask, num_values)
 
 
 define_operator("expand(Tensor values, Tensor bitmask, SymInt num_columns) -> Tensor", _expand,

@@ -17,7 +17,7 @@ def _pair(rows=5, columns=70, bias=True, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("lead", [(4,), (2, 3), (1, 1)])
+@pytest.mark.parametrize("lead", [(4,), (2, 3), (1, 1), ()])
 def test_forward_and_gradients_are_those_of_the_masked_linear(lead, bias):
     linear, keep, sparse = _pair(bias=bias)
     x, y = (torch.randn(*lead, 70).requires_grad_() for _ in range(2))
