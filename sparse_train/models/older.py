@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from sparse_train.artifacts import write_json
 
@@ -14,6 +14,10 @@ _FAST = "TokenizersBackend"
 # Model type -> version 4's name for the theta of layers with sliding attention.
 _LOCAL = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq", "olmo3": "rope_theta",
           "modernbert-decoder": "local_rope_theta"}
+# Model type -> version 4's names for the theta and for the share of the dimensions that rotate.
+_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+# Model types whose decoder's output is never scaled.
+_UNSCALED = ("mt5",)
 Named = tuple[str, torch.Tensor]
 
 
@@ -33,7 +37,7 @@ def add_older_keys(folder: Path) -> None:
 
 def with_head(model: PreTrainedModel, tensors: Iterable[Named]) -> Iterator[Named]:
     """`tensors`, with the head twice where version 4 would not tie it: see `_is_unscaled`."""
-    heads = model.all_tied_weights_keys if _is_unscaled(model.config) else {}
+    heads = model.all_tied_weights_keys if _is_unscaled(model.config.to_dict()) else {}
     source = heads.get("lm_head.weight")
     for name, tensor in tensors:
         yield name, tensor
@@ -41,10 +45,10 @@ def with_head(model: PreTrainedModel, tensors: Iterable[Named]) -> Iterator[Name
             yield "lm_head.weight", tensor.detach().clone()
 
 
-def _is_unscaled(config: PretrainedConfig) -> bool:
+def _is_unscaled(config: dict[str, Any]) -> bool:
     """T5 1.1 and mT5: version 4 scales the decoder's output wherever the head is tied; in version 5 these are two keys.
     """
-    return config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
+    return config.get("model_type") in _UNSCALED or config.get("scale_decoder_outputs", True) is False
 
 
 def _with_older_names(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def _with_older_names(config: dict[str, Any]) -> dict[str, Any]:
         for older, newer in CONFIG_MAPPING[model_type].attribute_map.items():
             if older == "num_experts" and newer in keys:
                 keys.setdefault(older, keys[newer])
-    if model_type == "mt5" or config.get("scale_decoder_outputs", True) is False:
+    if _is_unscaled(config):
         keys["tie_word_embeddings"] = False
     return keys
 
@@ -75,8 +79,8 @@ def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
         if local == "local_rope_theta":
             keys["global_rope_theta"] = rope["rope_theta"]
     keys |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    if config.get("model_type") == "gpt_neox":
-        keys |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    if names := _ROTARY.get(config.get("model_type", "")):
+        keys |= dict(zip(names, (rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)), strict=True))
     if rope.get("rope_type", "default") != "default":
         keys["rope_scaling"] = {key: value for key, value in rope.items()
                                 if key not in ("rope_theta", "partial_rotary_factor")}
