@@ -32,19 +32,23 @@ def reason_to_run_again(run: Path, stage_id: str, attempt: Attempt, code: int) -
     logs = log_folder(stage, config)
     records = attempts.read_attempts(logs)
     if successor := _successor(records, attempt):
-        print(successor, flush=True)
+        _say(successor)
         return None
     ending = _ending(logs, records, attempt, code)
-    print(f"{ending.status}: rank {ending.rank} {ending.message}", flush=True)
+    _say(f"{ending.status}: rank {ending.rank} {ending.message}")
     if ending.status == "stopped" and stage.is_distributed:
         return "to continue from its state"
     if ending.status not in ("stopped", "lost"):
         return None
     count = attempts.count_attempts(logs, attempt)
     if count >= cluster.tries:
-        print(f"not requeued: {count} attempts made no progress; cluster.tries=N allows more", flush=True)
+        _say(f"not requeued: {count} attempts made no progress; cluster.tries=N allows more")
         return None
     return f"after attempt {count} of {cluster.tries} from the same step"
+
+
+def _say(line: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
 
 def _successor(records: list[AttemptRecord], attempt: Attempt) -> str:
@@ -79,7 +83,7 @@ def main(run: str, stage_id: str, code: int) -> int:
         if squeue.returncode == 0:
             if squeue.stdout.strip() != "RUNNING":  # cancelled, or SLURM has requeued it already
                 return code
-            print(f"requeued {reason}", flush=True)
+            _say(f"requeued {reason}")
             attempts.note_requeue(Path(run) / "logs" / stage_id, attempt)
             if subprocess.run(["scontrol", "requeue", job]).returncode == 0:
                 time.sleep(600)  # until SLURM ends this script; to exit now would race with it
