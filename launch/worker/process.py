@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,20 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
 
     `port`: of the rendezvous; None takes that of the attempt.
     """
-    process = current_process()
-    log.set_up_rank(process.rank)
+    info = current_process()
+    log.set_up_rank(info.rank)
     config = read_run(Path(run_folder))
     cluster = load_config(ClusterConfig, config.path / CLUSTER)
-    stage = find_stage(config, stage_id)
-    logs = log_folder(stage, config)
+    process = StageProcess(info, config, cluster, find_stage(config, stage_id), port or info.port)
     for number in _STOP_SIGNALS:
         # submitit's handlers would save on one rank only. Training installs its own later. Until then the ranks may
         # wait for each other in native code, where no Python handler runs.
-        signal.signal(number, signal.SIG_DFL if stage.is_distributed else _raise_stopped)
+        signal.signal(number, signal.SIG_DFL if process.stage.is_distributed else _raise_stopped)
 
-    ending = run_to_ending(lambda: _run_stage(process, config, cluster, stage, port or process.port), process.rank,
-                           config.path)
+    ending = run_to_ending(process.run, info.rank, config.path)
     if ending is not None:
         with contextlib.suppress(OSError):  # a full disk; the exit code still says how it ended
-            write_ending(logs, process.attempt, ending)
+            write_ending(process.logs, info.attempt, ending)
     status = ending.status if ending else "broken"
     if status != "finished":
         _exit(EXIT_CODES[status])
@@ -75,77 +74,89 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-def _run_stage(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, stage: Stage, port: int) -> None:
-    reserve_ending(log_folder(stage, config), process.attempt, process.rank)
-    if is_current(stage, config):  # a task of an array that runs for another task, or a job requeued after its end
-        return
-    if process.rank == 0:  # now, so that an attempt that still runs elsewhere writes no more
-        attempts.begin(log_folder(stage, config), process,
-                       checkpoint.newest_step(partial_folder(stage, config) / "checkpoints"))
-    if stage.is_distributed:
-        _run_on_ranks(process, config, cluster, stage, port)
-    else:
-        _run_alone(process, config, cluster, stage)
+@dataclass(frozen=True)
+class StageProcess:
+    """A stage, as one of its processes runs it."""
 
+    info: ProcessInfo
+    config: RunConfig
+    cluster: ClusterConfig
+    stage: Stage
+    port: int
+    """Of the rendezvous on the first node."""
 
-def _run_on_ranks(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, stage: Stage, port: int) -> None:
-    started = time.time()
-    heartbeat = join_ranks(process, cluster, port, log_folder(stage, config))
-    if cluster.preflight:
-        check_ranks(process, config, stage)
-    try:
-        metrics = _run_job(process, config, stage, deadline() if process.rank == 0 else None)
-    except Exception as error:
-        if heartbeat.stall:
-            error.add_note(heartbeat.stall)
-        raise
-    if process.rank == 0:
-        _publish(process, config, stage, metrics, started)
-        heartbeat.announce(_PUBLISHED)
-    else:  # to read a large model back and sign it, rank 0 may take longer than a collective may wait
-        heartbeat.wait_for(_PUBLISHED)
-    dist.barrier()
-    heartbeat.stop()
-    dist.stop()
+    @property
+    def logs(self) -> Path:
+        return log_folder(self.stage, self.config)
 
+    def run(self) -> None:
+        """Do the stage's job and publish its folder. Collective where the stage is distributed."""
+        reserve_ending(self.logs, self.info.attempt, self.info.rank)
+        if is_current(self.stage, self.config):  # a task of an array that runs for another, or a job requeued too late
+            return
+        if self.info.rank == 0:  # now, so that an attempt that still runs elsewhere writes no more
+            attempts.begin(self.logs, self.info,
+                           checkpoint.newest_step(partial_folder(self.stage, self.config) / "checkpoints"))
+        if self.stage.is_distributed:
+            self._run_on_ranks()
+        else:
+            self._run_alone()
 
-def _run_alone(process: ProcessInfo, config: RunConfig, cluster: ClusterConfig, stage: Stage) -> None:
-    started, time_limit = time.time(), deadline()
-    set_threads()
-    try:
-        metrics = _run_job(process, config, stage, time_limit)
-    except Stopped as stop:
-        # SLURM's warning may come a minute early. A preempted job is requeued with its full time limit.
-        if stop.args == (signal.SIGUSR2,) and time_limit and time.time() > time_limit - cluster.warning_s - 60:
-            raise UserError(f"stage {stage.id} met its time limit and keeps no state to continue from; give it more: "
-                            f"cluster.stages.{stage.kind}.time=...") from None
-        raise
-    _publish(process, config, stage, metrics, started)
-    if config.tracking.wandb:
-        log_results(config.path, stage.id, stage.kind, metrics, config.tracking.wandb)
+    def _run_on_ranks(self) -> None:
+        started = time.time()
+        heartbeat = join_ranks(self.info, self.cluster, self.port, self.logs)
+        if self.cluster.preflight:
+            check_ranks(self.info, self.config, self.stage)
+        try:
+            metrics = self._run_job(deadline() if self.info.rank == 0 else None)
+        except Exception as error:
+            if heartbeat.stall:
+                error.add_note(heartbeat.stall)
+            raise
+        if self.info.rank == 0:
+            self._publish(metrics, started)
+            heartbeat.announce(_PUBLISHED)
+        else:  # to read a large model back and sign it, rank 0 may take longer than a collective may wait
+            heartbeat.wait_for(_PUBLISHED)
+        dist.barrier()
+        heartbeat.stop()
+        dist.stop()
 
+    def _run_alone(self) -> None:
+        started, time_limit = time.time(), deadline()
+        set_threads()
+        try:
+            metrics = self._run_job(time_limit)
+        except Stopped as stop:
+            # SLURM's warning may come a minute early. A preempted job is requeued with its full time limit.
+            if stop.args == (signal.SIGUSR2,) and time_limit and time.time() > time_limit - self.cluster.warning_s - 60:
+                raise UserError(f"stage {self.stage.id} met its time limit and keeps no state to continue from; give "
+                                f"it more: cluster.stages.{self.stage.kind}.time=...") from None
+            raise
+        self._publish(metrics, started)
+        if wandb := self.config.tracking.wandb:
+            log_results(self.config.path, self.stage.id, self.stage.kind, metrics, wandb)
 
-def _run_job(process: ProcessInfo, config: RunConfig, stage: Stage, deadline_s: float | None) -> dict[str, Any]:
-    """`deadline_s`: when the process will be ended, in seconds since the epoch."""
-    dist.agree(lambda: check_inputs(stage, config))
-    if process.rank == 0:
-        prepare_folder(stage, config)
-    dist.barrier()
+    def _run_job(self, deadline_s: float | None) -> dict[str, Any]:
+        """`deadline_s`: when the process will be ended, in seconds since the epoch."""
+        stage, config = self.stage, self.config
+        dist.agree(lambda: check_inputs(stage, config))
+        if self.info.rank == 0:
+            prepare_folder(stage, config)
+        dist.barrier()
+        progress = Progress(progress_file(stage, config), self._require_newest_attempt)
+        job = Job(config, stage, partial_folder(stage, config), read_inputs(stage, config), progress, deadline_s,
+                  self._require_newest_attempt)
+        return importlib.import_module(f"sparse_train.jobs.{stage.kind}").run(job)
 
-    def require_newest_attempt() -> None:
-        attempts.require_newest(log_folder(stage, config), process.attempt)
+    def _publish(self, metrics: dict[str, Any], started: float) -> None:
+        self._require_newest_attempt()
+        for number in _STOP_SIGNALS:  # nothing but the signing is left
+            signal.signal(number, signal.SIG_IGN)
+        publish(self.stage, self.config, metrics, time.time() - started, self.info)
 
-    progress = Progress(progress_file(stage, config), require_newest_attempt)
-    job = Job(config, stage, partial_folder(stage, config), read_inputs(stage, config), progress, deadline_s,
-              require_newest_attempt)
-    return importlib.import_module(f"sparse_train.jobs.{stage.kind}").run(job)
-
-
-def _publish(process: ProcessInfo, config: RunConfig, stage: Stage, metrics: dict[str, Any], started: float) -> None:
-    attempts.require_newest(log_folder(stage, config), process.attempt)
-    for number in _STOP_SIGNALS:  # nothing but the signing is left
-        signal.signal(number, signal.SIG_IGN)
-    publish(stage, config, metrics, time.time() - started, process)
+    def _require_newest_attempt(self) -> None:
+        attempts.require_newest(self.logs, self.info.attempt)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a stage's processes end, which of their endings is told, and when a job runs again."""
+"""How a stage's processes end, which of their endings counts, and when a job runs again."""
 
 import argparse
 import errno
@@ -39,7 +39,7 @@ def _process(attempt="7.0", rank=0, num_ranks=3):
     ({0: "stopped", 1: "stopped"}, ("stopped", 0)),
     ({}, ("lost", 0)),
 ])
-def test_the_most_telling_ending_is_told(given, told, tmp_path):
+def test_the_ending_nearest_to_the_cause_counts(given, told, tmp_path):
     for rank, status in given.items():
         write_ending(tmp_path, Attempt("7", 0), Ending(status, f"says {rank}", rank))
     found = read_ending(tmp_path, Attempt("7", 0), 3)
@@ -113,7 +113,7 @@ def test_a_stopped_stage_without_state_has_so_many_attempts(run):
     assert reasons == ["after attempt 1 of 2 from the same step", None]
 
 
-def test_where_the_ranks_were_is_told_with_the_loss():
+def test_where_the_ranks_were_is_said_with_the_loss():
     def time_out():
         error = RuntimeError("[gloo] Timed out waiting 6000ms for recv operation to complete")
         error.add_note("no progress for 3 s: rank 1 (node1) in fetch (text.py:40)")
@@ -204,13 +204,12 @@ def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warn
     def stopped(*arguments):
         raise Stopped(signal.Signals[warning])
 
-    monkeypatch.setattr(process, "_run_job", stopped)
-    monkeypatch.setattr(process, "check_inputs", lambda *arguments: None)
+    monkeypatch.setattr(process.StageProcess, "_run_job", stopped)
     monkeypatch.setattr(process, "deadline", lambda: time.time() + left_s)
     config = read_run(run)
     with pytest.raises(UserError if told else Stopped, match=told):
-        process._run_stage(_process(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
-                     find_stage(config, "prune"), 0)
+        process.StageProcess(_process(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
+                             find_stage(config, "prune"), 0).run()
 
 
 def test_the_dense_model_of_another_run_that_is_missing_is_named(tmp_path):
