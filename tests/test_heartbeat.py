@@ -109,7 +109,7 @@ def _in_different_places():
     return told
 
 
-def test_a_main_thread_that_hangs_is_told_by_where_it_is():
+def test_a_main_thread_that_hangs_is_named_with_its_line():
     told = run_ranks(_in_different_places, 3)[0]
     assert told[:-1] == [""] * 50
     odd, others = told[-1].split("; ")

@@ -210,7 +210,7 @@ def test_ranges_are_those_of_the_model_whatever_the_file_calls_them(tmp_path):
             assert torch.equal(folder.get_range(name, 3, 11), tensor.flatten()[3:11]), name
 
 
-def test_an_expert_that_is_missing_is_told_from_names_alone(tmp_path):
+def test_an_expert_that_is_missing_is_found_from_names_alone(tmp_path):
     model = built("qwen3_moe")
     tensors = load_file(_theirs(model, tmp_path) / "model.safetensors")
     name = next(name for name in tensors if ".experts.2.up_proj" in name)
@@ -236,7 +236,7 @@ def test_a_config_that_is_not_supported_is_refused_in_one_line(facts, told, tmp_
     assert "\n" not in str(error.value) and "trust_remote_code" not in str(error.value)
 
 
-def test_codes_without_a_config_that_says_so_are_told_as_quantised(tmp_path):
+def test_codes_without_a_config_that_says_so_are_named_quantised(tmp_path):
     _saved("llama", tmp_path, lambda tensors: {
         name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in tensors.items()})
     with pytest.raises(UserError, match=r"q_proj\.weight is stored as I8, so the checkpoint is quantised"):
@@ -274,7 +274,7 @@ def test_a_stale_index_is_not_believed(tmp_path):
     ("a/b/c", "there is no folder a/b/c"), ("~/models", "there is no folder ~/models"),
     ("owner/model.Q4.gguf", r"there is no file owner/model\.Q4\.gguf"),
 ])
-def test_a_path_that_is_not_there_is_told_as_a_path(path, told):
+def test_a_path_that_is_not_there_is_called_a_path(path, told):
     for read in (read_config, load_model, load_processor):
         with pytest.raises(UserError, match=told) as error:
             read(path)

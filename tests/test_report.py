@@ -52,7 +52,7 @@ def test_the_tables_show_every_metric_and_how_they_were_taken(tmp_path):
     ("speech", "wer", 0.5, [0.9, 0.6, 0.4], "worse at the task (0.500) than squarehead (0.400)"),
     ("speech", "wer", 0.5, [0.9, 0.6, 0.5], ""),
     ("text", "perplexity", None, [9.0, None, 7.0], "")])
-def test_a_teacher_that_is_worse_than_its_students_is_told(task, metric, dense, students, told, tmp_path):
+def test_a_teacher_that_is_worse_than_its_students_is_noted(task, metric, dense, students, told, tmp_path):
     settings = {"shots": 0, "bleu_signature": "", "exact_match_flexible": 0.0, "wer_normalised": 0.0, "cer": 0.0,
                 "cer_normalised": 0.0, "cross_entropy": 1.0}
     data = _data(task, metric, **{metric: dense, **settings})
@@ -83,7 +83,7 @@ def _speed(milliseconds=1.0, spread=0.1, bound=0.5):
     (_speed(bound=1.21), "avx512", ["1.21!"], ["too busy to measure"]),
     (_speed(spread=0.6, bound=2), "portable", ["60%!", "2.00!"], ["too busy to measure", "dense torch may be faster"]),
     (_speed(), "portable", [], ["dense torch may be faster"])])
-def test_what_is_doubtful_is_marked_and_told_in_a_line(tmp_path, row, backend, marked, told):
+def test_what_is_doubtful_is_marked_and_explained_in_a_line(tmp_path, row, backend, marked, told):
     data = _data("gsm8k", "exact_match", exact_match=0.5, exact_match_flexible=0.5, shots=1, cross_entropy=1.0)
     data["speed"], data["machines"][0]["backend"] = [row], backend
     (tmp_path / "report.json").write_text(json.dumps(data))

@@ -120,7 +120,7 @@ def test_bad_hub_pairs_are_named(bad, monkeypatch, caplog):
     assert "1 of 4 rows left out: who/what train 3: no text in column" in caplog.text
 
 
-def test_the_cause_of_a_hubs_error_is_told(monkeypatch):
+def test_the_cause_of_a_hubs_error_is_named(monkeypatch):
     def load_dataset(*args, **kwargs):
         try:
             raise ImportError("To support decoding audio data, please install 'torchcodec'.")

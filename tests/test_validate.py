@@ -154,7 +154,7 @@ def test_what_may_be_a_name_on_the_hub(path, is_name, monkeypatch):
         assert ("on the hub" in str(error.value)) == is_name
 
 
-def test_data_without_test_rows_is_told_before_the_first_job(tmp_path):
+def test_data_without_test_rows_is_refused_before_the_first_job(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (tmp_path / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="has no row of the test split"):
@@ -176,7 +176,7 @@ def _model(folder, tokenizer=None, **size):
     return {"dense": {"path": str(folder)}, "evaluate": {"max_new_tokens": 20}, "benchmark": {"new_tokens": 20}}
 
 
-def test_a_tokenizer_that_is_not_the_models_is_told_before_the_first_job(tmp_path):
+def test_a_tokenizer_that_is_not_the_models_is_refused_before_the_first_job(tmp_path):
     larger, endless = copy.deepcopy(tiny_tokenizer()), copy.deepcopy(tiny_tokenizer())
     larger.add_special_tokens({"pad_token": "[PAD]"})
     endless.eos_token = None
@@ -189,7 +189,7 @@ def test_a_tokenizer_that_is_not_the_models_is_told_before_the_first_job(tmp_pat
     validate(_run("llama", **_model(tmp_path / "unused", unused)))
 
 
-def test_data_of_which_nothing_fits_is_told_before_the_first_job(tmp_path):
+def test_data_of_which_nothing_fits_is_refused_before_the_first_job(tmp_path):
     run = _model(tmp_path / "m")
     for split, words in (("train", 9), ("test", 200)):
         rows = [json.dumps({"question": "word " * words, "answer": "a"})] * 3

@@ -17,7 +17,7 @@ from sparse_train.launch.worker import attempts, entry
 from sparse_train.launch.worker.endings import newest_ending
 
 
-def test_the_launcher_is_told_by_its_pid_and_start(tmp_path):
+def test_the_launcher_is_known_by_its_pid_and_start(tmp_path):
     assert find_launcher(tmp_path) is None
     with locked(tmp_path):
         assert find_launcher(tmp_path).pid == os.getpid()
@@ -33,7 +33,7 @@ def test_another_process_is_not_taken_for_the_launcher(noted, tmp_path):
     assert find_launcher(tmp_path) is None
 
 
-def test_a_launcher_on_another_machine_is_not_told_as_nothing(tmp_path, capsys):
+def test_a_launcher_on_another_machine_is_not_shown_as_nothing(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("prune: {sparsity: 0.5}", encoding="utf-8")
     (tmp_path / ".lock").write_text("login2 1 1")
     assert main(["cancel", str(tmp_path)]) == 2

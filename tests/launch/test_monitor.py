@@ -70,7 +70,7 @@ def test_all_runs_are_one_question(slurm, tmp_path):
     assert len(asked) == 1 and asked[0][4] == "10,11"
 
 
-def test_what_slurm_has_forgotten_is_told_by_the_files(slurm, tmp_path):
+def test_what_slurm_has_forgotten_is_read_from_the_files(slurm, tmp_path):
     config = _run(tmp_path, "a", jobs=["dense"])
     logs = tmp_path / "a" / "logs" / "dense"
     attempts.begin(logs, ProcessInfo(0, 1, 0, 1, "node1", ("node1",), Attempt("10", 0)), 0)
@@ -142,7 +142,7 @@ def test_runs_are_listed_where_there_is_no_slurm_and_others_are_broken(monkeypat
     assert "dense: not done yet" in shown["a"] and "is missing" in shown["old"] and "cannot read" in shown["torn"]
 
 
-def test_a_broken_stage_is_told_in_its_row(tmp_path):
+def test_a_broken_stage_is_shown_in_its_row(tmp_path):
     """Manifests, endings, attempts, progress and jobs, in ways that no release writes."""
     config = _run(tmp_path, "a")
     for stage, manifest in (("dense", "[]"), ("prune", '{"files": {}, "key": 3, "seconds": "x", "nodes": 4}')):
@@ -164,7 +164,7 @@ def test_a_broken_stage_is_told_in_its_row(tmp_path):
         read_files(config)
 
 
-def test_a_rank_without_an_ending_is_told_by_the_end_of_its_log(tmp_path):
+def test_a_rank_without_an_ending_is_explained_by_the_end_of_its_log(tmp_path):
     for text, kind, told in (("torch.OutOfMemoryError: too large", "broken", "torch.OutOfMemoryError: too large"),
                                ("12/100 loss 1.0", "lost", "killed, or ran out of memory"), ("", "lost", "killed")):
         (tmp_path / "7_0_log.out").write_text(f"{'x' * 5000}\n{text}\n\n")

@@ -136,7 +136,7 @@ def _answers(monkeypatch, **of):
                         lambda command: next(lines for name, lines in of.items() if name in command))
 
 
-def test_tasks_of_an_array_that_never_started_are_told_together(monkeypatch):
+def test_tasks_of_an_array_that_never_started_are_listed_together(monkeypatch):
     _answers(monkeypatch, squeue=[], sacct=["9_[0-1,3%2]|CANCELLED by 0|0:0|None assigned", "9_2|FAILED|1:0|node1"])
     states = slurm_queue.job_states({"a": "9_1", "b": "9_2", "c": "9_3"})
     assert [states[name].state for name in "abc"] == ["CANCELLED", "FAILED", "CANCELLED"]
