@@ -41,6 +41,10 @@ class LossConfig(Section):
     """That mean is over real tokens, or over all positions, padding counted as zeros."""
     final_feature: Literal["block", "norm"] = "block"
     """The last feature: the last block's output, or the final norm's."""
+    feature_ratio: Literal["block", "token", "typical", "channel"] = "block"
+    """What SquareHead's ratio of squared error to the teacher's energy is formed over. block: all tokens and channels
+    of a block, as in the paper. typical: all but the tokens whose norm is over 10 times the geometric mean of the
+    block's. token: each token, then the mean over tokens. channel: each channel, then the mean over channels."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Blocks of each stack whose outputs are compared; None takes all."""
     encoder_padding: bool = False

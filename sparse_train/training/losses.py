@@ -63,7 +63,8 @@ def weighted_loss(config: LossConfig, terms: Mapping[str, LossTerm], outputs: Mo
                                   torch.stack([weights[name] for name in sums]))
     loss = sum(((weights[name] * numerator).sum() for name, numerator in numerators.items()), start=loss)
     numerators |= dict(zip(sums, totals, strict=True))
-    return Shares(loss, {name: numerators[name] / divisors[name] for name in ratios})
+    shares = {name: numerators[name] / divisors[name] for name in ratios}
+    return Shares(loss, {name: share.sum(1) if share.dim() > 1 else share for name, share in shares.items()})
 
 
 class _SumRows(torch.autograd.Function):

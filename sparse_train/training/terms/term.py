@@ -66,9 +66,10 @@ class Ratio:
     """A term as sums over this rank's tokens. Both sums are added over the ranks before one is divided by the other."""
 
     numerators: torch.Tensor | RowSum
-    """Scalar, or (L,) for a term of L parts that are added up, with gradient. Or a function that gives the scalar for
-    some rows: it is called for a few rows at a time, so that nothing of the size of all logits is made in fp32, and all
-    terms' gradients are summed in fp32 before they are rounded to the logits' dtype."""
+    """With gradient: scalar, or (L,) for a term of L parts that are added up, or (L, P) for parts of P ratios each.
+    Or a function that gives the scalar for some rows: it is called for a few rows at a time, so that nothing of
+    the size of all logits is made in fp32, and all terms' gradients are summed in fp32 before they are rounded to the
+    logits' dtype."""
     denominators: torch.Tensor
     """Of the same shape, without gradient."""
     minimum: float = 1.0
