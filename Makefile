@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on this machine, from nothing to a report
-# make real   a pretrained model, SmolLM2-135M, made sparse on GSM8K: an hour on two CPU cores
+# make real   a pretrained model, SmolLM2-135M, made sparse on GSM8K with a small budget
 # make test   all tests
 # make test-slow      further cases of the same checks, minutes each
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
