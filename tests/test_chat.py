@@ -109,11 +109,12 @@ def test_a_conversation_is_what_the_tokenizers_template_makes_of_it(name):
     # A thought that only the prompt has.
     (_CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), 0, "mark what the assistant says"),
     (_CHATML.replace("<|end|>", "!"), 0, "without a special token, so a model would not learn to stop"),
+    (_TEMPLATES["marked"].replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"), 0, "marks leave out"),
     ("{% if messages | length > 2 %}{{ raise_exception('too long a chat') }}{% endif %}" + _CHATML, 1, "too long a ch"),
     ("\ud800" + _CHATML, 0, "half of a surrogate pair"), ("{{ 1 / 0 }}", 0, "division by zero"),
     ("{% if %}", 0, "Expected an expression"),
     ("{{ messages.__class__.__mro__ }}" + _CHATML, 0, "access to attribute '__class__'"),
-], ids=["thoughts", "prompted thoughts", "endless", "long", "half", "zero", "broken", "unsafe"])
+], ids=["thoughts", "prompted thoughts", "endless", "unmarked end", "long", "half", "zero", "broken", "unsafe"])
 def test_conversations_that_the_template_cannot_write_are_left_out_with_the_reason(template, num_kept, why, tmp_path,
                                                                                    caplog):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (

@@ -17,6 +17,7 @@ from sparse_train.jobs.job import Input, Job
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.models import build_model, build_processor, save_model
 from sparse_train.tasks import build_task, build_tokenizer, read
+from sparse_train.tasks.text import _pieces
 
 _DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -161,6 +162,9 @@ def test_text_is_cut_into_pieces_that_lose_nothing(tmp_path):
     pieces = [e.answer for split in ("train", "test") for e in task.examples(split)]
     assert sorted(" ".join(pieces).split()) == sorted(words) and max(map(len, pieces)) <= 400
     assert all(len(task.examples(split)) for split in ("train", "test"))
+    test = {word for e in _task("text", tmp_path, max_length=300, test_share=0.2).examples("test")
+            for word in e.answer.split()}
+    assert test == {word for e in task.examples("test") for word in e.answer.split()}
 
 
 def test_text_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch):
@@ -174,7 +178,7 @@ def test_text_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch):
     task = _task("text", "who/what", max_length=20)
     assert all(e.answer.startswith("test") for e in task.examples("test"))
     assert all(e.answer.startswith("train") for e in task.examples("train"))
-    _on_the_hub(monkeypatch, train=rows["train"])
+    _on_the_hub(monkeypatch, train=[{"text": f"train {i}"} for i in range(2000)])
     task = _task("text", "who/what", max_length=20, test_share=0.3)
     train, test = ({e.answer for e in task.examples(split)} for split in ("train", "test"))
     assert train and test and not train & test
@@ -252,11 +256,11 @@ def test_text_of_one_line_is_cut_in_one_pass(tmp_path):
             return Counted(found)
 
     text = Counted("".join(f"w{i} " for i in range(9000)))
-    pieces = list(_task("text", tmp_path, max_length=8)._pieces([text, Counted("after")]))
+    pieces = list(_pieces([text, Counted("after")], 16))
     assert "".join(pieces[:-1]) + pieces[-1].replace("\n\n", "") == text + "after" and len(pieces) > 3000
     assert Counted.copied <= 2 * len(text)
     (tmp_path / "a.txt").write_text(text)
-    assert "".join(_task("text", tmp_path, test_share=0.2)._pieces([text.strip()])) == text.strip()
+    assert "".join(_pieces([text.strip()], 1024)) == text.strip()
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])

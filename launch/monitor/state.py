@@ -167,6 +167,6 @@ def _missing_input(stage: Stage, unfinished: list[str]) -> str:
             return source.id
     for source in stage.inputs:
         path = Path(source.external or "")  # such as the shared dense model of a sweep
-        if path.is_absolute() and not path.is_dir():
+        if path.is_absolute() and not path.exists():
             return "/".join(path.parts[-2:])
     return ""

@@ -5,17 +5,17 @@
     ours      values as parameters, SquareHead layer by layer
 
 All three take turns under ZeRO-3, on the same ranks, with the same model and batch. The teacher's forward pass (1)
-beside the student's forward and backward pass (1 + 2) makes the arithmetic 4 / 3 of the dense step's.
+beside the student's forward and backward pass (1 + 2) makes the arithmetic up to 4 / 3 of the dense step's.
 
 The FLOPs of a step are those of its matrix products. A forward pass over one sequence of T tokens takes
 
     F = sum over linears, the head included, of  2 * T * R * C      + num_layers * 4 * T^2 * heads * head width
 
 where the second part is attention's two products, over all T keys as they are computed. A step takes 3 F, and F more
-for a teacher, without its head, whose logits SquareHead does not read. Pruned weights count as well, because they are
-multiplied; recomputation does not. `fraction_of_products` is the step's FLOPs per second over those of torch's products
-of the model's linears alone: y = x W^T and both gradients, one layer after the other, in the same dtype, threads and
-rounds.
+for a teacher; in ours without its head, whose logits SquareHead does not read. Pruned weights count as well, because
+they are multiplied; recomputation does not. `fraction_of_products` is the step's FLOPs per second over those of torch's
+products of the model's linears alone: y = x W^T and both gradients, one layer after the other, in the same dtype,
+threads and rounds.
 """
 
 import functools
@@ -102,7 +102,7 @@ def train_bench(bench: TrainBench, progress: Callable[[int, int], None] | None =
         peak, parts = _profile(steps[name])
         measured[name] = {"seconds": timings[name].plain(), "state_bytes": num_state_bytes,
                           "peak_memory": num_state_bytes + peak, "traffic_bytes": _traffic(steps[name]),
-                          "milliseconds_of": parts, "flops": products.flops_of_step(has_teacher=name != "dense")}
+                          "milliseconds_of": parts, "flops": products.flops_of_step(name)}
         speed = Timing(tuple(measured[name]["flops"] / seconds for seconds in timings[name].rounds))
         most = Timing(tuple(products.flops / seconds for seconds in timings["products"].rounds))
         measured[name]["fraction_of_products"] = speed.over(most).plain()
@@ -127,7 +127,7 @@ class _Products:
         self.flops = 3 * self._forward(self._shapes)
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._attention = 4 * config.num_hidden_layers * bench.num_tokens**2 * config.num_attention_heads * head_width
-        self._teacher_skips = self._forward([tuple(model.get_output_embeddings().weight.shape)])
+        self._head = self._forward([tuple(model.get_output_embeddings().weight.shape)])
 
     def _inputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """x (T, C), the gradient of y (T, R), W (R, C)."""
@@ -138,10 +138,10 @@ class _Products:
     def _forward(self, shapes: list[tuple[int, ...]]) -> int:
         return sum(2 * self._num_tokens * rows * columns for rows, columns in shapes)
 
-    def flops_of_step(self, has_teacher: bool) -> float:
-        """On this rank; see the module's formula."""
+    def flops_of_step(self, name: str) -> float:
+        """Of dense, masked or ours, on this rank; see the module's formula."""
         forward = self.flops / 3 + self._attention
-        return 3 * forward + has_teacher * (forward - self._teacher_skips)
+        return 3 * forward + {"dense": 0, "masked": forward, "ours": forward - self._head}[name]
 
     def __call__(self) -> None:
         for shape in self._shapes:

@@ -65,7 +65,7 @@ def separates_sequences(model: PreTrainedModel) -> bool:
     False as well for some models of which this cannot be told.
     """
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    return (supports_attention_interface(model) and not model._is_stateful
+    return (supports_attention_interface(model) and not model._is_stateful and not model.config.is_encoder_decoder
             and kinds <= {"full_attention", "sliding_attention"}
             and _MASKS_OF_POSITIONS.search(inspect.getsource(sys.modules[type(model).__module__])) is not None)
 

@@ -50,8 +50,8 @@ class Runtime:
                 num_prompt = len(self.processor.decoder_prefix) or len(encode_prompt(example, self.processor))
                 max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - num_prompt))
             return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{self.model.name_or_path}: {error}") from error
         except Exception as error:  # some facts of config.json, such as the width of a window, matter only here
             raise UserError(f"{self.model.name_or_path}: the model cannot run ({type(error).__name__}: "
                             f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error

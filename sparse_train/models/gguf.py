@@ -38,6 +38,8 @@ _BYTES = 4  # fp32: the scales of blocks make values that bf16 does not have
 _DIGITS_APART = {"command-r", "refact", "smollm", "starcoder"}
 """Splits of text that are GPT-2's with each digit by itself; transformers reads them as GPT-2's."""
 _AS_GPT2 = {"default", "gpt-2"}
+_CONVERSION = 1
+"""To be raised when the folder of a file becomes another: earlier ones are then no longer used."""
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def as_folder(path: str | Path) -> str | Path:
         return path
     file = Path(path).resolve()
     stat = file.stat()
-    version = artifacts.digest([str(file), stat.st_size, stat.st_mtime_ns, transformers.__version__])
+    version = artifacts.digest([_CONVERSION, str(file), stat.st_size, stat.st_mtime_ns, transformers.__version__])
     folder = cached_assets_path("sparse-train", "gguf", f"{file.stem}-{version[:12]}")
     with FileLock(f"{folder}.lock"):
         if artifacts.read_manifest(folder) is None:

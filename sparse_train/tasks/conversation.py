@@ -36,7 +36,12 @@ def labelled_ids(tokenizer, messages: Sequence[Message]) -> tuple[list[int], lis
     """
     if _MARKS.search(_template(tokenizer)):
         marked = _write(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
-        return marked["input_ids"], [bool(mark) for mark in marked["assistant_masks"]]
+        ids, is_answer = marked["input_ids"], [bool(mark) for mark in marked["assistant_masks"]]
+        answered, end = {token for token, mark in zip(ids, is_answer, strict=True) if mark}, end_of_turn(tokenizer)
+        if not answered or (end is not None and end not in answered):
+            raise _unwritable(messages, "its {% generation %} marks leave out what the assistant says or the "
+                                        "token that ends its turn; mark both")
+        return ids, is_answer
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token stands for, "
                         "so the assistant's tokens cannot be found; give a folder with a tokenizer.json")

@@ -39,6 +39,8 @@ class Head:
         found: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         is_target = batch.targets != IGNORED
+        if self._head is None:
+            return self.model(**batch.inputs(), use_cache=False).logits[is_target]
 
         def take(states: torch.Tensor) -> torch.Tensor:
             if states.shape[:-1] != is_target.shape:

@@ -1,7 +1,7 @@
 """Plain text: perplexity, and general calibration data.
 
 task.path: a folder with {train,test}.txt or .md (packed .gz or .xz too), a text file, a folder of such files, or a hub
-data set with a `text` column. Where the data has no test split, pieces are split into training and test by their text.
+data set with a `text` column. Where the data has no test split, parts of it are in one or the other by their text.
 """
 
 import itertools
@@ -16,6 +16,10 @@ from sparse_train.tasks.batch import Example
 from sparse_train.tasks.task import Task
 
 _CHARACTERS_PER_TOKEN = 2  # few, so that hardly a piece is too long for max_length
+_BETWEEN = "\n\n"
+_UNIT = 2000
+"""Characters that are in the same split, whatever max_length is: tasks that read the same data with different lengths
+have the same test text."""
 
 
 class Text(Task):
@@ -29,25 +33,15 @@ class Text(Task):
 
     def read(self, split: str) -> Sequence[Example]:
         paragraphs, has_splits = self._paragraphs(split)
-        return [Example("", piece) for piece in read.shuffled(list(self._pieces(paragraphs)), str)
-                if has_splits or read.in_test(piece, self.config.test_share) == (split == "test")]
+        if not has_splits:
+            units = (unit for unit in _pieces(paragraphs, _UNIT)
+                     if read.in_test(unit, self.config.test_share) == (split == "test"))
+            paragraphs = itertools.chain.from_iterable(unit.split(_BETWEEN) for unit in units)
+        pieces = _pieces(paragraphs, self.config.max_length * _CHARACTERS_PER_TOKEN)
+        return [Example("", piece) for piece in read.shuffled(list(pieces), str)]
 
     def measure(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
-
-    def _pieces(self, paragraphs: Iterable[str]) -> Iterator[str]:
-        """Paragraphs joined up to a length; longer ones are cut."""
-        size, piece = self.config.max_length * _CHARACTERS_PER_TOKEN, ""
-        for paragraph in paragraphs:
-            if piece and len(piece) + len(paragraph) + 2 > size:
-                yield piece
-                piece = ""
-            piece = f"{piece}\n\n{paragraph}" if piece else paragraph
-            starts = range(0, len(piece) - size, size)  # the rest is cut once, so that a long line costs linear time
-            yield from (piece[start:start + size] for start in starts)
-            piece = piece[len(starts) * size:]
-        if piece:
-            yield piece
 
     def _paragraphs(self, split: str) -> tuple[Iterable[str], bool]:
         """(those of the split, True), or (those of all the data, False) where it has no splits."""
@@ -70,6 +64,21 @@ class Text(Task):
             if file != path and not file.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"{file} is a link out of task.path={path}; put a copy there, or take it away")
         return itertools.chain.from_iterable(map(_file_paragraphs, files)), has_splits
+
+
+def _pieces(paragraphs: Iterable[str], size: int) -> Iterator[str]:
+    """Paragraphs joined up to `size` characters; longer ones are cut."""
+    piece = ""
+    for paragraph in paragraphs:
+        if piece and len(piece) + len(_BETWEEN) + len(paragraph) > size:
+            yield piece
+            piece = ""
+        piece = f"{piece}{_BETWEEN}{paragraph}" if piece else paragraph
+        starts = range(0, len(piece) - size, size)  # the rest is cut once, so that a long line costs linear time
+        yield from (piece[start:start + size] for start in starts)
+        piece = piece[len(starts) * size:]
+    if piece:
+        yield piece
 
 
 def _text(row: dict) -> str:

@@ -35,7 +35,7 @@ class Head:
 
     def _select(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """(B, T, D) -> (1, R, D)."""
-        if self._positions is None:
-            return None
         states, *others = inputs
+        if self._positions is None or states.dim() != 3:
+            return None
         return states.flatten(0, 1)[self._positions].unsqueeze(0), *others

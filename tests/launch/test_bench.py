@@ -57,8 +57,8 @@ def test_flops_of_a_step_are_those_that_torch_counts():
                 logits.sum().backward()
         counts.append(counter.get_total_flops())
     # The first layer's inputs need a gradient too: they come from a trained embedding.
-    assert products.flops_of_step(has_teacher=False) == counts[0]
-    assert products.flops_of_step(has_teacher=True) == sum(counts)
+    assert products.flops_of_step("dense") == counts[0]
+    assert products.flops_of_step("ours") == sum(counts)
 
 
 @pytest.mark.parametrize(("arguments", "told"), [

@@ -417,6 +417,14 @@ def test_a_ratio_is_its_sum_in_loops_with_its_gradient(ratio):
         torch.testing.assert_close(my.grad, their.grad, rtol=_EXACT, atol=1e-18)
 
 
+def test_a_heavy_token_ratio_has_no_gradient_at_padding():
+    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
+    mine = features[0].clone().requires_grad_()
+    config = LossConfig(feature_weight=1e3, feature_ratio="token")
+    _loss(config, logits, labels, attend, [mine], taught[:1]).loss.backward()
+    assert mine.grad.isfinite().all() and not mine.grad[~attend].any()
+
+
 def _shares_of_ratios(splits):
     from sparse_train import dist
     logits, labels, attend, features, taught, _ = _massive_inputs()

@@ -157,7 +157,7 @@ def test_a_type_that_is_said_to_keep_sequences_apart_does(model_type):
     torch.testing.assert_close(packed[4:], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "bloom", "mamba", "lfm2_moe", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["bert", "bloom", "mamba", "lfm2_moe", "qwen3_next", "t5gemma"])
 def test_a_type_that_does_not_keep_sequences_apart_is_refused(model_type):
     assert not separates_sequences(model_types.built(model_type))
 

@@ -52,8 +52,9 @@ class FeatureTerm(LossTerm):
             empty = outputs.zero.detach().new_zeros(0)
             return Ratio(empty, empty)
         if self.config.feature_ratio == "token":
-            ratios = [(error / energy.clamp(min=_TINY)).sum()
-                      for error, energy in zip(self.errors, self.energies, strict=True)]
+            # Padding has neither error nor energy.
+            ratios = [(error / energy.masked_fill(~attend, 1).clamp(min=_TINY)).sum()
+                      for error, energy, attend in zip(self.errors, self.energies, self.attends, strict=True)]
             return Ratio(torch.stack(ratios), torch.stack([attend.sum() for attend in self.attends]))
         if self.config.feature_ratio == "typical":
             self._sum_typical_tokens()
