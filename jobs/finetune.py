@@ -34,6 +34,7 @@ from sparse_train.training.order import Mix, Order
 
 log = logging.getLogger(__name__)
 
+
 def run(job: Job) -> dict[str, Any]:
     config, loss = job.config.finetune, job.stage.loss_config(job.config)
     student = load_student(job.path_of(Kind.PRUNE), config)

@@ -19,7 +19,7 @@ from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.tasks import Batch, build_task, likelihood
 from sparse_train.tasks.batch import IGNORED, EncoderInput, collate
 from sparse_train.tasks.general_text import GeneralText
-from sparse_train.tasks.likelihood import Head, like_lengths
+from sparse_train.tasks.likelihood import ScoringHead, like_lengths
 from tests.models import tiny_examples, tiny_model
 
 _SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,7 +51,7 @@ def test_the_head_gives_the_logits_of_what_is_predicted():
         encoder = EncoderInput(rows, text.attend) if model.config.is_encoder_decoder else None
         cases.append((model.eval(), Batch(rows, text.attend, labels, encoder)))
     for model, batch in cases:
-        head = Head(model)
+        head = ScoringHead(model)
         expected = model(**batch.inputs(), use_cache=False).logits[batch.targets != IGNORED]
         found = torch.cat([logits for _, logits in head.parts(head.states(batch))])
         torch.testing.assert_close(found, expected, msg=lambda text, model=model: f"{type(model).__name__}: {text}")

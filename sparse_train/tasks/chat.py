@@ -45,10 +45,8 @@ class Chat(Task):
         """((place, line or hub row) of the split, True), or (those of all the data, False) where it has no splits."""
         path, config = self._path, self.config
         if path is None:
-            has_splits = set(config.test_split.split("+")) <= set(read.hub_splits(config))
-            name = config.split_name(split) if has_splits else config.train_split
-            numbered = read.numbered(read.hub_rows(config, name), config, name)
-            return ((place, row) for place, (_, row) in numbered), has_splits
+            hub_rows, has_splits = read.hub_split(config, split)
+            return ((place, row) for place, (_, row) in hub_rows), has_splits
         of_split = {part: read.split_files(path, config.split_name(part), "jsonl") for part in ("train", "test")}
         has_splits = all(of_split.values())
         files = of_split[split] if has_splits else of_split["train"] or [path]

@@ -15,7 +15,7 @@ from sparse_train.config import EvaluateConfig, TaskConfig
 from sparse_train.models import Processor
 from sparse_train.registry import TASKS
 from sparse_train.tasks.batch import IGNORED, Batch
-from sparse_train.tasks.likelihood import Head, Likelihood, like_lengths, predicted
+from sparse_train.tasks.likelihood import Likelihood, ScoringHead, like_lengths, predicted
 from sparse_train.tasks.selection import scored_examples
 
 
@@ -31,14 +31,14 @@ class GeneralText:
             task, processor, spec.model_copy(update={"num_examples": spec.num_texts}))
         self._batches = [_without_ends(task.batch(like, processor))
                          for like in like_lengths(examples, processor, spec.batch_size)]
-        self._dense: Head | None = None
+        self._dense: ScoringHead | None = None
         self._dense_states: list[torch.Tensor] = []
 
     @torch.no_grad()
     def score(self, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """perplexity and kl (0 for the dense model itself) of `model`, which is in eval mode; num_tokens of all texts,
         and num_left_out: how many texts do not fit the model."""
-        head, likelihood = Head(model), Likelihood()
+        head, likelihood = ScoringHead(model), Likelihood()
         for index, batch in enumerate(self._batches):
             batch = batch.to(model.device)
             states, targets = head.states(batch), predicted(batch)

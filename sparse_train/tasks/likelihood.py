@@ -24,7 +24,7 @@ _MOST_LOGITS = 1 << 24
 _MOST_TOKENS = 2048  # of a forward pass, with padding: enough for fast products, and few enough to pad little
 
 
-class Head:
+class ScoringHead:
     """The head of a model, with what the model does behind it (a bias, a scale, a soft cap), apart from its blocks."""
 
     def __init__(self, model: PreTrainedModel):
@@ -117,7 +117,7 @@ class Likelihood:
         """KL(other model || model); 0 where there is no other."""
         return self._divergence / self.num_tokens if self.num_tokens else None
 
-    def add(self, head: Head, states: torch.Tensor, targets: torch.Tensor, other: Head | None = None,
+    def add(self, head: ScoringHead, states: torch.Tensor, targets: torch.Tensor, other: ScoringHead | None = None,
             other_states: torch.Tensor | None = None) -> None:
         """Count N tokens: `head` reads states (N, D) and should predict `targets` (N,); `other` is the other model's
         head, which reads `other_states` (N, D) at the same positions."""

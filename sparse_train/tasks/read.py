@@ -116,11 +116,15 @@ def hub_rows(config: TaskConfig, split: str, subset: str | None = None, undecode
         return rows.cast_column(undecoded, datasets.Audio(decode=False)) if undecoded else rows
 
 
-def hub_splits(config: TaskConfig) -> list[str]:
+def hub_split(config: TaskConfig, split: str) -> tuple[Iterator[tuple[str, tuple[int, dict]]], bool]:
+    """(numbered rows of "train" or "test", True), or (those of task.train_split, False) where no split is for tests."""
     import datasets
 
     with _hub_errors(config):
-        return datasets.get_dataset_split_names(config.path, config.subset)
+        names = datasets.get_dataset_split_names(config.path, config.subset)
+    has_splits = set(config.test_split.split("+")) <= set(names)
+    name = config.split_name(split) if has_splits else config.train_split
+    return numbered(hub_rows(config, name), config, name), has_splits
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from sparse_train.tasks import read
 from sparse_train.tasks.batch import Batch, Example, collate, encode_prompt, fits_model, windows
 from sparse_train.tasks.conversation import Message
 from sparse_train.tasks.decoding import generate
-from sparse_train.tasks.likelihood import Head, Likelihood, like_lengths, predicted
+from sparse_train.tasks.likelihood import Likelihood, ScoringHead, like_lengths, predicted
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Task(ABC):
         # Prompts of like length share a batch, which saves padding; ties keep their order.
         order = sorted(range(len(examples)), key=lambda i: len(encode_prompt(examples[i], processor)))
         predictions: dict[int, str] = {}
-        head, answers = Head(model), Likelihood()
+        head, answers = ScoringHead(model), Likelihood()
         with torch.no_grad():
             for start in range(0, len(order), spec.batch_size):
                 chosen = order[start:start + spec.batch_size]

@@ -47,9 +47,7 @@ class Text(Task):
         """(those of the split, True), or (those of all the data, False) where it has no splits."""
         path, config = self._path, self.config
         if path is None:
-            has_splits = set(config.test_split.split("+")) <= set(read.hub_splits(config))
-            name = config.split_name(split) if has_splits else config.train_split
-            rows = read.numbered(read.hub_rows(config, name), config, name)
+            rows, has_splits = read.hub_split(config, split)
             return filter(None, read.usable(rows, lambda pair: _text(pair[1]), config)), has_splits
         of_split = {part: read.split_files(path, config.split_name(part), "txt", "md") for part in ("train", "test")}
         has_splits = all(of_split.values())

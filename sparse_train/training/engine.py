@@ -23,7 +23,7 @@ def build_student(model: PreTrainedModel, config: TrainConfig) -> Any:
     """The training engine, a DeepSpeedEngine. Collective."""
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.register_forward_pre_hook(_convert_audio, with_kwargs=True)
+    model.register_forward_pre_hook(_convert_inputs, with_kwargs=True)
     engine = deepspeed.initialize(model=model, optimizer=_optimizer(model, config), config=student_settings(config))[0]
     if not engine.zero_optimization():
         # In bf16 DeepSpeed has taken a step to make the moments: at rate 0, but Adam's count would be one ahead.
@@ -34,7 +34,7 @@ def build_student(model: PreTrainedModel, config: TrainConfig) -> Any:
 def build_teacher(model: PreTrainedModel, config: TrainConfig, teacher: TeacherConfig) -> Any:
     """The answering engine, a DeepSpeedEngine whose model stays in eval mode. Collective."""
     model.eval().requires_grad_(False)
-    model.register_forward_pre_hook(_convert_audio, with_kwargs=True)
+    model.register_forward_pre_hook(_convert_inputs, with_kwargs=True)
 
     def stay_in_eval_mode(mode: bool = True) -> nn.Module:
         return model
@@ -44,7 +44,8 @@ def build_teacher(model: PreTrainedModel, config: TrainConfig, teacher: TeacherC
     return deepspeed.initialize(model=model, config=teacher_settings(config, teacher))[0]
 
 
-def _convert_audio(model: PreTrainedModel, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _convert_inputs(model: PreTrainedModel, args: tuple[Any, ...],
+                    inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Batches hold fp32 spectrograms, also those of models in bf16; student and teacher may differ in it."""
     return args, {name: value.to(model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
                   for name, value in inputs.items()}
