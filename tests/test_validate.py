@@ -13,7 +13,7 @@ from sparse_train.config import ModelConfig, RunConfig, TaskConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.hub import hub_answers, may_be_hub_name
-from sparse_train.launch.submit.validate import require_data, validate
+from sparse_train.launch.submit.validate import require_data, summarise, validate
 from sparse_train.models import build_model, build_processor, check_on_hub, open_model, read_config, save_model
 from sparse_train.models.families import whisper
 from sparse_train.sparse import TensorFolder
@@ -92,9 +92,25 @@ def test_general_text_is_text_that_is_there(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"{i} word " * 30 for i in range(400)))
     validate(_run("mpt", evaluate={"texts": {"books": {"path": str(tmp_path)}}}))
     for text, told in (({"name": "numbers"}, r"^evaluate.texts.books.name=numbers has questions and answers; give"),
-                       ({"path": str(tmp_path / "nothing")}, "nothing")):
+                       ({"path": str(tmp_path / "nothing")}, r"^evaluate.texts.books.path=.*nothing: there is no")):
         with pytest.raises(UserError, match=told):
             validate(_run("mpt", evaluate={"texts": {"books": text}}))
+
+
+def test_a_message_names_the_key_of_its_data(tmp_path):
+    missing = {"name": "text", "path": str(tmp_path / "nothing")}
+    calibration = {"sparsity": 0.5, "calibration": missing}
+    for key, more in (("task", {"task": missing}), ("prune.calibration", {"prune": calibration}),
+                      ("task.mix.task", {"task": {"mix": {"share": 0.5, "task": missing}}})):
+        with pytest.raises(UserError, match=rf"^{key}.path=.*nothing: there is no"):
+            validate(_run("mpt", **more))
+
+
+def test_tokens_of_a_training_count_what_is_mixed_in(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} word " * 30 for i in range(400)))
+    mix = {"share": 0.25, "task": {"name": "text", "path": str(tmp_path), "max_length": 100}}
+    config = _run("mpt", task={"max_length": 60, "mix": mix}, finetune={"steps": 10, "batch_size": 4})
+    assert summarise(config, validate(config).parameters)[-1].endswith(f"at most {30 * 60 + 10 * 100:,} tokens")
 
 
 def test_lengths_are_held_against_the_positions():

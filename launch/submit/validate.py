@@ -54,13 +54,10 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     if path is not None and not dry_run:
         path = str(as_folder(path))
     model_config = _read_model_config(config, path, dry_run, remarks)
-    _check_task(config.task, model_config, "task")
-    if config.prune.calibration:
-        _check_task(config.prune.calibration, model_config, "prune.calibration")
-    if config.task.mix:
-        _check_task(config.task.mix.task, model_config, "task.mix.task")
-    for name, text in config.evaluate.texts.items():
-        _check_text(text, model_config, f"evaluate.texts.{name}")
+    for task in (config.task, *_other_tasks(config)):
+        _check_task(task, model_config)
+    for text in config.evaluate.texts.values():
+        _check_text(text, model_config)
     if path is not None:
         _check_language(config.task, model_config)
     _check_lengths(config, model_config, is_new=path is None)
@@ -84,8 +81,8 @@ def require_data(config: RunConfig) -> None:
 
     for task in (config.task, *_other_tasks(config), *config.evaluate.texts.values()):
         if task.path and read.local(task, "data") is None and has_data_set(task.path) is False:
-            raise UserError(f"task.path={task.path}: there is no such file or folder here, and no data set of that "
-                            "name on the hub that you may read")
+            raise UserError(f"{task.key}.path={task.path}: there is no such file or folder here, and no data set of "
+                            "that name on the hub that you may read")
 
 
 def _other_tasks(config: RunConfig) -> list[TaskConfig]:
@@ -106,7 +103,11 @@ def summarise(config: RunConfig, parameters: "ParameterCounts") -> list[str]:
 
 
 def _steps_and_tokens(train: TrainConfig, task: RunTaskConfig) -> str:
-    num_tokens, rows = train.steps * train.batch_size * task.max_length, "windows" if task.pack else "examples"
+    rows = "windows" if task.pack else "examples"
+    num_tokens = train.steps * train.batch_size * task.max_length
+    if task.mix and not task.pack:
+        num_mixed = int(train.steps * train.batch_size * task.mix.share)
+        num_tokens += num_mixed * (task.mix.task.max_length - task.max_length)
     return f"{train.steps:,} steps of {train.batch_size} {rows}, at most {num_tokens:,} tokens"
 
 
@@ -163,11 +164,11 @@ def _read_model_config(config: RunConfig, path: str | None, dry_run: bool, remar
         return describe(config.model)
 
 
-def _check_task(task: TaskConfig, model: "PretrainedConfig", key: str) -> None:
-    """Whether the task has the options, and the model can do it. `key`: its place in the config."""
+def _check_task(task: TaskConfig, model: "PretrainedConfig") -> None:
+    """Whether the task has the options, and the model can do it."""
     from sparse_train.models import family_of_type
 
-    kind, model_takes_audio = TASKS.load(task.name), family_of_type(model.model_type).takes_audio
+    key, kind, model_takes_audio = task.key, TASKS.load(task.name), family_of_type(model.model_type).takes_audio
     read_options(kind.Options, task.options, f"{key}.options", f"{key}.name={task.name}")
     if kind.takes_audio != model_takes_audio:
         families = " or ".join(name for name, entry in FAMILIES.entries.items() if entry.audio_step_s)
@@ -179,10 +180,11 @@ def _check_task(task: TaskConfig, model: "PretrainedConfig", key: str) -> None:
                         "read nothing; choose another task, or a model without an encoder")
 
 
-def _check_text(text: TaskConfig, model: "PretrainedConfig", key: str) -> None:
-    _check_task(text, model, key)
+def _check_text(text: TaskConfig, model: "PretrainedConfig") -> None:
+    _check_task(text, model)
     if TASKS.load(text.name).generates:
-        raise UserError(f"{key}.name={text.name} has questions and answers; give general text ({key}.name=text)")
+        raise UserError(f"{text.key}.name={text.name} has questions and answers; give general text "
+                        f"({text.key}.name=text)")
 
 
 def _input(is_audio: bool) -> str:

@@ -159,6 +159,15 @@ class RunConfig(Section):
                                  f"window apart; use {key}.sequence_parallel=1, or leave task.pack out")
         return self
 
+    @model_validator(mode="after")
+    def _tasks_know_their_keys(self) -> Self:
+        mix = self.task.mix
+        for key, task in (("task.mix.task", mix and mix.task), ("prune.calibration", self.prune.calibration),
+                          *((f"evaluate.texts.{name}", text) for name, text in self.evaluate.texts.items())):
+            if task:
+                task._key = key
+        return self
+
     @property
     def compressed_loss(self) -> str:
         """The name in finetune.losses whose model is compressed."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from sparse_train.config.base import Location, Positive, Section
 from sparse_train.registry import TASKS
@@ -49,11 +49,18 @@ class TaskConfig(Section):
     options: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Settings of a task that another package adds; the task's own schema checks them."""
 
+    _key: str = PrivateAttr("task")
+
     @model_validator(mode="after")
     def _system_is_of_a_chat(self) -> Self:
         if self.system is not None and not (self.chat or self.name == "chat"):
             raise ValueError("system is given without chat=true; give both, or leave it out")
         return self
+
+    @property
+    def key(self) -> str:
+        """Its place in a run's config, such as task or prune.calibration; messages name it."""
+        return self._key
 
     def split_name(self, split: str) -> str:
         """What the data calls "train" or "test"."""

@@ -51,7 +51,8 @@ class Chat(Task):
         has_splits = all(of_split.values())
         files = of_split[split] if has_splits else of_split["train"] or [path]
         if not files[0].is_file():
-            raise UserError(f"task.path={path} holds no {config.train_split}.jsonl (task.train_split)")
+            raise UserError(f"{config.key}.path={path} holds no {config.train_split}.jsonl "
+                            f"({config.key}.train_split)")
         return itertools.chain.from_iterable(map(read.rows, files)), has_splits
 
     def _example(self, row: Any) -> Example:

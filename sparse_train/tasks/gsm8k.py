@@ -93,7 +93,7 @@ class Gsm8k(WordProblems):
             return read.usable(hub_rows, lambda pair: _columns(pair[1]), config)
         files = read.split_files(self._path, name, "jsonl")
         if not files:
-            raise UserError(f"task.path={config.path} holds no {name}.jsonl and no {name}.jsonl.gz")
+            raise UserError(f"{config.key}.path={config.path} holds no {name}.jsonl and no {name}.jsonl.gz")
         rows = itertools.chain.from_iterable(map(read.rows, files))
         return read.usable(rows, lambda line: _columns(read.parse_json(line)), config)
 

@@ -69,8 +69,8 @@ def usable(rows: Iterable[tuple[str, Any]], make: Callable[[Any], T], config: Ta
                 bad.append(f"{place}: {error}")
     num_bad = total - len(examples)
     if num_bad > config.max_bad_share * total:
-        raise UserError(f"task.path={config.path}: {num_bad} of {total} rows cannot be used, more than "
-                        f"task.max_bad_share={config.max_bad_share:g}: {some(bad)}")
+        raise UserError(f"{config.key}.path={config.path}: {num_bad} of {total} rows cannot be used, more than "
+                        f"{config.key}.max_bad_share={config.max_bad_share:g}: {some(bad)}")
     if bad:
         log.warning("%s: %d of %d rows left out: %s", config.path, num_bad, total, some(bad))
     return examples
@@ -98,12 +98,12 @@ def shuffled(examples: Sequence[T], key: Callable[[T], str]) -> list[T]:
 def local(config: TaskConfig, what: str) -> Path | None:
     """task.path where it is a file or folder, None where it may be a name on the hub. Raises UserError."""
     if config.path is None:
-        raise UserError(f"task.path is missing; task {config.name} needs {what}, or a hub name")
+        raise UserError(f"{config.key}.path is missing; task {config.name} needs {what}, or a hub name")
     path = Path(config.path)
     if path.exists():
         return path
     if not may_be_hub_name(config.path):
-        raise UserError(f"task.path={config.path}: there is no such file or folder")
+        raise UserError(f"{config.key}.path={config.path}: there is no such file or folder")
     return None
 
 
@@ -138,7 +138,7 @@ def _hub_errors(config: TaskConfig) -> Iterator[None]:
             cause = cause.__cause__
         is_cut_off = not answers and isinstance(cause, ConnectionError)
         line = "the hub does not answer, and its cache does not hold it" if is_cut_off else first_line(cause)
-        raise UserError(f"task.path={config.path} is no file or folder, and no data set that can be loaded: "
+        raise UserError(f"{config.key}.path={config.path} is no file or folder, and no data set that can be loaded: "
                         f"{line}") from error
 
 

@@ -26,14 +26,14 @@ def training_examples(task: Task, processor: Processor,
         examples = task.examples("train")
         # They are generated in the step that uses them, so none can be left out; the first ones show how long they get.
         if not all(fits_model(example, processor) for example in examples[:_NUM_CHECKED]):
-            raise UserError(f"training examples of task.name={task.config.name} do not fit the model "
+            raise UserError(f"training examples of {task.config.key}.name={task.config.name} do not fit the model "
                             f"({_bounds(processor)}); give it more positions (model.max_seq_len), or give "
                             "finetune.num_examples and dense.num_examples, so that those are left out")
         return examples, 0
     return _fitting(
         task, "train", num_examples, lambda example: task.fits(example, processor),
-        f"are longer than task.max_length={task.config.max_length} tokens or do not fit the model "
-        f"({_bounds(processor)})", "raise task.max_length, or split them")
+        f"are longer than {task.config.key}.max_length={task.config.max_length} tokens or do not fit the model "
+        f"({_bounds(processor)})", f"raise {task.config.key}.max_length, or split them")
 
 
 def scored_examples(task: Task, processor: Processor, spec: EvaluateConfig) -> tuple[Sequence[Example], int]:

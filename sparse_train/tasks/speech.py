@@ -89,8 +89,9 @@ class Speech(Transcribing):
         if not (index := root / "index.tsv").is_file():
             files = read.split_files(root, name, "tsv")
             if not files:
-                raise UserError(f"task.path={self.config.path} holds neither index.tsv nor {name}.tsv; see "
-                                f"task.{split}_split")
+                key = self.config.key
+                raise UserError(f"{key}.path={self.config.path} holds neither index.tsv nor {name}.tsv; see "
+                                f"{key}.{split}_split")
             yield from itertools.chain.from_iterable(map(_table, files))
             return
         known = {part for both in ("train", "test") for part in self.config.split_name(both).split("+")}
@@ -106,8 +107,9 @@ class Speech(Transcribing):
             elif row_split not in known:
                 others[row_split] += 1
         if others:
-            log.warning("%s: rows of splits that neither task.train_split nor task.test_split names are left out: %s",
-                        index, ", ".join(f"{other} {count}" for other, count in others.items()))
+            key = self.config.key
+            log.warning("%s: rows of splits that neither %s.train_split nor %s.test_split names are left out: %s",
+                        index, key, key, ", ".join(f"{other} {count}" for other, count in others.items()))
 
 
 def _table(file: Path | zipfile.Path) -> Iterator[tuple[str, dict[str, str]]]:

@@ -66,8 +66,10 @@ class Task(ABC):
         if split not in self._splits:
             self._splits[split] = self.read(split)
             if not self._splits[split]:
-                raise UserError(f"task.path={self.config.path} has no row of the {split} split; see task.{split}_split "
-                                f"({self.config.split_name(split)}) and, for data without splits, task.test_share")
+                key = self.config.key
+                raise UserError(f"{key}.path={self.config.path} has no row of the {split} split; see "
+                                f"{key}.{split}_split ({self.config.split_name(split)}) and, for data without splits, "
+                                f"{key}.test_share")
         return self._splits[split][:num_examples]
 
     def fill_templates(self, split: str, defaults: tuple[str, str], columns: dict[str, str]) -> Example:

@@ -60,7 +60,8 @@ class Text(Task):
                      and file.is_file() and not read.is_litter(file.relative_to(path))]
         for file in files:
             if file != path and not file.resolve().is_relative_to(path.resolve()):
-                raise UserError(f"{file} is a link out of task.path={path}; put a copy there, or take it away")
+                raise UserError(f"{file} is a link out of {self.config.key}.path={path}; put a copy there, or take it "
+                                "away")
         return itertools.chain.from_iterable(map(_file_paragraphs, files)), has_splits
 
 

@@ -58,8 +58,10 @@ class Translation(Translating):
             single = [file for file in sorted(path.iterdir()) if file.suffix in (".zip", ".tsv", ".jsonl")
                       and not read.is_litter(file.relative_to(path))]
             if len(single) != 1:
-                raise UserError(f"task.path={path} holds neither {self.config.train_split} and {self.config.test_split}"
-                                ".tsv or .jsonl (task.train_split, task.test_split) nor one file of pairs")
+                key = self.config.key
+                raise UserError(f"{key}.path={path} holds neither {self.config.train_split} and "
+                                f"{self.config.test_split}.tsv or .jsonl ({key}.train_split, {key}.test_split) "
+                                "nor one file of pairs")
             path = single[0]
         return [self.pair(*pair, split) for pair in read.shuffled(self._pairs(path), "\t".join)
                 if read.in_test(pair[0], self.config.test_share) == (split == "test")]
