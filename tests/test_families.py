@@ -29,7 +29,7 @@ from sparse_train.models import (
 )
 from sparse_train.models.empty import from_config
 from sparse_train.models.families import inferred, registered_family
-from sparse_train.models.family import decoder_sizes
+from sparse_train.models.family import block_output, decoder_sizes
 from sparse_train.pruning import prune
 from sparse_train.pruning.sparsegpt import SparseGPT
 from sparse_train.registry import FAMILIES, PRUNERS, TASKS, FamilyEntry, Registry
@@ -171,6 +171,20 @@ def test_features_of_both_stacks_have_their_own_padding(family):
         assert shapes[index] == batch.attends[point.side].shape
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES.entries if name != "olmo2"])
+def test_norms_as_features_read_what_the_blocks_put_out(family):
+    model, processor = tiny_model(family)
+    seen = {"blocks": [], "norms": []}
+    for point in family_of(model).feature_points(model):
+        point.module.register_forward_hook(lambda m, i, o: seen["blocks"].append(block_output(o)))
+    for point in family_of(model).feature_points(model, "norms"):
+        point.module.register_forward_hook(lambda m, i, o: seen["norms"].append((i[0], o)))
+    model(**collate(tiny_examples(processor), processor).inputs(), use_cache=False)
+    assert len(seen["blocks"]) == len(seen["norms"])
+    for block, (read, normed) in zip(seen["blocks"], seen["norms"], strict=True):
+        assert torch.equal(read, block) and normed.shape == block.shape and not torch.equal(normed, block)
+
+
 def test_whispers_preset_takes_blocks_0_to_9_and_the_padding():
     loss = LossConfig(preset="paper-whisper")
     assert loss.layers == tuple(range(10)) and loss.encoder_padding
@@ -201,7 +215,10 @@ def test_an_unknown_family_is_inferred_and_logged(config, blocks, norm, share, c
     assert len(family.feature_points(model)) == 2 * len(family.stacks)
     if norm is None:
         with pytest.raises(UserError, match=f"{config.model_type} model has no norm behind {blocks}; use"):
-            family.feature_points(model, "norm")
+            family.feature_points(model, "final_norm")
+    if not config.is_encoder_decoder:
+        assert [point.module for point in family.feature_points(model, "norms")] == [
+            model.get_submodule(f"{blocks}.1.input_layernorm"), model.get_submodule(norm)]
     ids = torch.randint(3, 50, (2, 6))
     attend = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     batch = Batch(ids, attend, ids, EncoderInput(ids, attend) if config.is_encoder_decoder else None)
@@ -256,12 +273,15 @@ def test_a_family_that_is_not_in_the_table_is_refused_with_the_names():
         ModelConfig(family="phi")
 
 
-def test_a_final_norm_that_a_model_of_the_table_lacks_is_said():
+def test_norms_that_a_model_of_the_table_lacks_are_said():
     model = from_config(OPTConfig(hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4,
                                   ffn_dim=64, do_layer_norm_before=False, vocab_size=50))
     assert len(family_of(model).feature_points(model)) == 2
     with pytest.raises(UserError, match=r"this opt model has no norm behind model\.decoder\.layers"):
-        family_of(model).feature_points(model, "norm")
+        family_of(model).feature_points(model, "final_norm")
+    olmo, _ = tiny_model("olmo2")
+    with pytest.raises(UserError, match=r"this olmo2 model has no norm at the start of each block of model\.layers"):
+        family_of(olmo).feature_points(olmo, "norms")
 
 
 @pytest.mark.parametrize("size, message", [

@@ -249,7 +249,7 @@ def _check_features(config: RunConfig, model: "PreTrainedModel") -> None:
 
     for loss in config.finetune.losses.values():
         if loss.feature_weight:
-            family_of(model).feature_points(model, loss.final_feature)
+            family_of(model).feature_points(model, loss.features)
 
 
 def _check_packing(config: RunConfig, model: "PreTrainedModel") -> None:

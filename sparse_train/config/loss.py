@@ -8,7 +8,7 @@ from sparse_train.config.base import Section, Weight
 from sparse_train.registry import LOSS_TERMS
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "paper-mpt": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 2.0**-7, "final_feature": "norm",
+    "paper-mpt": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 2.0**-7, "features": "final_norm",
                   "logit_tokens": "labelled"},
     "paper-t5": {"feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-9, "epsilon_per": "position"},
     "paper-whisper": {"task_weight": 0.5, "feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-8,
@@ -39,8 +39,10 @@ class LossConfig(Section):
     """Added to the teacher's mean square in SquareHead's denominator."""
     epsilon_per: Literal["token", "position"] = "token"
     """That mean is over real tokens, or over all positions, padding counted as zeros."""
-    final_feature: Literal["block", "norm"] = "block"
-    """The last feature: the last block's output, or the final norm's."""
+    features: Literal["blocks", "final_norm", "norms"] = "blocks"
+    """What SquareHead compares. blocks: the blocks' outputs. final_norm: the same, but the final norm's output in the
+    place of the last block's. norms: each block's output as the next block's first norm leaves it, and the last one's
+    as the final norm does."""
     feature_ratio: Literal["block", "token", "typical", "channel"] = "block"
     """What SquareHead's ratio of squared error to the teacher's energy is formed over. block: all tokens and channels
     of a block, as in the paper. typical: all but the tokens whose norm is over 10 times the geometric mean of the
@@ -58,8 +60,13 @@ class LossConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, data: Any) -> Any:
-        preset = data.get("preset") if isinstance(data, dict) else None
-        return {**_PRESETS.get(preset, {}), **data} if preset else data
+        if not isinstance(data, dict):
+            return data
+        data = {**_PRESETS.get(str(data.get("preset")), {}), **data}
+        if "final_feature" in data:  # what `features` was called; older runs have it in their config.yaml
+            former = data.pop("final_feature")
+            data["features"] = {"block": "blocks", "norm": "final_norm"}.get(str(former), former)
+        return data
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:

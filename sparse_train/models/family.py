@@ -29,6 +29,8 @@ class Stack:
     """Dotted name of the norm behind the last block, where there is one."""
     side: str = "decoder"
     """Whose tokens its states belong to: encoder, or decoder, which a model without an encoder is as well."""
+    first_norm: str | None = None
+    """Dotted name, inside a block, of the norm that reads the block's input, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +129,19 @@ class Family:
         return {f"{stack.blocks}.{index}": block for stack in self.stacks
                 for index, block in enumerate(_list_of_blocks(model, stack))}
 
-    def feature_points(self, model: PreTrainedModel, last: str = "block") -> list[FeaturePoint]:
-        """All blocks; `last` "norm" puts each stack's final norm in the place of its last block.
+    def feature_points(self, model: PreTrainedModel, features: str = "blocks") -> list[FeaturePoint]:
+        """One per block; `features` as in LossConfig: the block itself, or the norm that reads its output.
 
-        Raises UserError where a stack ends without a norm.
+        Raises UserError where a stack has no such norm.
         """
         points = []
         for stack in self.stacks:
-            modules = list(_list_of_blocks(model, stack))
-            if last == "norm":
-                modules[-1] = _final_norm(model, stack)
+            modules: list[nn.Module] = list(_list_of_blocks(model, stack))
+            if features == "norms":
+                modules[:-1] = [_norm(model, stack, block, stack.first_norm, "norms", "at the start of each block of")
+                                for block in modules[1:]]
+            if features != "blocks":
+                modules[-1] = _norm(model, stack, model, stack.final_norm, features, "behind")
             points += [FeaturePoint(stack.side, index, module) for index, module in enumerate(modules)]
         return points
 
@@ -170,12 +175,14 @@ def _list_of_blocks(model: nn.Module, stack: Stack) -> nn.ModuleList:
     return blocks
 
 
-def _final_norm(model: PreTrainedModel, stack: Stack) -> nn.Module:
-    modules = dict(model.named_modules())
-    if stack.final_norm is None or stack.final_norm not in modules:  # OPT has one or not, as its config says
-        raise UserError(f"final_feature=norm: this {model.config.model_type} model has no norm behind {stack.blocks}; "
-                        "use final_feature=block")
-    return modules[stack.final_norm]
+def _norm(model: PreTrainedModel, stack: Stack, parent: nn.Module, name: str | None, features: str,
+          place: str) -> nn.Module:
+    """The module `name` of `parent`, which is `place` the blocks of `stack`."""
+    modules = dict(parent.named_modules())
+    if name is None or name not in modules:  # OPT has a final norm or not, as its config says
+        raise UserError(f"features={features}: this {model.config.model_type} model has no norm {place} "
+                        f"{stack.blocks}; use features=blocks")
+    return modules[name]
 
 
 def decoder_sizes(size: ModelConfig) -> dict[str, Any]:

@@ -54,5 +54,5 @@ class Teacher:
 
 def feature_points(model: PreTrainedModel, loss: LossConfig) -> list[FeaturePoint]:
     """The modules whose outputs `loss` compares."""
-    points = family_of(model).feature_points(model, loss.final_feature)
+    points = family_of(model).feature_points(model, loss.features)
     return [point for point in points if loss.layers is None or point.block in loss.layers]

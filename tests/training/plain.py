@@ -111,6 +111,8 @@ def _loss(student, teacher, batch, loss):
     logits, states = states_of(student, inputs)
     with torch.no_grad():
         teacher_logits, teacher_states = states_of(teacher, inputs)
+    if loss.features == "norms":
+        states, teacher_states = _normed(student, states), _normed(teacher, teacher_states)
     rows, places = (batch.labels != -100).nonzero(as_tuple=True)
     targets = batch.labels[rows, places]
     if batch.encoder is None:  # a label stands at its own place, and is predicted at the one before
@@ -122,6 +124,12 @@ def _loss(student, teacher, batch, loss):
     feature = sum(squarehead_of(s, teacher_states[name], batch.attends["encoder" if "encoder." in name else "decoder"])
                   for name, s in states.items())
     return loss.task_weight * task + loss.logit_weight * logit + loss.feature_weight * feature
+
+
+def _normed(model, states):
+    """The outputs of an MPT's blocks, through the norm that reads each."""
+    norms = [*(block.norm_1 for block in model.transformer.blocks[1:]), model.transformer.norm_f]
+    return {name: norm(state) for norm, (name, state) in zip(norms, states.items(), strict=True)}
 
 
 def squarehead_of(student, teacher, attend):

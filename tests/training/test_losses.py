@@ -358,6 +358,14 @@ def test_keys_beside_a_preset_win():
     assert config.task_weight == 0.9 and config.layers == (1, 2) and config.epsilon == 1e-8
 
 
+def test_the_key_that_older_runs_hold_is_read_under_its_new_name():
+    assert LossConfig(preset="paper-mpt") == LossConfig(preset="paper-mpt", final_feature="norm")
+    assert LossConfig(preset="paper-mpt", final_feature="block").features == "blocks"
+    assert LossConfig(feature_weight=1.0, final_feature="norm").features == "final_norm"
+    with pytest.raises(ValueError, match=r"features\n.*'blocks', 'final_norm' or 'norms'"):
+        LossConfig(final_feature="last")
+
+
 def _micro_batch_share(splits):
     from sparse_train import dist
     logits, labels, attend, features, taught, _ = _inputs()

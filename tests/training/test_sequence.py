@@ -1,5 +1,7 @@
 """Sequence parallelism: two ranks that share the tokens compute what one process does, outputs and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import distributed
@@ -103,21 +105,28 @@ def test_heads_that_do_not_divide_are_refused():
                     "4 heads cannot be divided over 3 ranks of a sequence; use a number of ranks that divides them"]
 
 
-def _training(stage, num_sharing):
-    """What train and train_plain begin with."""
+def _training(stage, num_sharing, features):
+    """What train and train_plain begin with. Norms as features are inside of blocks, which are computed again."""
     config = TrainConfig(steps=4, batch_size=6, accumulation=2, learning_rate=2e-3, warmup_steps=1, weight_decay=0.1,
-                         sequence_parallel=num_sharing, zero=ZeroConfig(stage=stage, persistence_threshold=0))
-    return _training_run(config)
+                         sequence_parallel=num_sharing, activation_checkpointing=features == "norms",
+                         zero=ZeroConfig(stage=stage, persistence_threshold=0))
+    run = _training_run(config)
+    return replace(run, loss=run.loss.model_copy(update={"features": features}))
 
 
 def _train(folder, stage):
-    lines = Lines()
-    outcome = train(_training(stage, num_sharing=2), folder, Hooks(lines))
-    return lines.found, dict(gathered_tensors(outcome.engine))
+    found = []
+    for features in ("blocks", "norms"):
+        lines = Lines()
+        outcome = train(_training(stage, 2, features), folder / features, Hooks(lines))
+        found.append((lines.found, dict(gathered_tensors(outcome.engine))))
+    return found
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (3, 2), (3, 4)])
 def test_training_with_shared_tokens_is_training_on_one_process(stage, world, tmp_path):
     """Losses over partitioned hidden states, targets across the cut, and with four ranks two groups of two."""
-    plain, exact = (train_plain(_training(stage, 1), dtype) for dtype in (torch.float32, torch.float64))
-    assert_trained_as_exact(*run_ranks(_train, world, tmp_path, stage)[0], plain, exact)
+    found = run_ranks(_train, world, tmp_path, stage)[0]
+    for trained, features in zip(found, ("blocks", "norms"), strict=True):
+        plain, exact = (train_plain(_training(stage, 1, features), dtype) for dtype in (torch.float32, torch.float64))
+        assert_trained_as_exact(*trained, plain, exact)

@@ -9,7 +9,7 @@ from sparse_train.models.family import Family, Stack, decoder_sizes
 
 
 class GPTNeoX(Family):
-    stacks = (Stack("gpt_neox.layers", "gpt_neox.final_layer_norm"),)
+    stacks = (Stack("gpt_neox.layers", "gpt_neox.final_layer_norm", first_norm="input_layernorm"),)
     prunable = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
     def new_config(self, size: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:

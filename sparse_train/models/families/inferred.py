@@ -88,7 +88,8 @@ def _stack(model: PreTrainedModel, blocks: str) -> Stack:
     norms = [name for name, child in model.get_submodule(parent).named_children()
              if "norm" in type(child).__name__.lower() and "emb" not in name]
     side = "encoder" if model.config.is_encoder_decoder and "encoder" in blocks else "decoder"
-    return Stack(blocks, f"{parent}.{norms[-1]}".lstrip(".") if norms else None, side)
+    # Models call a norm of a block's input so; blocks without one of this name may norm only what they add.
+    return Stack(blocks, f"{parent}.{norms[-1]}".lstrip(".") if norms else None, side, "input_layernorm")
 
 
 def _prunable_share(family: Family, model: nn.Module) -> float:

@@ -9,7 +9,7 @@ from sparse_train.models.family import Family, Stack, decoder_sizes
 
 
 class Llama(Family):
-    stacks = (Stack("model.layers", "model.norm"),)
+    stacks = (Stack("model.layers", "model.norm", first_norm="input_layernorm"),)
     prunable = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     config_class: type[Any] = LlamaConfig
 
@@ -22,6 +22,7 @@ class Mistral(Llama):
 
 
 class Olmo2(Llama):
+    stacks = (Stack("model.layers", "model.norm"),)  # its norms read what attention and FFN add
     config_class = Olmo2Config
 
 

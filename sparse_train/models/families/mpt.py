@@ -23,7 +23,7 @@ _LARGEST_ALIBI = 1 << 28
 
 
 class Mpt(Family):
-    stacks = (Stack("transformer.blocks", "transformer.norm_f"),)
+    stacks = (Stack("transformer.blocks", "transformer.norm_f", first_norm="norm_1"),)
     prunable = ("Wqkv", "out_proj", "up_proj", "down_proj")
     needs_example_mask = True
 

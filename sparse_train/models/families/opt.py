@@ -9,7 +9,7 @@ from sparse_train.models.family import Family, Stack
 
 
 class Opt(Family):
-    stacks = (Stack("model.decoder.layers", "model.decoder.final_layer_norm"),)
+    stacks = (Stack("model.decoder.layers", "model.decoder.final_layer_norm", first_norm="self_attn_layer_norm"),)
     prunable = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     needs_example_mask = True
 

@@ -10,8 +10,8 @@ from sparse_train.models.family import Family, Stack
 
 class T5(Family):
     # Relative positions stay dense, as embeddings, heads and norms do.
-    stacks = (Stack("encoder.block", "encoder.final_layer_norm", "encoder"),
-              Stack("decoder.block", "decoder.final_layer_norm"))
+    stacks = (Stack("encoder.block", "encoder.final_layer_norm", "encoder", "layer.0.layer_norm"),
+              Stack("decoder.block", "decoder.final_layer_norm", first_norm="layer.0.layer_norm"))
     prunable = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
     ffn: dict[str, Any] = {}  # noqa: RUF012 - never changed
 

@@ -27,8 +27,8 @@ _LARGEST = {"feature_size": 1_024, "sampling_rate": 1_000_000, "n_fft": 65_536, 
 
 class Whisper(Family):
     # The convolutions in front stay dense, as embeddings, heads and norms do.
-    stacks = (Stack("model.encoder.layers", "model.encoder.layer_norm", "encoder"),
-              Stack("model.decoder.layers", "model.decoder.layer_norm"))
+    stacks = (Stack("model.encoder.layers", "model.encoder.layer_norm", "encoder", "self_attn_layer_norm"),
+              Stack("model.decoder.layers", "model.decoder.layer_norm", first_norm="self_attn_layer_norm"))
     prunable = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     takes_audio = True
     prefix_length = 4  # start, language, task, no timestamps
