@@ -9,7 +9,7 @@ from sparse_train import dist
 from sparse_train.artifacts import write_json
 from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
-from sparse_train.models import load_model, load_processor
+from sparse_train.models import DTYPES, load_model, load_processor
 from sparse_train.sparse import densify, sparse_linears
 from sparse_train.tasks import build_task, scored_examples
 from sparse_train.tasks.general_text import GeneralText
@@ -23,7 +23,7 @@ def run(job: Job) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     num_parts = len(job.inputs) * (1 + len(texts))
     for index, source in enumerate(job.inputs):
-        stage, model = source.stage, load_model(source.path)
+        stage, model = source.stage, load_model(source.path, DTYPES[spec.precision])
         linears = sparse_linears(model).values()
         num_weights = sum(linear.in_features * linear.out_features for linear in linears)
         sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
@@ -34,7 +34,8 @@ def run(job: Job) -> dict[str, Any]:
         metrics = score.metrics | {"num_left_out": num_left_out}
         for name, text in texts.items():
             metrics |= {f"{name}/{metric}": value for metric, value in text.score(model, next(parts)).items()}
-        rows.append({"stage": stage.id, "loss": stage.model_name, "sparsity": sparsity, "metrics": metrics})
+        rows.append({"stage": stage.id, "loss": stage.model_name, "precision": spec.precision, "sparsity": sparsity,
+                     "metrics": metrics})
         with open(job.out / f"{stage.id.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
     write_json(job.out / "scores.json", rows)

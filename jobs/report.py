@@ -51,7 +51,8 @@ def _collect(job: Job) -> dict[str, Any]:
     config, scores = job.config, []
     evaluated = artifacts.read_json(Path(job.path_of(Kind.EVALUATE)) / "scores.json")
     for row in evaluated:
-        scores += _score_rows(config.name, row["loss"], "fp32", row["sparsity"], row["metrics"])
+        engine = row.get("precision", "fp32")  # older scores do not tell it
+        scores += _score_rows(config.name, row["loss"], engine, row["sparsity"], row["metrics"])
     # In a chain, the row of the last level.
     sparsity = next(row["sparsity"] for row in reversed(evaluated) if row["loss"] == config.compressed_loss)
     compressed = artifacts.read_json(Path(job.path_of(Kind.COMPRESS)) / "scores.json")
@@ -79,12 +80,12 @@ def _plot(path: Path, data: dict[str, Any]) -> None:
     from sparse_train.bench.plots import plot_accuracy
 
     exact = [row for row in data["scores"] if row["metric"] == data["metric"]]
-    value = {row["engine"]: row["value"] for row in exact if row["engine"].startswith("runtime")}
+    value = {row["engine"]: row["value"] for row in exact if _is_runtime(row["engine"])}
     dense = next(row["value"] for row in exact if row["loss"] == "dense")
     speeds = [{"label": f"{row['engine']} {row['precision']}", "speedup": row["speedup"],
                "value": dense if row["engine"] == "torch" else value[f"runtime {row['precision']}"]}
               for row in data["speed"] if row["what"] == "decode" and row["model"] == data["run"]]
-    plot_accuracy(path, _words(data["metric"]), [row for row in exact if row["engine"] == "fp32"], speeds)
+    plot_accuracy(path, _words(data["metric"]), [row for row in exact if not _is_runtime(row["engine"])], speeds)
 
 
 def _tables(data: dict[str, Any]) -> list[Table]:
@@ -106,7 +107,7 @@ def _score_table(data: dict[str, Any]) -> Table:
             for (loss, engine, sparsity), metrics in by_model.items()]
     notes = _teacher_note(task, [row for row in data["scores"] if row["metric"] == task.metric])
     notes += [f"{_words(name)}: {settings[name]}" for name in task.score_settings]
-    if any(engine.startswith("runtime") for _, engine, _ in by_model):
+    if any(_is_runtime(engine) for _, engine, _ in by_model):
         notes.append(_RUNTIME)
     if num_left_out := settings.get("num_left_out"):
         notes.append(f"{num_left_out} test examples that do not fit the model are left out")
@@ -134,7 +135,7 @@ def _size_table(data: dict[str, Any]) -> Table:
 
 def _teacher_note(task: type[Task], rows: list[dict[str, Any]]) -> list[str]:
     """A line where the dense model, the teacher, scores worse than a student."""
-    scored = [row for row in rows if row["engine"] == "fp32" and row["value"] is not None]
+    scored = [row for row in rows if not _is_runtime(row["engine"]) and row["value"] is not None]
     if len(scored) < 2 or scored[0]["loss"] != "dense":
         return []
     dense, *students = scored
@@ -144,6 +145,11 @@ def _teacher_note(task: type[Task], rows: list[dict[str, Any]]) -> list[str]:
         return []
     return [f"the dense model, the teacher, is worse at the task ({_number(dense['value'], 3)}) than {best['loss']} "
             f"({_number(best['value'], 3)}); where that is more than chance, train it longer or give a better one"]
+
+
+def _is_runtime(engine: str) -> bool:
+    """Whether a score is one of the compressed model."""
+    return engine.startswith("runtime")
 
 
 def _words(name: str) -> str:

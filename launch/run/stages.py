@@ -28,7 +28,7 @@ def build_stages(config: RunConfig) -> list[Stage]:
     last = next(stage for stage in reversed(tuned) if stage.loss == config.compressed_loss)
     data = _of(TaskConfig, "task", "max_bad_share")
     evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
-    answers = _of(EvaluateConfig, "evaluate", "texts", "num_texts")
+    answers = _of(EvaluateConfig, "evaluate", "precision", "texts", "num_texts")
     compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions"), (last,))
     devices = config.benchmark.devices
     benchmarks = [Stage(Kind.BENCHMARK, f"benchmark/{device}" if len(devices) > 1 else "benchmark",

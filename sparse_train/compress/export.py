@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 
 from sparse_train import artifacts
 from sparse_train.compress.quantise import quantise_rows
-from sparse_train.models import Processor, open_model, own_tensors, save_model
+from sparse_train.models import DTYPES, Processor, open_model, own_tensors, save_model
 from sparse_train.sparse import BitmaskTensor, densify, sparse_linears
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, folder: Path) -> None:
@@ -25,7 +23,7 @@ def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, 
             codes, tensors[f"{name}.scale"] = quantise_rows(linear.weight)
             tensors[f"{name}.values"] = codes.values
     else:
-        tensors = {name: tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
+        tensors = {name: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
                    for name, tensor in tensors.items()}
     save_model(folder, model, processor, tensors.items())
     artifacts.sign(folder, {"precision": precision, "sparse_weights": {

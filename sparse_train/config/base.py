@@ -4,12 +4,13 @@ Sections are frozen, and closed: an unknown key is a mistake. The text below a k
 """
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+Precision = Literal["fp32", "bf16"]
 
 
 def _absolute(path: str) -> str:

@@ -1,10 +1,10 @@
 """`dense` and what `finetune` shares with it: steps, batches, AdamW, ZeRO, checkpoints (sparse_train/training)."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sparse_train.config.base import Location, Positive, Section, Weight
+from sparse_train.config.base import Location, Positive, Precision, Section, Weight
 
 
 class ZeroConfig(Section):
@@ -32,7 +32,7 @@ class ZeroConfig(Section):
 class TeacherConfig(Section):
     """The frozen teacher's own engine: ZeRO-3 without an optimizer."""
 
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
     """None: the student's."""
     offload: bool = False
     """Keep its parameters in CPU memory until a layer runs."""
@@ -60,7 +60,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     clip: Weight = 1.0
     """Largest norm of the gradient over all parameters; 0 leaves it as it is."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest of it again in the backward pass."""
     sequence_parallel: Positive = 1

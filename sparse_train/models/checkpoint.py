@@ -25,7 +25,9 @@ from sparse_train.models.older import add_older_keys, with_head
 from sparse_train.models.processor import Processor
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
 
-_DTYPES = ("F64", "F32", "BF16", "F16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By the name that the config has for a precision."""
+_PARAMETER_DTYPES = ("F64", "F32", "BF16", "F16")
 """Of parameters, as safetensors names them; others hold codes of quantised weights."""
 Specs = Mapping[str, tuple[Shape, str]]
 """Tensor name -> shape and dtype."""
@@ -142,7 +144,7 @@ def _check_dtypes(model: PreTrainedModel, matched: Match, specs: Specs, where: s
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, source in matched.sources.items():
         _, stored = specs[source.name if source.conversion is None else source.conversion.names()[0]]
-        if name in parameters and stored not in _DTYPES:
+        if name in parameters and stored not in _PARAMETER_DTYPES:
             raise UserError(f"{where}: {name} is stored as {stored}, so the checkpoint is quantised; give the one that "
                             "it was made from, in fp32, bf16 or fp16")
 

@@ -33,8 +33,9 @@ class EncoderInput:
     attend: torch.Tensor
     """(B, S) bool: True at states of real tokens or sound."""
 
-    def to(self, device: torch.device) -> "EncoderInput":
-        return EncoderInput(self.inputs.to(device), self.attend.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "EncoderInput":
+        inputs = self.inputs.to(device, dtype if self.inputs.is_floating_point() else None)
+        return EncoderInput(inputs, self.attend.to(device))
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Batch:
     """(B, T) int64: each token's position in its example, where a row holds several (packing.py); None: a row is one
     example."""
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Batch":
+        """On `device`, spectrograms in `dtype` (None: in fp32, as they are made)."""
         return Batch(self.input_ids.to(device), self.attend.to(device), self.labels.to(device),
-                     self.encoder and self.encoder.to(device),
+                     self.encoder and self.encoder.to(device, dtype),
                      None if self.positions is None else self.positions.to(device))
 
     @property

@@ -47,7 +47,7 @@ def _generate(model: PreTrainedModel, processor: Processor, examples: Sequence[E
     _require_room(prompts, processor, spec.max_new_tokens)
     with _without_settings(model):
         # Whisper's own generate() adds timestamps and windows; here a clip is one window.
-        inputs: dict[str, Any] = {**prompts.to(model.device).inputs(), "generation_config": settings}
+        inputs: dict[str, Any] = {**prompts.to(model.device, model.dtype).inputs(), "generation_config": settings}
         ids = GenerationMixin.generate(cast(Any, model), **inputs)
     return tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1]:], skip_special_tokens=True)
 

@@ -40,7 +40,7 @@ class GeneralText:
         and num_left_out: how many texts do not fit the model."""
         head, likelihood = ScoringHead(model), Likelihood()
         for index, batch in enumerate(self._batches):
-            batch = batch.to(model.device)
+            batch = batch.to(model.device, model.dtype)
             states, targets = head.states(batch), predicted(batch)
             if self._dense is None:
                 self._dense_states.append(states.cpu())

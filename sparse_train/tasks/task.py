@@ -118,7 +118,7 @@ class Task(ABC):
                 part = [examples[i] for i in chosen]
                 whole = [example for example in part if len(windows(example, processor)) == 1]
                 for like in like_lengths(whole, processor, spec.batch_size):
-                    batch = self.batch(like, processor).to(model.device)
+                    batch = self.batch(like, processor).to(model.device, model.dtype)
                     answers.add(head, head.states(batch), predicted(batch))
                 if self.generates:
                     predictions.update(zip(chosen, generate(model, processor, part, spec), strict=True))

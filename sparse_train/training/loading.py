@@ -11,24 +11,22 @@ from transformers import PreTrainedModel
 from sparse_train import dist
 from sparse_train.compat.deepspeed import convert_to_partitioned, partition
 from sparse_train.config import TeacherConfig, TrainConfig
-from sparse_train.models import load_model, open_model
+from sparse_train.models import DTYPES, load_model, open_model
 from sparse_train.models.checkpoint import ModelFolder
 from sparse_train.training.engine import student_settings, teacher_settings
 from sparse_train.training.partition import shard_bounds
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_student(path: str | Path, config: TrainConfig) -> PreTrainedModel:
     """The model to train: partitioned while it is read under ZeRO-3, whole otherwise. Collective."""
     if config.zero.stage < 3:
         return load_model(path)
-    return _load_partitioned(path, _DTYPES[config.precision], student_settings(config))
+    return _load_partitioned(path, DTYPES[config.precision], student_settings(config))
 
 
 def load_teacher(path: str | Path, config: TrainConfig, teacher: TeacherConfig) -> PreTrainedModel:
     """The frozen model, partitioned while it is read. Collective."""
-    return _load_partitioned(path, _DTYPES[teacher.precision or config.precision], teacher_settings(config, teacher))
+    return _load_partitioned(path, DTYPES[teacher.precision or config.precision], teacher_settings(config, teacher))
 
 
 def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:

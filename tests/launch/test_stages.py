@@ -48,6 +48,7 @@ READERS = {
     "finetune.steps": "finetune report",
     "finetune.num_examples": "finetune report",
     "finetune.*": "finetune",
+    "evaluate.precision": "evaluate",
     "evaluate.*texts": "evaluate",
     "evaluate.*": "evaluate compress",
     "compress.precisions": "compress benchmark",
