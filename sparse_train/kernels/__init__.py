@@ -3,7 +3,8 @@
     expand, compact          training and prefill: (values, bits) -> dense and back
     linear                   training: x W^T with W expanded while it is multiplied
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32 or INT8
-    PackedMatrix.matmul      prompts: the same for many x at once, by a dense product
+    PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
+    break_even               the density below which it skips zeros, measured on this machine
     read_bandwidth           of the memory, in bytes per second, for the byte bound
     backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI) or portable
     PORTABLE_NOTE            the warning printed where the portable kernels run
@@ -15,10 +16,10 @@ sparse_train/registry.py) and dtype (`devices.py`) choose the kernels, and on th
 
 from sparse_train.kernels.native import PORTABLE_NOTE, backend, backends, read_bandwidth, use_backend
 from sparse_train.kernels.ops import compact, expand, linear
-from sparse_train.kernels.packed import PackedMatrix
+from sparse_train.kernels.packed import PackedMatrix, break_even
 from sparse_train.kernels.reference import pack, unpack
 
 __all__ = [
-    "PORTABLE_NOTE", "PackedMatrix", "backend", "backends", "compact", "expand", "linear", "pack", "read_bandwidth",
-    "unpack", "use_backend",
+    "PORTABLE_NOTE", "PackedMatrix", "backend", "backends", "break_even", "compact", "expand", "linear", "pack",
+    "read_bandwidth", "unpack", "use_backend",
 ]

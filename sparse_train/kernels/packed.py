@@ -1,14 +1,17 @@
 """PackedMatrix: the operand of inference, in the memory of native code."""
 
+import functools
 import itertools
+import time
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
 from sparse_train.kernels import reference
-from sparse_train.kernels.arguments import CPU, check_bits, check_tensor, consecutive, describe
-from sparse_train.kernels.native import FLOATS, _native
+from sparse_train.kernels.arguments import CPU, check_bits, check_count, check_tensor, consecutive, describe
+from sparse_train.kernels.native import FLOATS, _native, backend
 from sparse_train.kernels.ops import OPS, define_operator
 
 # Operators take tensors and numbers. A number is given once, so that a compiled graph never meets another matrix.
@@ -35,6 +38,7 @@ class PackedMatrix:
             scale = consecutive(scale.float())
         values, bitmask = consecutive(values if scale is not None else values.float()), consecutive(bitmask)
         self.shape = (len(bitmask), num_columns)
+        self._density = values.numel() / max(1, self.shape[0] * self.shape[1])
         self._scale = scale
         self._packed = _native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
                                       *self.shape, values.numel(), scale is not None, torch.get_num_threads())
@@ -61,7 +65,14 @@ class PackedMatrix:
         return OPS.matvec(self._number, x, self.shape[0]) if torch.compiler.is_compiling() else self._matvec(x)
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (..., C) float32 -> (..., R): matvec of each row, by one dense product, which is what many rows need."""
+        """`x` (..., C) float32 -> (..., R): matvec of each row up to rounding, by one product of them all.
+
+        That skips zeros where the weight's density is below `break_even`, and then adds up each row in the same order
+        whatever rows it comes with; otherwise the weight is expanded and multiplied by torch.
+        """
+        if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != torch.float32
+                or x.device.type not in ("cpu", "meta") or x.layout != torch.strided):
+            raise ValueError(f"x is {describe(x)}; it needs rows of {self.shape[1]} float32 numbers on the cpu")
         return OPS.matmul(self._number, x, self.shape[0])
 
     def to_dense(self) -> torch.Tensor:
@@ -83,10 +94,62 @@ class PackedMatrix:
         return self.to_dense() @ x.flatten()
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.numel() // max(1, self.shape[1])
+        multiply = self._skipping if num_rows and self._density < break_even(num_rows) else self._expanding
         if self._scale is None:
-            return functional.linear(x, self.to_dense())
+            return multiply(x)
         codes, step = reference.quantise(x)
-        return functional.linear(codes, self._expanded().float()) * (step * self._scale)
+        return multiply(codes) * (step * self._scale)
+
+    def _expanding(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (..., C) -> (..., R), the product with the values as they are stored."""
+        return functional.linear(x, self._expanded().float())
+
+    def _skipping(self, x: torch.Tensor) -> torch.Tensor:
+        """The same without the zeros."""
+        rows = consecutive(x).view(-1, self.shape[1])
+        y = torch.empty(len(rows), self.shape[0])
+        self._packed.matmul(rows.data_ptr(), len(rows), y.data_ptr(), torch.get_num_threads())
+        # A row that is not finite has no finite sum. Of such a row 0 * Inf counts as well.
+        finite = rows.sum(1).isfinite()
+        if not finite.all():
+            y[~finite] = self._expanding(rows[~finite])
+        return y.view(*x.shape[:-1], self.shape[0])
+
+
+def break_even(num_rows: int) -> float:
+    """The density below which a product with `num_rows` rows is faster when it skips zeros: 0 never, inf always.
+
+    It is measured when it is first asked for, in some hundredths of a second, for each power of two of rows (at most
+    128), backend and number of threads.
+    """
+    check_count("num_rows", num_rows, 1)
+    return _break_even(min(128, 1 << num_rows.bit_length() - 1), backend(), torch.get_num_threads())
+
+
+@functools.cache
+def _break_even(num_rows: int, backend: str, num_threads: int) -> float:
+    generator, size, sparse = torch.Generator().manual_seed(0), 1024, 0.25
+    x = torch.randn(num_rows, size, generator=generator)
+    seconds = []
+    for density in (sparse, 1.0):
+        keep = torch.rand(size, size, generator=generator) < density
+        packed = PackedMatrix(torch.ones(int(keep.sum())), reference.pack(keep), size)
+        seconds.append([_fastest(product, x) for product in (packed._skipping, packed._expanding)])
+    (skipping, expanding), (all_kept, _) = seconds
+    per_density = (all_kept - skipping) / (1 - sparse)  # what skips zeros takes a time of its own and one per value
+    fixed = skipping - sparse * per_density
+    return max(0.0, (expanding - fixed) / per_density) if per_density > 0 else float(skipping < expanding)
+
+
+def _fastest(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, repeats: int = 4) -> float:
+    """Seconds, the least of some calls after one that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        product(x)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 define_operator("matvec(SymInt packed, Tensor x, SymInt num_rows) -> Tensor",

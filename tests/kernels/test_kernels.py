@@ -198,6 +198,8 @@ def check():
                 torch.full((4096,), poison)  # what matvec's y and to_dense's weight are made from, freed again
                 assert torch.equal(packed.matvec(x), exact), (name, scale is None, "matvec")
                 assert torch.equal(packed.to_dense(), codes.float()), (name, scale is None, "to_dense")
+                torch.full((40, 4096), poison)
+                assert torch.equal(packed._skipping(x.expand(40, -1)), exact.expand(40, -1)), (name, scale, "matmul")
 
 torch.set_num_threads(4)
 check()
@@ -279,6 +281,7 @@ def _good():
         "PackedMatrix": (kernels.PackedMatrix, weight),
         "PackedMatrix int8": (kernels.PackedMatrix, int8),
         "matvec": (kernels.PackedMatrix(**weight).matvec, {"x": torch.ones(100)}),
+        "matmul": (kernels.PackedMatrix(**weight).matmul, {"x": torch.ones(20, 100)}),
         "matvec int8": (kernels.PackedMatrix(**int8).matvec, {"x": torch.ones(100)}),
         "read_bandwidth": (kernels.read_bandwidth, {"num_bytes": 1 << 16, "num_threads": 1, "repeats": 1}),
     }
@@ -293,7 +296,7 @@ def _bad(value):
     ] + ([value.cuda()] if torch.cuda.is_available() else [])
 
 
-_ANY_ROWS = {("pack", "keep"): 3, ("unpack", "bitmask"): 3}  # of these the first bad values are good ones
+_ANY_ROWS = {("pack", "keep"): 3, ("unpack", "bitmask"): 3, ("matmul", "x"): 3}  # of these the first bad values are good ones
 
 
 @pytest.mark.parametrize("name", sorted(_good()))

@@ -1,5 +1,5 @@
 // AVX-512 with VBMI2 (expand and compress of bytes and words) and VNNI (u8 x s8 dot products).
-// flags for x86_64: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx512vnni -mbmi2 -mpopcnt -mfma
+// flags for x86_64: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx512vnni -mbmi -mbmi2 -mpopcnt -mfma
 //
 // Every position costs a share of one expand, whatever its value's width, so a word of 64 positions takes four expands
 // in FP32 and one in INT8. Only `values += popcount` links one word to the next: the loads of a word start from counts
@@ -10,6 +10,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
+
+#include "matmul.h"
 
 namespace sparse_train {
 namespace {
@@ -219,7 +221,7 @@ bool is_supported() {
 
 }  // namespace
 
-const Tier avx512 = {"avx512", is_supported, matvec_f32, matvec_i8, expand, compact, count, read};
+const Tier avx512 = {"avx512", is_supported, matvec_f32, matvec_i8, expand, compact, count, read, kMatmul<16>};
 
 }  // namespace sparse_train
 #else

@@ -33,6 +33,7 @@ const std::vector<const Tier*> tiers = supported_tiers();
 const Tier* tier = tiers.front();
 constexpr int64_t kRowsPerThread = 32;      // fewer are not worth waking a thread
 constexpr int64_t kBytesPerThread = 65536;  // nor are fewer bytes
+constexpr int64_t kProductsPerThread = 1 << 19;  // nor fewer products of a weight and an activation
 
 template <class T>
 T* at(uintptr_t address) {
@@ -165,6 +166,33 @@ public:
         return true;
     }
 
+    // y (num_x, num_rows) = x (num_x, num_columns) times the values as they are stored: without scales.
+    void matmul(uintptr_t x, int64_t num_x, uintptr_t y, int num_threads) const {
+        constexpr int64_t kMostX = 256;     // at once: what the sums and the tiles then take still fits caches
+        constexpr int64_t kMostRows = 512;  // that a tile of x is read for, while it is in the first-level cache
+        const Rows& rows = counted_.rows;
+        const int64_t most_x = std::min(num_x, kMostX);
+        const Buffer tiles = allocate(4 * 64 * rows.num_words * ((most_x + 15) / 16 * 16));
+        const int64_t useful = rows.offsets[rows.num_rows] * most_x / kProductsPerThread;
+        const int threads = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
+        // Several parts per thread even out what they differ in.
+        const int64_t part = std::min(kMostRows, std::max<int64_t>(kRowsPerThread, rows.num_rows / (4 * threads)));
+        for (int64_t m = 0; m < num_x; m += kMostX) {
+            const float* from = at<const float>(x) + m * rows.num_columns;
+            const int64_t count = std::min(kMostX, num_x - m);
+#pragma omp parallel num_threads(threads)
+            {
+#pragma omp for
+                for (int64_t w = 0; w < rows.num_words; ++w)
+                    tier->matmul.pack(from, count, rows, (float*)tiles.get(), w, w + 1);
+#pragma omp for schedule(dynamic)
+                for (int64_t r = 0; r < rows.num_rows; r += part)
+                    tier->matmul.multiply(rows, is_int8_ ? 1 : 4, values_.get(), (const float*)tiles.get(), count,
+                                          at<float>(y) + m * rows.num_rows, r, std::min(r + part, rows.num_rows));
+            }
+        }
+    }
+
     // Writes (num_rows, num_columns) values as they are stored: float32, or int8 without scales.
     void expand(uintptr_t dense, int num_threads) const {
         const int size = is_int8_ ? 1 : 4;
@@ -284,6 +312,7 @@ NB_MODULE(_native, m) {
     nb::class_<Packed>(m, "Packed")
         .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool, int>())
         .def("matvec", &Packed::matvec, release())
+        .def("matmul", &Packed::matmul, release())
         .def("expand", &Packed::expand, release())
         .def_prop_ro("num_bytes", &Packed::num_bytes);
 }

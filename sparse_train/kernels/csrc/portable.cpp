@@ -1,4 +1,5 @@
 // Any CPU: one kept position after the other.
+#include "matmul.h"
 #include "tiers.h"
 
 namespace sparse_train {
@@ -71,6 +72,6 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_i8, expand, compact, count, read};
+const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_i8, expand, compact, count, read, kMatmul<4>};
 
 }  // namespace sparse_train

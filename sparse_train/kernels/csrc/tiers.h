@@ -5,6 +5,16 @@
 
 namespace sparse_train {
 
+// Products with many rows of x at once (matmul.h); both functions may be called by several threads for different parts.
+struct Matmul {
+    // x (num_x, num_columns) to `tiles`, which have room for num_x, rounded up to 16, times num_words * 64 floats and
+    // start at a multiple of 64 bytes; words first..last-1 of the columns.
+    void (*pack)(const float* x, int64_t num_x, const Rows&, float* tiles, int64_t first, int64_t last);
+    // y (num_x, num_rows) <- the values as they are, of `size` 4 (float) or 1 (int8) bytes, times the rows of x.
+    void (*multiply)(const Rows&, int size, const void* values, const float* tiles, int64_t num_x, float* y,
+                     int64_t first, int64_t last);
+};
+
 // A function works on rows first..last-1. Vectors x have num_words * 64 readable entries; the values that matvec_* reads
 // are followed by 64 readable bytes, those of expand and compact by none.
 struct Tier {
@@ -22,6 +32,7 @@ struct Tier {
     int64_t (*count)(const Rows&, int64_t row);
     // Reads num_bytes (a multiple of 512) once; the result only keeps the reads alive.
     uint64_t (*read)(const void* data, int64_t num_bytes);
+    Matmul matmul;
 };
 
 extern const Tier avx512, portable;

@@ -1,0 +1,131 @@
+"""Products with many rows: those that skip zeros against float64, and the choice between them and the dense product."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sparse_train import kernels
+from sparse_train.kernels import packed
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(params=kernels.backends())
+def backend(request):
+    with kernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def skips(monkeypatch):
+    """Zeros are skipped whatever the density."""
+    monkeypatch.setattr(packed, "break_even", lambda num_rows: float("inf"))
+
+
+def _matrix(shape, density, is_int8=False):
+    """(PackedMatrix, its values as dense float32, scale per row)"""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(shape, generator=generator) < density
+    dense = torch.randn(shape, generator=generator) * keep
+    if not is_int8:
+        return kernels.PackedMatrix(dense[keep], kernels.pack(keep), shape[1]), dense, torch.ones(shape[0])
+    codes, scale = (dense * 40).round().clamp(-128, 127).to(torch.int8), torch.rand(shape[0], generator=generator)
+    return kernels.PackedMatrix(codes[keep], kernels.pack(keep), shape[1], scale), codes.float(), scale
+
+
+def _rows(num_rows, num_columns):
+    return torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("skips")
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("shape", "num_rows"), [
+    ((1, 1), 1), ((3, 63), 2), ((17, 64), 16), ((5, 65), 17), ((64, 127), 70), ((130, 200), 129), ((2, 1000), 300),
+    ((600, 70), 40), ((3, 65_700), 9)])
+def test_what_skips_zeros_is_exact_up_to_rounding(backend, shape, num_rows, density, is_int8):
+    matrix, dense, scale = _matrix(shape, density, is_int8)
+    x = _rows(num_rows, shape[1])
+    codes, step = kernels.reference.quantise(x) if is_int8 else (x, torch.ones(num_rows, 1))
+    factor = step.double() * scale
+    exact = (codes.double() @ dense.double().T) * factor
+    # n products err by at most n half rounding errors of the sum of their sizes; three for scales and their product.
+    bound = ((dense != 0).sum(1) + 3) * _EPS / 2 * (codes.double().abs() @ dense.double().abs().T) * factor
+    assert ((matrix.matmul(x) - exact).abs() <= bound).all()
+
+
+@pytest.mark.usefixtures("skips")
+def test_integer_sums_of_64_columns_are_exact(backend):
+    codes = torch.full((2, 64), -128, dtype=torch.int8)
+    matrix = kernels.PackedMatrix(codes.flatten(), kernels.pack(codes != 0), 64, torch.ones(2))
+    x = torch.full((20, 64), 255.0)
+    assert torch.equal(matrix.matmul(x), torch.full((20, 2), -128.0 * 255 * 64))
+
+
+@pytest.mark.usefixtures("skips")
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_threads(backend, is_int8):
+    matrix, _, _ = _matrix((600, 300), 0.3, is_int8)
+    x, before = _rows(530, 300), torch.get_num_threads()
+    whole = matrix.matmul(x)
+    for first, last in ((0, 1), (3, 5), (100, 170), (255, 530)):
+        assert torch.equal(matrix.matmul(x[first:last]), whole[first:last])
+    assert torch.equal(matrix.matmul(x.view(2, 265, 300)), whole.view(2, 265, 600))
+    assert torch.equal(matrix.matmul(x.T.contiguous().T), whole)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(matrix.matmul(x), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("skips")
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(backend, odd, is_int8):
+    matrix, dense, _ = _matrix((70, 100), 0.5, is_int8)
+    x = _rows(40, 100)
+    before = matrix.matmul(x)
+    x[7, 3] = x[39, 99] = odd
+    found, others = matrix.matmul(x), [i for i in range(40) if i not in (7, 39)]
+    assert torch.equal(found[others], before[others])
+    assert not found[[7, 39]].isfinite().any()
+    if not is_int8:
+        torch.testing.assert_close(found[[7, 39]], functional.linear(x[[7, 39]], dense), equal_nan=True)
+
+
+@pytest.mark.usefixtures("skips")
+def test_no_activation_past_the_end_is_read(backend):
+    """x ends where its memory page does: one byte further is a crash."""
+    size = mmap.PAGESIZE
+    region = mmap.mmap(-1, 2 * size)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(size), 0) == 0
+    matrix, dense, _ = _matrix((20, 100), 0.5)
+    x = torch.frombuffer(region, dtype=torch.float32, count=700, offset=size - 2800).view(7, 100)
+    x.copy_(_rows(7, 100))
+    torch.testing.assert_close(matrix.matmul(x), x @ dense.T)
+
+
+@pytest.mark.parametrize(("density", "skipped"), [(0.2, True), (0.4, False)])
+def test_a_weight_denser_than_the_break_even_is_multiplied_dense(monkeypatch, density, skipped):
+    monkeypatch.setattr(packed, "break_even", lambda num_rows: {12: 0.3}[num_rows])
+    taken = []
+    monkeypatch.setattr(kernels.PackedMatrix, "_skipping", lambda self, x: taken.append(x) or self._expanding(x))
+    matrix, dense, _ = _matrix((70, 100), density)
+    x = _rows(12, 100)
+    assert torch.equal(matrix.matmul(x.view(3, 4, 100)), functional.linear(x, dense).view(3, 4, 70))
+    assert bool(taken) == skipped
+    assert matrix.matmul(x[:0]).shape == (0, 70)
+
+
+def test_the_break_even_is_measured_once_for_a_power_of_two_of_rows(backend):
+    found = kernels.break_even(9)
+    assert 0 <= found and found == kernels.break_even(15)
+    with pytest.raises(ValueError, match="num_rows is 0"):
+        kernels.break_even(0)
