@@ -17,7 +17,8 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser("bench", help="measure kernels and training steps on this machine")
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
 
-    layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, dense and sparse, one token at a time")
+    layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, one token at a time, and an MLP for "
+                               "prompts of 128 and 512 rows, dense and sparse")
     layers.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
     layers.add_argument("--repeats", type=_positive, default=15)
     layers.set_defaults(command=_layers)
@@ -68,7 +69,7 @@ def _layers(options, console: Console) -> None:
     import torch
 
     from sparse_train import kernels
-    from sparse_train.bench.layers import MPT_7B_BLOCK, layer_rows, random_weights
+    from sparse_train.bench.layers import MLP_2048, MPT_7B_BLOCK, PROMPT_ROWS, layer_rows, random_weights
     from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
     from sparse_train.cpus import set_threads
 
@@ -76,9 +77,16 @@ def _layers(options, console: Console) -> None:
     bandwidth, rows = kernels.read_bandwidth(), []
     for sparsity in options.sparsity:
         rows += layer_rows("mpt-7b block", random_weights(MPT_7B_BLOCK, sparsity), options.repeats, bandwidth)
+    for sparsity in options.sparsity:
+        for num_rows in PROMPT_ROWS:
+            rows += layer_rows("mlp 2048-8192-2048", random_weights(MLP_2048, sparsity), options.repeats, bandwidth,
+                               num_rows=num_rows)
     print_measured(console, SPEED_HEADER, map(speed_cells, rows), [kernels.backend()], num_left=3)
+    break_even = {num_rows: kernels.break_even(num_rows) for num_rows in (2, 4, 8, 16, 32, 64, 128)}
+    densities = ", ".join(f"{density:.2f} ({num_rows} rows)" for num_rows, density in break_even.items())
+    console.print(f"zeros are skipped below a density of {densities}", highlight=False, soft_wrap=True)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
-                      "rows": rows}))
+                      "break_even": break_even, "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:

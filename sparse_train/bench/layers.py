@@ -1,7 +1,8 @@
-"""Batch-1 products of a block's linears: dense torch FP32, sparse FP32 and sparse INT8, against the byte bound.
+"""Products of a block's linears: dense torch FP32, sparse FP32 and sparse INT8, against the byte bound.
 
 A pass over all shapes is timed as one, so that weights of realistic sizes are never in a cache. The bound is the bytes
-of the compressed weights divided by the read bandwidth, measured in the same process.
+of the compressed weights divided by the read bandwidth, measured in the same process. One token is multiplied by
+PackedMatrix.matvec, the rows of a prompt by matmul, as PackedLinear does; prompts are far from that bound.
 """
 
 import functools
@@ -16,13 +17,16 @@ from sparse_train.kernels import PackedMatrix
 from sparse_train.sparse import BitmaskTensor
 
 MPT_7B_BLOCK = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))
+MLP_2048 = ((8192, 2048), (2048, 8192))
+PROMPT_ROWS = (128, 512)
 
 
 def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandwidth: float,
-               progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """One row per engine, for a pass over `weights`; `bandwidth` in bytes per second. milliseconds are medians."""
-    engines = _engines(weights)
-    inputs = [torch.randn(1, weight.shape[1]) for weight in weights]
+               progress: Callable[[int, int], None] | None = None, num_rows: int = 1) -> list[dict[str, Any]]:
+    """One row per engine, for a pass over `weights` with `num_rows` rows; `bandwidth` in bytes per second.
+    milliseconds are medians."""
+    engines = _engines(weights, num_rows)
+    inputs = [torch.randn(num_rows, weight.shape[1]) for weight in weights]
 
     def one_pass(operands: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
         for operand, x in zip(operands, inputs, strict=True):
@@ -30,16 +34,17 @@ def layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandw
 
     timings = interleave({key: functools.partial(one_pass, operands) for key, (operands, _) in engines.items()},
                          repeats, progress)
-    return rows_of(model, weights, timings, {key: num_bytes for key, (_, num_bytes) in engines.items()}, bandwidth)
+    return rows_of(model, weights, timings, {key: num_bytes for key, (_, num_bytes) in engines.items()}, bandwidth,
+                   "linears" if num_rows == 1 else f"{num_rows} rows")
 
 
 def rows_of(model: str, weights: Sequence[BitmaskTensor], timings: dict[tuple[str, str], Timing],
-            num_bytes: dict[tuple[str, str], int], bandwidth: float) -> list[dict[str, Any]]:
+            num_bytes: dict[tuple[str, str], int], bandwidth: float, what: str = "linears") -> list[dict[str, Any]]:
     """Rows of a table. `timings` and `num_bytes` (read per pass) are by (engine, precision), dense torch first."""
     dense = next(iter(timings.values())).median
     sparsity = 1 - sum(w.values.numel() for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
     return [{
-        "model": model, "what": "linears", "engine": engine, "precision": precision,
+        "model": model, "what": what, "engine": engine, "precision": precision,
         "sparsity": 0.0 if engine == "torch" else round(sparsity, 4), "milliseconds": 1e3 * timing.median,
         "low": 1e3 * timing.low, "high": 1e3 * timing.high, "bytes": num_bytes[engine, precision],
         "speedup": dense / timing.median,
@@ -54,10 +59,13 @@ def random_weights(shapes: Sequence[tuple[int, int]], sparsity: float, seed: int
                                      torch.rand(shape, generator=generator) >= sparsity) for shape in shapes]
 
 
-def _engines(weights):
+def _engines(weights, num_rows):
     """(engine, precision) -> (a callable per weight, the bytes that a pass reads)."""
     def torch_linear(dense):
         return lambda x: torch.nn.functional.linear(x, dense)
+
+    def product(packed):
+        return packed.matvec if num_rows == 1 else packed.matmul
 
     dense = [weight.to_dense() for weight in weights]
     fp32 = [PackedMatrix(w.values, w.bitmask, w.shape[1]) for w in weights]
@@ -65,6 +73,6 @@ def _engines(weights):
             for codes, scale in map(quantise_rows, weights)]
     return {
         ("torch", "fp32"): ([torch_linear(w) for w in dense], sum(w.nbytes for w in dense)),
-        ("sparse", "fp32"): ([m.matvec for m in fp32], sum(m.num_bytes for m in fp32)),
-        ("sparse", "int8"): ([m.matvec for m in int8], sum(m.num_bytes for m in int8)),
+        ("sparse", "fp32"): ([product(m) for m in fp32], sum(m.num_bytes for m in fp32)),
+        ("sparse", "int8"): ([product(m) for m in int8], sum(m.num_bytes for m in int8)),
     }

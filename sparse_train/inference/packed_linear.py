@@ -1,4 +1,4 @@
-"""PackedLinear: the layer of sparse inference. A new token multiplies with the packed weight; a prompt expands it."""
+"""PackedLinear: the layer of sparse inference, for new tokens and for prompts."""
 
 import torch
 from torch import nn
@@ -18,13 +18,14 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A token gives the same result alone, in a batch or in a prompt; int8 always quantises it."""
+        """A token gives the same result alone, in a batch of new tokens or, up to rounding, in a prompt; int8 always
+        quantises it."""
         if x.numel() == self.in_features:
             y = self.weight.matvec(x).view(*x.shape[:-1], self.out_features)
         elif x.numel() and x.ndim > 2 and x.shape[-2] == 1:  # one new token per row of the batch
             rows = [self.weight.matvec(row) for row in x.reshape(-1, self.in_features)]
             y = torch.stack(rows).view(*x.shape[:-1], self.out_features)
-        else:  # a prompt is bound by arithmetic, not by bytes, so the dense product is faster
+        else:  # a prompt is bound by arithmetic, not by bytes
             y = self.weight.matmul(x)
         return y if self.bias is None else y + self.bias
 

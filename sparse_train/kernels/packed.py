@@ -118,7 +118,7 @@ class PackedMatrix:
 
 
 def break_even(num_rows: int) -> float:
-    """The density below which a product with `num_rows` rows is faster when it skips zeros: 0 never, inf always.
+    """The density below which a product with `num_rows` rows is faster when it skips zeros; above 1 where it always is.
 
     It is measured when it is first asked for, in some hundredths of a second, for each power of two of rows (at most
     128), backend and number of threads.

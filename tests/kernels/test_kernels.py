@@ -296,7 +296,8 @@ def _bad(value):
     ] + ([value.cuda()] if torch.cuda.is_available() else [])
 
 
-_ANY_ROWS = {("pack", "keep"): 3, ("unpack", "bitmask"): 3, ("matmul", "x"): 3}  # of these the first bad values are good ones
+# Of these the first bad values are good ones.
+_ANY_ROWS = {("pack", "keep"): 3, ("unpack", "bitmask"): 3, ("matmul", "x"): 3}
 
 
 @pytest.mark.parametrize("name", sorted(_good()))
