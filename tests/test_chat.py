@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
+from transformers.generation import BaseStreamer
 
 from sparse_train.artifacts import sign
 from sparse_train.config import EvaluateConfig, ModelConfig, RunConfig, TaskConfig
@@ -199,17 +200,25 @@ def test_questions_and_answers_of_other_tasks_are_turns_where_the_config_says_so
             build_task(TaskConfig(name=name, path=str(tmp_path), chat=True))
 
 
-class _Counted:
-    """Makes a model say `token` at each position, and counts how often it is asked."""
+def _saying(model, token):
+    """Makes it say `token` at each position."""
+    bias = torch.zeros(model.config.vocab_size)
+    bias[token] = 1e4
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    return model
 
-    def __init__(self, model, token):
-        bias = torch.zeros(model.config.vocab_size)
-        bias[token], self.calls = 1e4, 0
-        model.lm_head.bias = torch.nn.Parameter(bias)
-        model.lm_head.register_forward_hook(self._count)
 
-    def _count(self, *_):
+class _Told(BaseStreamer):
+    """Counts how often it is told tokens: the prompt's, then each new one."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def put(self, value):
         self.calls += 1
+
+    def end(self):
+        pass
 
 
 @functools.cache
@@ -223,9 +232,10 @@ def _chat_model():
 
 def test_an_answer_ends_where_the_template_ends_the_assistants_turn():
     model, processor = copy.deepcopy(_chat_model()[0]), _chat_model()[1]
-    counted = _Counted(model, processor.tokenizer.convert_tokens_to_ids("<|end|>"))
-    assert Runtime(model, processor).complete("Tom?", 5, history=()) == "" and counted.calls == 1
-    assert Runtime(model, processor).complete("Tom?", 5) == "" and counted.calls == 1 + 5
+    runtime = Runtime(_saying(model, processor.tokenizer.convert_tokens_to_ids("<|end|>")), processor)
+    for history, expected in (((), 1), (None, 5)):
+        told = _Told()
+        assert runtime.complete("Tom?", 5, history=history, streamer=told) == "" and told.calls == 1 + expected
 
 
 def test_a_chat_is_scored_by_its_answers(tmp_path):

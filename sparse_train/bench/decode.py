@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from sparse_train.bench.timing import interleave
-from sparse_train.config import EvaluateConfig
 from sparse_train.inference import PackedLinear, Runtime
-from sparse_train.tasks import Example, generate
+from sparse_train.tasks import Example
 
 _PROMPT_CHARACTERS = 64
 
@@ -43,7 +42,7 @@ def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], exam
 
 
 def _decode(runtime: Runtime, example: Example, new_tokens: int) -> None:
-    generate(runtime.model, runtime.processor, [example], EvaluateConfig(max_new_tokens=new_tokens), new_tokens)
+    runtime.generate([example], new_tokens, until_end=False)
 
 
 def _bytes_per_token(runtime: Runtime, example: Example) -> int:

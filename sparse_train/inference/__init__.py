@@ -1,4 +1,8 @@
-"""Compressed models on the CPU, through Hugging Face's `generate`."""
+"""Models on the CPU, sparse or dense.
+
+    load       a folder -> Runtime, whose model has Hugging Face's `generate`
+    Decoder    the forward pass of a new token, for the families of decoder.PLANS; Runtime uses it (decoding.py)
+"""
 
 from sparse_train.inference.load import Runtime, load
 from sparse_train.inference.packed_linear import PackedLinear

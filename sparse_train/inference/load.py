@@ -1,6 +1,7 @@
 """Loads a model folder, sparse or dense, for generation."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError, first_line
+from sparse_train.inference.decoding import loop_for
 from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.kernels import PackedMatrix
 from sparse_train.models import Processor, fill, load_processor, open_model
@@ -31,12 +33,18 @@ class Runtime:
         """Whether it runs on the native kernels."""
         return any(isinstance(module, PackedLinear) for module in self.model.modules())
 
+    def generate(self, examples: Sequence[Example], max_new_tokens: int, **options: Any) -> list[str]:
+        """As sparse_train.tasks.generate, which has the `options`, and through a Decoder where there is one."""
+        return generate(self.model, self.processor, examples, EvaluateConfig(max_new_tokens=max_new_tokens),
+                        loop_for=loop_for, **options)
+
     def complete(self, prompt: str, max_new_tokens: int | None = None,
-                 history: tuple[Message, ...] | None = None) -> str:
+                 history: tuple[Message, ...] | None = None, **options: Any) -> str:
         """The greedy continuation of `prompt`, or an encoder-decoder's answer to it; with a `history`, which may be
         empty, the assistant's answer to it as a user's turn behind these messages.
 
-        `max_new_tokens` None: 128, or as many as the model has positions for. Raises UserError for more than that.
+        `max_new_tokens` None: 128, or as many as the model has positions for. Raises UserError for more than that. The
+        `options` are those of `generate`.
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
@@ -49,7 +57,7 @@ class Runtime:
             if max_new_tokens is None:
                 num_prompt = len(self.processor.decoder_prefix) or len(encode_prompt(example, self.processor))
                 max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - num_prompt))
-            return generate(self.model, self.processor, [example], EvaluateConfig(max_new_tokens=max_new_tokens))[0]
+            return self.generate([example], max_new_tokens, **options)[0]
         except UserError as error:
             raise UserError(f"{self.model.name_or_path}: {error}") from error
         except Exception as error:  # some facts of config.json, such as the width of a window, matter only here

@@ -64,6 +64,19 @@ class PackedMatrix:
         # A small product takes less time than the way through torch's dispatcher.
         return OPS.matvec(self._number, x, self.shape[0]) if torch.compiler.is_compiling() else self._matvec(x)
 
+    def product(self, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+        """A call that computes y (B, R) from what x (B, C) holds by then, each row as matvec does; both float32 and
+        contiguous. It takes the number of threads of now."""
+        calls = [functools.partial(self._packed.matvec, row.data_ptr(), out.data_ptr(), torch.get_num_threads())
+                 for row, out in zip(x, y, strict=True)]
+
+        def multiply() -> None:
+            for row, call in enumerate(calls):
+                if not call():
+                    y[row] = self.to_dense() @ x[row]
+
+        return multiply
+
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (..., C) float32 -> (..., R): matvec of each row up to rounding, by one product of them all.
 

@@ -1,11 +1,19 @@
 """Generation: the same settings for scores, benchmarks and the command line, whatever a model folder proposes."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import BaseStreamer
 
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError
@@ -13,43 +21,59 @@ from sparse_train.models import Processor, model_tokens
 from sparse_train.tasks.batch import Batch, Example, encode_prompt, encoder_input, pad_rows, windows
 from sparse_train.tasks.conversation import end_of_turn
 
+Loop = Callable[..., torch.Tensor]
+"""What transformers' generate takes as `custom_generate`: decodes the tokens after a prompt."""
 
-def generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
-             min_new_tokens: int | None = None) -> list[str]:
+
+def generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig, *,
+             until_end: bool = True, settings: Mapping[str, Any] | None = None, stop: Sequence[str] = (),
+             streamer: BaseStreamer | None = None,
+             loop_for: Callable[[PreTrainedModel, int], Loop | None] = lambda *_: None) -> list[str]:
     """The text that `model` generates for each example, greedily or with spec.num_beams.
 
     Of the model's own generation config only its tokens count: those that end an answer, and those that are suppressed.
+    `until_end` False: every answer has spec.max_new_tokens. `settings`: of transformers' GenerationConfig, such as
+    do_sample. An answer ends with the first of the texts `stop` as well. `streamer` gets the prompts' tokens, then each
+    row's next. `loop_for` (model, longest text in tokens): the loop that decodes, None for transformers'.
     """
     parts = [windows(example, processor) for example in examples]
-    texts = iter(_generate(model, processor, [part for several in parts for part in several], spec, min_new_tokens))
+    prompts = _prompts([part for several in parts for part in several], processor)
+    _require_room(prompts, processor, spec.max_new_tokens)
+    length = prompts.input_ids.shape[1]
+    loop = loop_for(model, length + spec.max_new_tokens) if spec.num_beams == 1 else None
+    inputs: dict[str, Any] = {
+        **prompts.to(model.device, model.dtype).inputs(),
+        "generation_config": _config(model, processor, examples, spec, until_end, settings or {}),
+        "streamer": streamer, "custom_generate": loop and functools.partial(loop, streamer=streamer)}
+    if stop:
+        inputs["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(processor.tokenizer, list(stop))])
+    with _without_settings(model):
+        # Whisper's own generate() adds timestamps and windows; here a clip is one window.
+        ids = GenerationMixin.generate(cast(Any, model), **inputs)
+    texts = iter(processor.tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True))
     return [" ".join(next(texts) for _ in several) for several in parts]
 
 
-def _generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
-              min_new_tokens: int | None) -> list[str]:
+def _config(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
+            until_end: bool, settings: Mapping[str, Any]) -> GenerationConfig:
     tokenizer = processor.tokenizer
     tokens = model_tokens(model.generation_config, "the model")
     ends = {tokenizer.eos_token_id, *tokens.get("eos_token_id", ())}
     if any(example.history is not None for example in examples):
         ends |= {end_of_turn(tokenizer)} - {None}
-    settings = GenerationConfig(
-        do_sample=False, num_beams=spec.num_beams, use_cache=True, max_new_tokens=spec.max_new_tokens,
-        min_new_tokens=min_new_tokens, pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=next(iter(processor.decoder_prefix), None),
-        eos_token_id=sorted(ends),
-        suppress_tokens=tokens.get("suppress_tokens"), begin_suppress_tokens=tokens.get("begin_suppress_tokens"))
+    return GenerationConfig(**{
+        "do_sample": False, "num_beams": spec.num_beams, "use_cache": True, "max_new_tokens": spec.max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": next(iter(processor.decoder_prefix), None),
+        "eos_token_id": sorted(ends) if until_end else None, "suppress_tokens": tokens.get("suppress_tokens"),
+        "begin_suppress_tokens": tokens.get("begin_suppress_tokens"), **settings})
+
+
+def _prompts(examples: Sequence[Example], processor: Processor) -> Batch:
     if processor.decoder_prefix:
         start = torch.tensor([processor.decoder_prefix] * len(examples))
-        prompts = Batch(start, torch.ones_like(start, dtype=torch.bool), start, encoder_input(examples, processor))
-    else:
-        rows, attend = pad_rows([encode_prompt(example, processor) for example in examples], processor, on_left=True)
-        prompts = Batch(rows, attend, rows)
-    _require_room(prompts, processor, spec.max_new_tokens)
-    with _without_settings(model):
-        # Whisper's own generate() adds timestamps and windows; here a clip is one window.
-        inputs: dict[str, Any] = {**prompts.to(model.device, model.dtype).inputs(), "generation_config": settings}
-        ids = GenerationMixin.generate(cast(Any, model), **inputs)
-    return tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1]:], skip_special_tokens=True)
+        return Batch(start, torch.ones_like(start, dtype=torch.bool), start, encoder_input(examples, processor))
+    rows, attend = pad_rows([encode_prompt(example, processor) for example in examples], processor, on_left=True)
+    return Batch(rows, attend, rows)
 
 
 def _require_room(prompts: Batch, processor: Processor, new_tokens: int) -> None:

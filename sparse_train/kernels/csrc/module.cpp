@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "decode.h"
 #include "tiers.h"
 
 namespace nb = nanobind;
@@ -299,6 +300,22 @@ void use_tier(const std::string& name) {
         if (each->name == name) tier = each;
 }
 
+void add_and_normalise_at(uintptr_t hidden, uintptr_t change, uintptr_t weight, uintptr_t bias, uintptr_t out,
+                          int64_t num_rows, int64_t width, float epsilon, bool is_rms) {
+    add_and_normalise(at<float>(hidden), at<const float>(change), at<const float>(weight), at<const float>(bias),
+                      at<float>(out), num_rows, width, epsilon, is_rms);
+}
+
+void activate_at(int kind, uintptr_t x, uintptr_t factor, uintptr_t y, int64_t count) {
+    activate(kind, at<const float>(x), at<const float>(factor), at<float>(y), count);
+}
+
+void attend_at(const Attention& attention, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_stride,
+               int64_t kv_stride, int num_threads) {
+    attention.attend(at<const float>(q), at<const float>(k), at<const float>(v), at<float>(out), q_stride, kv_stride,
+                     num_threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -309,6 +326,19 @@ NB_MODULE(_native, m) {
     m.def("tiers", &tier_names);
     m.def("tier", &tier_name);
     m.def("use_tier", &use_tier);
+    m.def("add_and_normalise", &add_and_normalise_at, release());
+    m.def("activate", &activate_at, release());
+    nb::class_<Attention>(m, "Attention")
+        .def("__init__", [](Attention* self, int64_t num_rows, int64_t num_heads, int64_t num_groups, int64_t head_dim,
+                            int64_t capacity, float scale, uintptr_t keys, uintptr_t values, uintptr_t position,
+                            uintptr_t starts, int64_t rotary, uintptr_t cosine, uintptr_t sine, uintptr_t bias,
+                            uintptr_t query_norm, uintptr_t key_norm, float epsilon) {
+            new (self) Attention{num_rows, num_heads, num_groups, head_dim, capacity, scale, at<float>(keys),
+                                 at<float>(values), at<const int64_t>(position), at<const int64_t>(starts), rotary,
+                                 at<const float>(cosine), at<const float>(sine), at<const float>(bias),
+                                 at<const float>(query_norm), at<const float>(key_norm), epsilon};
+        })
+        .def("attend", &attend_at, release());
     nb::class_<Packed>(m, "Packed")
         .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool, int>())
         .def("matvec", &Packed::matvec, release())

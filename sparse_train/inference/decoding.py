@@ -1,0 +1,65 @@
+"""The loop of generation over a Decoder. transformers prepares it (custom_generate of its `generate`), so that prompts,
+sampling and ends of text are its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer
+
+from sparse_train.inference.decoder import Decoder, can_decode
+
+
+def loop_for(model: PreTrainedModel, capacity: int) -> Callable[..., torch.Tensor] | None:
+    """The loop for texts of at most `capacity` tokens; None: transformers' own, where no Decoder computes the model."""
+    return decode if can_decode(model, capacity) else None
+
+
+def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
+           stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig,
+           streamer: BaseStreamer | None = None, **model_inputs: Any) -> torch.Tensor:
+    """Greedy or sampled tokens (B, T + new), padded behind a row's end: those of transformers' own loop."""
+    num_rows, length = input_ids.shape
+    most = generation_config.max_length
+    ends = {end for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)
+            for end in criterion.eos_token_id.tolist()}
+    padding = next(iter(ends), 0) if generation_config.pad_token_id is None else generation_config.pad_token_id
+    others = StoppingCriteriaList(criterion for criterion in stopping_criteria
+                                  if not isinstance(criterion, EosTokenCriteria | MaxLengthCriteria))
+    ids: Any = torch.cat([input_ids, input_ids.new_full((num_rows, most - length), padding)], dim=1)
+    columns: tuple[torch.Tensor, ...] = ids.unbind(1)
+    prompt = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_inputs)
+    outputs = model(**prompt, return_dict=True)
+    logits = outputs.logits[:, -1]
+    decoder, is_done = None, [False] * num_rows
+    while True:
+        scores = logits_processor(ids[:, :length], logits) if logits_processor else logits
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+        if any(is_done):
+            tokens = tokens.masked_fill(torch.tensor(is_done), padding)
+        columns[length].copy_(tokens)
+        length += 1
+        if streamer is not None:
+            streamer.put(tokens)
+        if ends:
+            is_done = [done or token in ends for done, token in zip(is_done, tokens.tolist(), strict=True)]
+        if others:
+            stops = others(ids[:, :length], scores).tolist()
+            is_done = [done or stop for done, stop in zip(is_done, stops, strict=True)]
+        if length == most or all(is_done):
+            break
+        if decoder is None:
+            decoder = Decoder(model, num_rows, most)
+            decoder.start(outputs.past_key_values, input_ids.shape[1], model_inputs.get("attention_mask"))
+        logits = decoder.step(tokens)
+    if streamer is not None:
+        streamer.end()
+    return ids[:, :length]

@@ -1,0 +1,119 @@
+"""The steps of a decoder between its products, against torch."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sparse_train import kernels
+from sparse_train.kernels.steps import ACTIVATIONS, Steps
+from sparse_train.sparse import BitmaskTensor
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _close(found, expected, bound=2e-6):
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert ((found - expected).abs() <= bound * (1 + expected.abs()))[~expected.isnan()].all()
+
+
+@pytest.mark.parametrize("is_rms", [True, False])
+@pytest.mark.parametrize("width", [1, 7, 576])
+def test_norms(width, is_rms):
+    hidden, change, weight, bias = (_random(*shape, seed=seed) for seed, shape in
+                                    enumerate([(3, width), (3, width), (width,), (width,)]))
+    expected = hidden + change
+    scaled = (_rms_norm(expected, weight) if is_rms
+              else functional.layer_norm(expected.double(), (width,), weight.double(), None, 1e-5))
+    for extra in (None, bias):
+        steps, out, own = Steps(), torch.empty(3, width), hidden.clone()
+        steps.normalise(own, change, weight, extra, 1e-5, out, is_rms)
+        steps.run()
+        assert torch.equal(own, expected)
+        _close(out, scaled if extra is None else scaled + extra, 1e-5)
+    steps.normalise(own, None, weight, None, 1e-5, out, is_rms)
+    steps.run()  # the first step adds the change again, the second none
+    assert torch.equal(own, expected + change)
+
+
+def _rms_norm(x, weight):
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    plain = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}.get(
+        name, lambda x: functional.gelu(x, approximate="tanh"))
+    x = torch.cat([torch.linspace(-100, 100, 1003), _random(500) * 3, torch.tensor([0, -0.0, torch.nan, 1e30, -1e30])])
+    factor, out = _random(len(x), seed=1), torch.empty(len(x))
+    for given in (None, factor):
+        steps = Steps()
+        steps.activate(name, x, given, out)
+        steps.run()
+        expected = plain(x.double()) * (1 if given is None else given)
+        _close(out, expected.float())
+
+
+@pytest.mark.parametrize("heads, groups, dim, rotary", [(4, 4, 8, 8), (9, 3, 64, 0), (6, 2, 5, 4)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
+    """Two rows, of which one starts later, three tokens one after the other."""
+    capacity, first, rows = 40, 20, 2
+    keys, values = _random(rows, groups, capacity, dim, seed=1), _random(rows, groups, capacity, dim, seed=2)
+    position, starts = torch.tensor([0]), torch.tensor([0, 7])
+    angles = _random(capacity, rotary // 2, seed=3).repeat(1, 2)
+    rotation = (angles.cos(), angles.sin()) if rotary else None
+    bias = _random(heads, capacity, seed=4) if has_bias else None
+    norms = (_random(dim, seed=5), _random(dim, seed=6)) if has_bias else None
+    qkv, out = torch.empty(rows, (heads + 2 * groups) * dim), torch.empty(rows, heads * dim)
+    q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], dim=1)
+    known = [keys.clone(), values.clone()]
+    steps = Steps()
+    steps.attend(q, k, v, out, keys, values, position, starts, 0.3, rotation, bias, norms, 1e-5)
+
+    def turned(x, norm, place):
+        x = x.view(-1, dim) if norm is None else _rms_norm(x.view(-1, dim), norm).float()
+        if rotary:
+            low, high = x[:, :rotary].chunk(2, dim=1)
+            x = torch.cat([x[:, :rotary] * angles[place].cos() + torch.cat([-high, low], 1) * angles[place].sin(),
+                           x[:, rotary:]], 1)
+        return x
+
+    for token in range(3):
+        place = position[0] = first + token
+        qkv.copy_(_random(*qkv.shape, seed=10 + token))
+        steps.run()
+        for row, start in enumerate(starts.tolist()):
+            known[0][row, :, place] = turned(k[row], norms and norms[1], place - start)
+            known[1][row, :, place] = v[row].view(groups, dim)
+            query = turned(q[row], norms and norms[0], place - start)
+            for head in range(heads):
+                group = head // (heads // groups)
+                scores = known[0][row, group, start:place + 1].double() @ query[head].double() * 0.3
+                if bias is not None:
+                    scores += bias[head, :place + 1 - start].flip(0)
+                expected = scores.softmax(0) @ known[1][row, group, start:place + 1].double()
+                _close(out[row, head * dim:][:dim], expected.float(), 1e-5)
+    _close(keys, known[0], 1e-5)
+    assert torch.equal(values, known[1])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_products(rows, is_packed):
+    weight = BitmaskTensor.from_dense(_random(20, 70), _random(20, 70, seed=1) > 0)
+    operand = kernels.PackedMatrix(weight.values, weight.bitmask, 70) if is_packed else weight.to_dense()
+    x, bias, out = torch.empty(rows, 70), _random(20, seed=2), torch.empty(rows, 20)
+    for extra in (None, bias):
+        steps = Steps()
+        steps.multiply(operand, extra, x, out)
+        for seed in (3, 4):
+            x.copy_(_random(rows, 70, seed=seed))
+            steps.run()
+            _close(out, functional.linear(x.double(), weight.to_dense().double(), None if extra is None
+                                          else extra.double()).float(), 1e-5)
+        x[-1, 3] = torch.inf
+        steps.run()
+        assert not out[-1].isfinite().any() and out[:-1].isfinite().all()

@@ -1,0 +1,138 @@
+"""The lean decode path says what transformers' loop says, whatever the batch, the sampling and the ends."""
+
+import pytest
+import torch
+from transformers import MptConfig
+from transformers.generation import BaseStreamer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from sparse_train.config import EvaluateConfig, PruneConfig
+from sparse_train.inference import load
+from sparse_train.inference.decoder import PLANS, Decoder, can_decode
+from sparse_train.inference.decoding import loop_for
+from sparse_train.models import save_model
+from sparse_train.models.processor import make_processor
+from sparse_train.pruning import prune
+from sparse_train.registry import FAMILIES
+from sparse_train.sparse import sparsify
+from sparse_train.tasks import Example, generate
+from tests.models import tiny_model, tiny_tokenizer
+
+_EXAMPLES = [Example(text, "") for text in ("Question: Tom has 3 eggs", "1", "How many eggs are 4 and 5?")]
+_LENGTH = 30
+
+
+class _Tokens(BaseStreamer):
+    def __init__(self):
+        self.told, self.ended = [], 0
+
+    def put(self, value):
+        self.told.append(value.clone())
+
+    def end(self):
+        self.ended += 1
+
+
+def _variants():
+    size = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 1,
+            "bos_token_id": None, "eos_token_id": 0}
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    yield "llama", CONFIG_MAPPING["llama"](**size, attention_bias=True, mlp_bias=True, rope_parameters=llama3)
+    yield "tied", CONFIG_MAPPING["llama"](**size, head_dim=16, hidden_act="gelu", tie_word_embeddings=True)
+    yield "mistral", CONFIG_MAPPING["mistral"](**size, sliding_window=None)
+    yield "qwen2", CONFIG_MAPPING["qwen2"](**size)
+    yield "qwen3", CONFIG_MAPPING["qwen3"](**size, head_dim=12)
+    yield "mpt", MptConfig(d_model=36, n_heads=6, n_layers=2, vocab_size=300, max_seq_len=64)
+    yield "clipped", MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=300, max_seq_len=64,
+                               attn_config={"clip_qkv": 0.5, "softmax_scale": 0.3})
+
+
+def _model(config):
+    """Weights, norms' and biases' too, that make every part of it count."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(torch.randn_like(parameter) / (1 if "embed" in name or "wte" in name else 3))
+    return model, make_processor(tiny_tokenizer(), config)
+
+
+@pytest.mark.parametrize("name, config", _variants(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_decoder_computes_what_the_model_does(name, config):
+    model, processor = _model(config)
+    assert can_decode(model, _LENGTH + 32)
+    spec = EvaluateConfig(max_new_tokens=_LENGTH)
+    for settings, num_examples in (({}, 1), ({"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9}, 3),
+                                   ({"repetition_penalty": 1.3, "suppress_tokens": [5, 6]}, 3)):
+        said, told = [], []
+        for loop in (loop_for, lambda *_: None):
+            torch.manual_seed(1)
+            streamer = _Tokens() if num_examples == 1 else None  # transformers streams one row only
+            said.append(generate(model, processor, _EXAMPLES[:num_examples], spec, settings=settings, loop_for=loop,
+                                 until_end=num_examples > 1, streamer=streamer))
+            if streamer:
+                assert streamer.ended == 1
+                told.append(torch.cat([tokens.flatten() for tokens in streamer.told]))
+        assert said[0] == said[1] and all(torch.equal(*pair) for pair in [told] if told), settings
+
+
+@pytest.mark.parametrize("name, config", _variants(), ids=lambda value: value if isinstance(value, str) else "")
+@torch.no_grad()
+def test_logits_of_a_step_are_those_of_the_whole_text(name, config):
+    model, _ = _model(config)
+    ids = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(2))
+    attend = torch.ones_like(ids)
+    attend[1, :5] = 0
+    positions = (attend.cumsum(1) - 1).clamp(min=0)
+    inputs = {} if config.model_type == "mpt" else {"position_ids": positions}
+    expected = model(input_ids=ids, attention_mask=attend, **inputs).logits
+    decoder = Decoder(model, 2, 24)
+    prompt = {key: value[:, :16] for key, value in inputs.items()}
+    decoder.start(model(input_ids=ids[:, :16], attention_mask=attend[:, :16], use_cache=True, **prompt).past_key_values,
+                  16, attend[:, :16])
+    for place in range(16, 24):
+        found = decoder.step(ids[:, place])
+        assert ((found - expected[:, place]).abs() <= 1e-4 * expected[:, place].abs().max()).all(), place
+
+
+def test_an_answer_ends_as_transformers_ends_it():
+    model, processor = _model(dict(_variants())["qwen3"])
+    spec = EvaluateConfig(max_new_tokens=_LENGTH)
+    said = generate(model, processor, _EXAMPLES, spec, until_end=False)
+    ids = [processor.tokenizer.encode(text, add_special_tokens=False) for text in said]
+    ends = [ids[0][7], ids[1][2]]
+    stop = [said[2][4:7]]
+    never = [299]  # without an end, transformers pads no row
+    for some, stops in ((ends, ()), (never, stop), (ends, stop)):
+        found = [generate(model, processor, _EXAMPLES, spec, settings={"eos_token_id": some}, stop=stops, loop_for=loop)
+                 for loop in (loop_for, lambda *_: None)]
+        assert found[0] == found[1] and found[0] != said
+        assert some != never or stop[0] in found[0][2]
+
+
+def test_which_models_have_a_decoder():
+    for family in FAMILIES.entries:
+        model, _ = tiny_model(family)
+        assert can_decode(model, 64) == (model.config.model_type in PLANS), family
+    assert {"llama", "mistral", "qwen3", "mpt"} <= PLANS.keys()
+    variants = dict(_variants())
+    for name, changes in (("mistral", {"sliding_window": 20}), ("llama", {"hidden_act": "tanh"}),
+                          ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}})):
+        config = variants[name].__class__(**variants[name].to_dict() | changes)
+        assert not can_decode(AutoModelForCausalLM.from_config(config), 64), changes
+        if name == "mistral":
+            assert can_decode(AutoModelForCausalLM.from_config(config), 20)
+    assert not can_decode(tiny_model("llama")[0].bfloat16(), 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_a_sparse_folder_says_what_its_dense_form_says(family, tmp_path):
+    model, processor = tiny_model(family)
+    weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
+    save_model(tmp_path, sparsify(model, weights), processor)
+    runtime = load(tmp_path)
+    assert runtime.is_sparse and can_decode(runtime.model, 64)
+    expected = generate(model, processor, _EXAMPLES, EvaluateConfig(max_new_tokens=_LENGTH))
+    assert runtime.generate(_EXAMPLES, _LENGTH) == expected
