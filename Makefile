@@ -16,11 +16,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
 
-# GSM8K=FOLDER holds train.jsonl and test.jsonl, or .jsonl.gz, where the hub cannot be reached.
+# GSM8K=FOLDER holds train.jsonl and test.jsonl, or .jsonl.gz, where the hub cannot be reached. TEXT=PATH, general text,
+# adds its perplexity.
 GSM8K ?= openai/gsm8k
 WEIGHTS := build/weights/smollm2-135m.gguf
 real: $(WEIGHTS)
-	.venv/bin/sparse-train run configs/smollm2/small.yaml model.path=$(WEIGHTS) task.path='$(GSM8K)'
+	.venv/bin/sparse-train run configs/smollm2/small.yaml model.path=$(WEIGHTS) task.path='$(GSM8K)' \
+	  $(if $(TEXT),evaluate.texts.general.path='$(TEXT)')
 
 $(WEIGHTS): | setup
 	.venv/bin/python -m tests.weights smollm2-135m
