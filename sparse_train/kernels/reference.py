@@ -53,5 +53,5 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     step = torch.where(high == low, 1.0, (high - low) / 255)
     zero = (-low * (1 / step)).round()
-    codes = ((x * (1 / step)).round() + zero).clamp(0, 255) - zero
+    codes = (x * (1 / step)).round_().add_(zero).clamp_(0, 255).sub_(zero)
     return codes.float(), step.float()
