@@ -84,7 +84,7 @@ def _layers(options, console: Console) -> None:
     print_measured(console, SPEED_HEADER, map(speed_cells, rows), [kernels.backend()], num_left=3)
     break_even = {num_rows: kernels.break_even(num_rows) for num_rows in (2, 4, 8, 16, 32, 64, 128)}
     densities = ", ".join(f"{density:.2f} ({num_rows} rows)" for num_rows, density in break_even.items())
-    console.print(f"zeros are skipped below a density of {densities}", highlight=False, soft_wrap=True)
+    console.print(f"zeros are skipped up to a density of {densities}", highlight=False, soft_wrap=True)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
                       "break_even": break_even, "rows": rows}))
 

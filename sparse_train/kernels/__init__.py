@@ -4,7 +4,7 @@
     linear                   training: x W^T with W expanded while it is multiplied
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32 or INT8
     PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
-    break_even               the density below which it skips zeros, measured on this machine
+    break_even               the density up to which it skips zeros, measured on this machine
     Steps                    decoding: what is between the products of a new token, and the products themselves
     read_bandwidth           of the memory, in bytes per second, for the byte bound
     backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI) or portable

@@ -80,7 +80,7 @@ class PackedMatrix:
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (..., C) float32 -> (..., R): matvec of each row up to rounding, by one product of them all.
 
-        That skips zeros where the weight's density is below `break_even`, and then adds up each row in the same order
+        That skips zeros where the weight's density is at most `break_even`, and then adds up each row in the same order
         whatever rows it comes with; otherwise the weight is expanded and multiplied by torch.
         """
         if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != torch.float32
@@ -108,7 +108,7 @@ class PackedMatrix:
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.numel() // max(1, self.shape[1])
-        multiply = self._skipping if num_rows and self._density < break_even(num_rows) else self._expanding
+        multiply = self._skipping if num_rows and self._density <= break_even(num_rows) else self._expanding
         if self._scale is None:
             return multiply(x)
         codes, step = reference.quantise(x)
@@ -131,7 +131,7 @@ class PackedMatrix:
 
 
 def break_even(num_rows: int) -> float:
-    """The density below which a product with `num_rows` rows is faster when it skips zeros; above 1 where it always is.
+    """The density up to which a product with `num_rows` rows is faster when it skips zeros, from 0 to 1.
 
     It is measured when it is first asked for, in some hundredths of a second, for each power of two of rows (at most
     128), backend and number of threads.
@@ -144,15 +144,13 @@ def break_even(num_rows: int) -> float:
 def _break_even(num_rows: int, backend: str, num_threads: int) -> float:
     generator, size, sparse = torch.Generator().manual_seed(0), 1024, 0.25
     x = torch.randn(num_rows, size, generator=generator)
-    seconds = []
+    gaps = []  # the time of skipping zeros less that of expanding, taken to be linear in the density
     for density in (sparse, 1.0):
         keep = torch.rand(size, size, generator=generator) < density
         packed = PackedMatrix(torch.ones(int(keep.sum())), reference.pack(keep), size)
-        seconds.append([_fastest(product, x) for product in (packed._skipping, packed._expanding)])
-    (skipping, expanding), (all_kept, _) = seconds
-    per_density = (all_kept - skipping) / (1 - sparse)  # what skips zeros takes a time of its own and one per value
-    fixed = skipping - sparse * per_density
-    return max(0.0, (expanding - fixed) / per_density) if per_density > 0 else float(skipping < expanding)
+        gaps.append(_fastest(packed._skipping, x) - _fastest(packed._expanding, x))
+    slope = (gaps[1] - gaps[0]) / (1 - sparse)
+    return min(1.0, max(0.0, sparse - gaps[0] / slope)) if slope > 0 else float(gaps[0] < 0)
 
 
 def _fastest(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, repeats: int = 4) -> float:
