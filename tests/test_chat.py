@@ -253,7 +253,7 @@ def test_a_chat_is_scored_by_its_answers(tmp_path):
     assert (score.samples[0]["prompt"], score.samples[0]["answer"]) == (" Eggs?", "7")
 
 
-def test_generate_chats_as_the_run_was_trained(tmp_path, monkeypatch, capsys):
+def test_generate_chats_as_the_run_was_trained(tmp_path, monkeypatch):
     model, processor = _chat_model()
     folders = {name: tmp_path / name for name in ("bare", "raw", "told", "chat", "export/dense")}
     for folder in folders.values():
@@ -261,12 +261,18 @@ def test_generate_chats_as_the_run_was_trained(tmp_path, monkeypatch, capsys):
     for name, task in (("raw", {"name": "arithmetic"}), ("told", {"chat": True, "system": "Count."}),
                        ("chat", {"name": "chat"}), ("export", {"chat": True})):
         sign(tmp_path / name, {"config": {"task": task}})
-    monkeypatch.setattr(Runtime, "complete", lambda self, prompt, new_tokens, history: f"{prompt}: {history}")
+    histories, complete_all = [], Runtime.complete_all
 
-    def generate(name, *options):
+    def record(self, prompts, new_tokens, history, **options):
+        histories.append(history)
+        return complete_all(self, prompts, 1, history, **options)
+
+    monkeypatch.setattr(Runtime, "complete_all", record)
+
+    def history_of(name, *options):
         assert main(["generate", str(folders[name]), "--prompt", "Tom?", *options]) == 0
-        return capsys.readouterr().out.strip()
+        return histories.pop()
 
-    assert generate("bare") == generate("chat") == generate("export/dense") == "Tom?: ()"
-    assert generate("told") == "Tom?: (('system', 'Count.'),)" == generate("told", "--chat")
-    assert generate("raw") == generate("told", "--no-chat") == "Tom?: None" and generate("raw", "--chat") == "Tom?: ()"
+    assert history_of("bare") == history_of("chat") == history_of("export/dense") == ()
+    assert history_of("told") == (("system", "Count."),) == history_of("told", "--chat")
+    assert history_of("raw") is None is history_of("told", "--no-chat") and history_of("raw", "--chat") == ()

@@ -45,6 +45,11 @@ _DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
     (["generate", "./nowhere", "--prompt", "x"], "there is no folder ./nowhere"),
     (["generate", "EMPTY", "--prompt", "x"], "is not a checkpoint"),
     (["generate", "EMPTY", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
+    (["generate", "EMPTY", "--prompt", "x", "--temperature", "-1"], "--temperature -1.0: it must be a number of at"),
+    (["generate", "EMPTY", "--prompt", "x", "--top-p", "1.5"], "--top-p 1.5: it must be above 0 and at most 1"),
+    (["generate", "EMPTY", "--prompt", "x", "--stop", ""], "--stop: it must have at least one character"),
+    (["generate", "EMPTY", "--prompts", "FILE"], "--prompts FILE: it holds no prompt"),
+    (["generate", "EMPTY", "--prompts", "nowhere"], "cannot read nowhere: "),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

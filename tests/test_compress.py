@@ -1,5 +1,8 @@
 """Exports and the runtime: the compressed folder answers as the dense one, and from_pretrained sees every zero."""
 
+import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sparse_train import artifacts, kernels
 from sparse_train.compress import export_dense, export_sparse, quantise_rows, unpruned_zeros
 from sparse_train.config import PruneConfig
-from sparse_train.errors import UserError
+from sparse_train.errors import UserError, printable
 from sparse_train.inference import PackedLinear, load
 from sparse_train.launch.cli import main
 from sparse_train.models import load_model, load_processor, own_tensors, save_model
@@ -78,6 +81,39 @@ def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
                 assert main(["generate", str(tmp_path / folder), "--prompt", "Tom", "--max-new-tokens", "2"]) == 0
             told = capsys.readouterr().err.count("dense torch may be faster")
             assert told == ((folder, backend) == ("sparse", "portable")), (folder, backend)
+
+
+def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, capsys):
+    export_sparse(_sparse_model(), tiny_tokenizer(), "fp32", tmp_path / "model")
+    runtime = load(tmp_path / "model")
+    arguments = ["generate", str(tmp_path / "model"), "--max-new-tokens", "12"]
+
+    def generate(*options):
+        assert main([*arguments, *options]) == 0
+        out, err = capsys.readouterr()
+        assert re.fullmatch(r"\d+ tokens(, [\d.]+ tokens/s)?, the first after [\d.]+ s\n", err)
+        return out
+
+    prompt = ("--prompt", "Question: Tom")
+    answer = generate(*prompt)
+    assert answer == printable(runtime.complete(prompt[1], 12) + "\n", keep="\n\t")
+    stop = next(character for character in answer if character.isascii())
+    assert generate(*prompt, "--stop", stop) == answer[:answer.index(stop) + 1] + "\n" != answer
+    sampled = {generate(*prompt, "--top-p", "0.9", "--seed", seed) for seed in ("1", "1", "2")}
+    assert len(sampled) == 2 and answer not in sampled
+    assert generate(*prompt, "--temperature", "0", "--top-k", "5") == answer
+    (tmp_path / "prompts").write_text("Tom has\n\n1\nHow many?\n")
+    expected = [{"prompt": prompt, "answer": runtime.complete(prompt, 12)} for prompt in ("Tom has", "1", "How many?")]
+    with open(tmp_path / "prompts") as stored:
+        before = os.dup(0)
+        os.dup2(stored.fileno(), 0)
+        try:
+            for source in (str(tmp_path / "prompts"), "-"):
+                told = generate("--prompts", source, "--batch-size", "2")
+                assert [json.loads(line) for line in told.splitlines()] == expected
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 6e-2)])

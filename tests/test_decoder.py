@@ -69,13 +69,12 @@ def test_a_decoder_computes_what_the_model_does(name, config):
         said, told = [], []
         for loop in (loop_for, lambda *_: None):
             torch.manual_seed(1)
-            streamer = _Tokens() if num_examples == 1 else None  # transformers streams one row only
+            streamer = _Tokens()
             said.append(generate(model, processor, _EXAMPLES[:num_examples], spec, settings=settings, loop_for=loop,
                                  until_end=num_examples > 1, streamer=streamer))
-            if streamer:
-                assert streamer.ended == 1
-                told.append(torch.cat([tokens.flatten() for tokens in streamer.told]))
-        assert said[0] == said[1] and all(torch.equal(*pair) for pair in [told] if told), settings
+            assert streamer.ended == 1
+            told.append(torch.cat([tokens.flatten() for tokens in streamer.told]))
+        assert said[0] == said[1] and torch.equal(*told), settings
 
 
 @pytest.mark.parametrize("name, config", _variants(), ids=lambda value: value if isinstance(value, str) else "")
@@ -95,6 +94,8 @@ def test_logits_of_a_step_are_those_of_the_whole_text(name, config):
     for place in range(16, 24):
         found = decoder.step(ids[:, place])
         assert ((found - expected[:, place]).abs() <= 1e-4 * expected[:, place].abs().max()).all(), place
+    with pytest.raises(IndexError, match="24 tokens"):
+        decoder.step(ids[:, 0])
 
 
 def test_an_answer_ends_as_transformers_ends_it():

@@ -1,6 +1,9 @@
-"""sparse-train generate: complete a prompt with a dense or sparse model folder, or answer it as a turn of a chat."""
+"""sparse-train generate: complete prompts with a dense or sparse model folder, or answer them as turns of a chat."""
 
 import argparse
+import json
+import math
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,34 +14,109 @@ from sparse_train.errors import UserError, printable
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from sparse_train.inference import Runtime
+    from sparse_train.inference.streaming import Clock
     from sparse_train.tasks.conversation import Message
 
 
 def add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     generate = commands.add_parser("generate", help="generate text with a dense or sparse model folder")
     generate.add_argument("folder", metavar="FOLDER", help="or a name on the hub")  # a Path would drop the "./"
-    generate.add_argument("--prompt", required=True)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument("--prompts", metavar="FILE",
+                         help="a prompt per line, - for standard input; each answer is a line of JSON")
+    generate.add_argument("--batch-size", type=int, metavar="N", default=1,
+                          help="how many of FILE are answered at a time; default: 1")
     generate.add_argument("--max-new-tokens", type=int, metavar="N",
                           help="default: 128, or as many as the model has positions for")
     generate.add_argument("--chat", action=argparse.BooleanOptionalAction,
                           help="put the prompt as a user's turn into the model's chat template; default: as the run "
                                "that made FOLDER was trained, elsewhere wherever there is a template")
+    generate.add_argument("--temperature", type=float, metavar="T",
+                          help="sample, from probabilities that it sharpens (below 1) or flattens; default: the most "
+                               "likely token, or 1 with --top-k or --top-p")
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    generate.add_argument("--top-p", type=float, metavar="P",
+                          help="sample from the most likely tokens that together have the probability P")
+    generate.add_argument("--seed", type=int, metavar="N", default=0, help="of the samples; default: 0")
+    generate.add_argument("--stop", metavar="TEXT", action="append", default=[],
+                          help="end an answer behind this text; may be given several times")
     generate.set_defaults(command=_generate)
 
 
 def _generate(options: argparse.Namespace, console: Console) -> None:
+    import torch
+
     from sparse_train import kernels
     from sparse_train.cpus import set_threads
     from sparse_train.inference import load
+    from sparse_train.inference.streaming import Clock, Words
 
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: it must be at least 1")
+    _check(options)
+    prompts = [options.prompt] if options.prompts is None else _read(options.prompts)
     set_threads()
     model = load(options.folder)
+    errors = Console(stderr=True, soft_wrap=True)
     if model.is_sparse and kernels.backend() == "portable":
-        Console(stderr=True, soft_wrap=True).print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
-    answer = model.complete(options.prompt, options.max_new_tokens, _history(options, model))
-    console.print(printable(answer, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
+        errors.print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
+    torch.manual_seed(options.seed)
+
+    def show(text: str) -> None:
+        console.out(printable(text, keep="\n\t"), end="", highlight=False)
+        console.file.flush()
+
+    clocks = []
+    for first in range(0, len(prompts), options.batch_size):
+        batch = prompts[first:first + options.batch_size]
+        words = Words(model.processor.tokenizer, show) if options.prompts is None else None
+        clocks.append(Clock(model.processor.tokenizer.pad_token_id, words))
+        answers = model.complete_all(batch, options.max_new_tokens, _history(options, model),
+                                     settings=_sampling(options), stop=options.stop, streamer=clocks[-1])
+        if words is None:
+            show("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
+                         for prompt, answer in zip(batch, answers, strict=True)))
+    errors.print(_speed(clocks), style="dim", highlight=False)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    if options.seed >= 1 << 63:
+        raise UserError(f"--seed {options.seed}: it must be below 2^63")
+    if options.temperature is not None and not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature {options.temperature}: it must be a number of at least 0; 0 takes the most "
+                        "likely token")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise UserError(f"--top-p {options.top_p}: it must be above 0 and at most 1")
+    if "" in options.stop:
+        raise UserError("--stop: it must have at least one character")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of transformers' GenerationConfig."""
+    if options.temperature == 0 or (options.temperature, options.top_k, options.top_p) == (None, None, None):
+        return {}
+    return {"do_sample": True, "temperature": 1.0 if options.temperature is None else options.temperature,
+            "top_k": options.top_k or 0, "top_p": 1.0 if options.top_p is None else options.top_p}
+
+
+def _read(file: str) -> list[str]:
+    from sparse_train.tasks import read
+
+    prompts = [line for _, line in read.rows(Path("/dev/stdin" if file == "-" else file))]
+    if not prompts:
+        raise UserError(f"--prompts {file}: it holds no prompt; write one per line")
+    return prompts
+
+
+def _speed(clocks: "list[Clock]") -> str:
+    tokens, seconds = map(sum, zip(*(clock.later for clock in clocks), strict=True))
+    told = f"{sum(clock.num_tokens for clock in clocks)} tokens"
+    if tokens:
+        told += f", {tokens / seconds:.1f} tokens/s"
+    return f"{told}, the first after {statistics.median(clock.first_seconds for clock in clocks):.3f} s"
 
 
 def _history(options: argparse.Namespace, model: "Runtime") -> "tuple[Message, ...] | None":

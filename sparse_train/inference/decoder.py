@@ -48,6 +48,8 @@ class Decoder:
         """(B,) the next token of each row -> (B, V) logits, which the next step overwrites."""
         torch.index_select(self.embedding, 0, tokens, out=self.hidden)
         self._place += 1
+        if self._place[0] >= self.capacity:
+            raise IndexError(f"the texts have {self.capacity} tokens, for which this decoder was made")
         self.steps.run()
         return self.logits
 

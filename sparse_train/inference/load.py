@@ -40,24 +40,31 @@ class Runtime:
 
     def complete(self, prompt: str, max_new_tokens: int | None = None,
                  history: tuple[Message, ...] | None = None, **options: Any) -> str:
-        """The greedy continuation of `prompt`, or an encoder-decoder's answer to it; with a `history`, which may be
-        empty, the assistant's answer to it as a user's turn behind these messages.
+        """The continuation of `prompt`, or an encoder-decoder's answer to it; with a `history`, which may be empty, the
+        assistant's answer to it as a user's turn behind these messages.
 
         `max_new_tokens` None: 128, or as many as the model has positions for. Raises UserError for more than that. The
-        `options` are those of `generate`.
+        `options` are those of `generate`; without them the answer is greedy.
         """
-        if not prompt:
-            raise UserError("the prompt is empty; give at least one character")
-        if not read.is_unicode(prompt):
-            raise UserError(f"the prompt {prompt!r} is not UTF-8; give it as UTF-8")
+        return self.complete_all([prompt], max_new_tokens, history, **options)[0]
+
+    def complete_all(self, prompts: Sequence[str], max_new_tokens: int | None = None,
+                     history: tuple[Message, ...] | None = None, **options: Any) -> list[str]:
+        """As `complete`, for several prompts in one batch."""
+        for prompt in prompts:
+            if not prompt:
+                raise UserError("the prompt is empty; give at least one character")
+            if not read.is_unicode(prompt):
+                raise UserError(f"the prompt {prompt!r} is not UTF-8; give it as UTF-8")
         if self.processor.features is not None:
             raise UserError("a speech model answers sound, not a prompt; use sparse_train.tasks.generate")
-        example = Example(prompt, "", history=history)
+        examples = [Example(prompt, "", history=history) for prompt in prompts]
         try:
             if max_new_tokens is None:
-                num_prompt = len(self.processor.decoder_prefix) or len(encode_prompt(example, self.processor))
-                max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - num_prompt))
-            return self.generate([example], max_new_tokens, **options)[0]
+                longest = len(self.processor.decoder_prefix) or max(len(encode_prompt(example, self.processor))
+                                                                    for example in examples)
+                max_new_tokens = max(1, min(_NEW_TOKENS, (self.processor.positions or sys.maxsize) - longest))
+            return self.generate(examples, max_new_tokens, **options)
         except UserError as error:
             raise UserError(f"{self.model.name_or_path}: {error}") from error
         except Exception as error:  # some facts of config.json, such as the width of a window, matter only here

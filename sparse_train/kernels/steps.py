@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from sparse_train.kernels import _native
+from sparse_train.kernels.arguments import CPU, check_tensor, describe
 from sparse_train.kernels.packed import PackedMatrix
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
@@ -18,7 +19,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "rel
 class Steps:
     """Calls in order, made once and run for every token. Letters: B rows of the batch, D width, C and R as in kernels.
 
-    Tensors are float32 on the CPU, and those that are written are contiguous; they must not be resized or replaced.
+    Tensors are float32 on the CPU and contiguous, and must not be resized. Raises ValueError for what does not fit.
     """
 
     def __init__(self) -> None:
@@ -35,18 +36,21 @@ class Steps:
     def normalise(self, hidden: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor,
                   bias: torch.Tensor | None, epsilon: float, out: torch.Tensor, is_rms: bool) -> None:
         """hidden (B, D) += change, where there is one; out (B, D) = norm(hidden) * weight + bias."""
+        num_rows, width = hidden.shape
         self.add(functools.partial(
-            _native.add_and_normalise, self._at(hidden), self._at(change), self._at(weight), self._at(bias),
-            self._at(out), len(hidden), hidden.shape[1], epsilon, is_rms))
+            _native.add_and_normalise, self._at(hidden), self._at(change, num_rows, width), self._at(weight, width),
+            self._at(bias, width), self._at(out, num_rows, width), num_rows, width, epsilon, is_rms))
 
     def activate(self, name: str, x: torch.Tensor, factor: torch.Tensor | None, out: torch.Tensor) -> None:
         """out = f(x), times `factor` where it is given; the name is one of ACTIVATIONS, `out` may be x."""
-        self.add(functools.partial(_native.activate, ACTIVATIONS[name], self._at(x), self._at(factor), self._at(out),
-                                   x.numel()))
+        self.add(functools.partial(_native.activate, ACTIVATIONS[name], self._at(x), self._at(factor, *x.shape),
+                                   self._at(out, *x.shape), x.numel()))
 
     def multiply(self, weight: PackedMatrix | torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor,
                  out: torch.Tensor) -> None:
         """out (B, R) = x (B, C) W^T + bias, W packed or dense (R, C)."""
+        self._at(x, None, weight.shape[1])
+        self._at(out, len(x), weight.shape[0])
         if isinstance(weight, PackedMatrix):
             self.add(weight.product(x, out))
             if bias is not None:
@@ -64,23 +68,40 @@ class Steps:
                norms: tuple[torch.Tensor, torch.Tensor] | None = None, epsilon: float = 0.0) -> None:
         """Append k, v (B, heads of both * head_dim) to a cache, and let q (B, heads * head_dim) attend to it.
 
-        `keys` and `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: where the new token goes;
-        `starts` (B,) int64: each row's first position. `rotation`: cosines and sines (capacity, rotary width) by the
-        distance from the start; `bias` (heads, capacity) by the distance between q and k; `norms` (head_dim,): RMS
-        norms of each head of q and of k, before they turn. q, k, v may be parts of one tensor's rows.
+        `keys` and `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: where the new token goes,
+        below the capacity; `starts` (B,) int64: each row's first position. `rotation`: cosines and sines (capacity,
+        rotary width) by the distance from the start; `bias` (heads, capacity) by the distance between q and k; `norms`
+        (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of one tensor's rows.
         """
         num_rows, num_groups, capacity, head_dim = keys.shape
+        num_heads = out.shape[1] // head_dim
         cosine, sine = rotation or (None, None)
         query_norm, key_norm = norms or (None, None)
+        rotary = 0 if cosine is None else cosine.shape[1]
+        if num_heads % num_groups or rotary % 2 or rotary > head_dim:
+            raise ValueError(f"{num_heads} heads cannot share {num_groups} of keys and values, or {rotary} of the "
+                             f"{head_dim} numbers of a head cannot turn")
         attention = _native.Attention(
-            num_rows, out.shape[1] // head_dim, num_groups, head_dim, capacity, scale, self._at(keys), self._at(values),
-            self._at(position), self._at(starts), 0 if cosine is None else cosine.shape[1], self._at(cosine),
-            self._at(sine), self._at(bias), self._at(query_norm), self._at(key_norm), epsilon)
-        self.add(functools.partial(attention.attend, self._at(q), self._at(k), self._at(v), self._at(out), q.stride(0),
-                                   k.stride(0), torch.get_num_threads()))
+            num_rows, num_heads, num_groups, head_dim, capacity, scale, self._at(keys), self._at(values, *keys.shape),
+            self._at(position, 1, dtype=torch.int64), self._at(starts, num_rows, dtype=torch.int64), rotary,
+            self._at(cosine, capacity, rotary), self._at(sine, capacity, rotary), self._at(bias, num_heads, capacity),
+            self._at(query_norm, head_dim), self._at(key_norm, head_dim), epsilon)
+        q_at, k_at, v_at = (self._at(part, num_rows, heads * head_dim, is_part=True)
+                            for part, heads in ((q, num_heads), (k, num_groups), (v, num_groups)))
+        if k.stride(0) != v.stride(0):
+            raise ValueError(f"rows of k are {k.stride(0)} numbers apart, those of v {v.stride(0)}; it must be as many")
+        self.add(functools.partial(
+            attention.attend, q_at, k_at, v_at, self._at(out, num_rows, num_heads * head_dim), q.stride(0), k.stride(0),
+            torch.get_num_threads()))
 
-    def _at(self, tensor: torch.Tensor | None) -> int:
+    def _at(self, tensor: torch.Tensor | None, *shape: int | None, dtype: torch.dtype = torch.float32,
+            is_part: bool = False) -> int:
+        """Its address, 0 for None. Raises ValueError where it is not of this shape (any, where none is given)."""
         if tensor is None:
             return 0
+        check_tensor("a tensor of a step", tensor, *(shape or tensor.shape), device=CPU, dtypes=(dtype,))
+        if tensor.numel() and not (tensor.stride(-1) == 1 if is_part else tensor.is_contiguous()):
+            raise ValueError(f"a tensor of a step is {describe(tensor)}, with strides {tensor.stride()}; native code "
+                             "reads numbers that follow one another")
         self._kept.append(tensor)
         return tensor.data_ptr()

@@ -117,3 +117,24 @@ def test_products(rows, is_packed):
         x[-1, 3] = torch.inf
         steps.run()
         assert not out[-1].isfinite().any() and out[:-1].isfinite().all()
+
+
+def test_what_does_not_fit_reaches_no_native_code():
+    def row(*shape, **options):
+        return torch.zeros(shape, **options)
+
+    one, place = row(1, 8), row(1, dtype=torch.int64)
+    cache = row(1, 2, 5, 4)
+    for call in (lambda s: s.normalise(one, row(1, 7), row(8), None, 1e-5, row(1, 8), True),
+                 lambda s: s.normalise(one, None, row(8).double(), None, 1e-5, row(1, 8), True),
+                 lambda s: s.normalise(row(8, 2).T, None, row(8), None, 1e-5, row(2, 8), True),
+                 lambda s: s.activate("relu", one, row(8), row(1, 8)),
+                 lambda s: s.multiply(row(3, 7), None, one, row(1, 3)),
+                 lambda s: s.multiply(row(3, 8), None, one, row(1, 4)),
+                 lambda s: s.attend(one, one, one, row(1, 12), cache, cache, place, place, 1.0),
+                 lambda s: s.attend(one, one, one, row(1, 8), cache, row(1, 2, 4, 4), place, place, 1.0),
+                 lambda s: s.attend(one, one, one, row(1, 8), cache, cache, place, place.int(), 1.0),
+                 lambda s: s.attend(one, one, one, row(1, 8), cache, cache, place, place, 1.0, (row(5, 6), row(5, 6))),
+                 lambda s: s.attend(one, row(1, 4), one, row(1, 8), cache, cache, place, place, 1.0)):
+        with pytest.raises(ValueError):
+            call(Steps())
