@@ -5,6 +5,8 @@ from torch import nn
 
 from sparse_train.kernels import PackedMatrix
 
+_FEW = 8  # tokens, for which the weight is read once
+
 
 class PackedLinear(nn.Module):
     """y (..., R) = x (..., C) W^T + bias, W a PackedMatrix; inference only, fp32 activations on the CPU."""
@@ -20,13 +22,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """A token gives the same result alone, in a batch of new tokens or, up to rounding, in a prompt; int8 always
         quantises it."""
-        if x.numel() == self.in_features:
-            y = self.weight.matvec(x).view(*x.shape[:-1], self.out_features)
-        elif x.numel() and x.ndim > 2 and x.shape[-2] == 1:  # one new token per row of the batch
-            rows = [self.weight.matvec(row) for row in x.reshape(-1, self.in_features)]
-            y = torch.stack(rows).view(*x.shape[:-1], self.out_features)
-        else:  # a prompt is bound by arithmetic, not by bytes
-            y = self.weight.matmul(x)
+        is_step = x.ndim > 2 and x.shape[-2] == 1  # one new token per row of the batch
+        is_bound_by_bytes = is_step or x.numel() <= _FEW * self.in_features  # a prompt is bound by arithmetic
+        y = self.weight.matvec(x) if is_bound_by_bytes else self.weight.matmul(x)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

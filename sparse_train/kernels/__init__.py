@@ -2,12 +2,12 @@
 
     expand, compact          training and prefill: (values, bits) -> dense and back
     linear                   training: x W^T with W expanded while it is multiplied
-    PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32 or INT8
+    PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32, BF16 or INT8
     PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
     break_even               the density up to which it skips zeros, measured on this machine
     Steps                    decoding: what is between the products of a new token, and the products themselves
     read_bandwidth           of the memory, in bytes per second, for the byte bound
-    backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI) or portable
+    backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI), avx512f, avx2, portable
     PORTABLE_NOTE            the warning printed where the portable kernels run
 
 The products and moves are operators of torch (`ops.py`, `packed.py`). A tensor's device (the table KERNELS of

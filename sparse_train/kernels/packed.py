@@ -20,9 +20,9 @@ _matrices: weakref.WeakValueDictionary[int, "PackedMatrix"] = weakref.WeakValueD
 
 
 class PackedMatrix:
-    """A sparse weight laid out for batch-1 products on the CPU; inference only.
+    """A sparse weight laid out for products with a few vectors on the CPU; inference only.
 
-    `values` (nnz,) float32, bfloat16 or float16 (kept as float32), or int8 with `scale` (R,) floating; `bitmask`
+    `values` (nnz,) float32, bfloat16, float16 (kept as float32), or int8 with `scale` (R,) floating; `bitmask`
     (R, 8 * ceil(C / 64)) uint8. INT8 products quantise each x to 8 bits. Raises ValueError for what does not fit.
     """
 
@@ -36,12 +36,12 @@ class PackedMatrix:
         if scale is not None:
             check_tensor("scale", scale, len(bitmask), device=CPU, dtypes=FLOATS)
             scale = consecutive(scale.float())
-        values, bitmask = consecutive(values if scale is not None else values.float()), consecutive(bitmask)
+        values, bitmask = consecutive(values.float() if values.dtype == torch.float16 else values), consecutive(bitmask)
         self.shape = (len(bitmask), num_columns)
         self._density = values.numel() / max(1, self.shape[0] * self.shape[1])
-        self._scale = scale
+        self._scale, self._stored = scale, values.dtype
         self._packed = _native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
-                                      *self.shape, values.numel(), scale is not None, torch.get_num_threads())
+                                      *self.shape, values.numel(), values.element_size(), torch.get_num_threads())
         self._number = next(_numbers)
         _matrices[self._number] = self
 
@@ -54,26 +54,24 @@ class PackedMatrix:
         return self._packed.num_bytes
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (C,) float32, or any shape with C entries -> (R,) float32.
+        """`x` (..., C) float32 -> (..., R) float32; meant for up to 8 vectors. Each gives the same bits alone.
 
         An x that is not finite makes every row Inf or NaN, as in a dense product, where 0 * Inf counts as well.
         """
-        if (not isinstance(x, torch.Tensor) or x.numel() != self.shape[1] or x.dtype != torch.float32
+        if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != torch.float32
                 or x.device != CPU or x.layout != torch.strided):
-            raise ValueError(f"x is {describe(x)}; it needs {self.shape[1]} float32 numbers on the cpu")
+            raise ValueError(f"x is {describe(x)}; it needs vectors of {self.shape[1]} float32 numbers on the cpu")
         # A small product takes less time than the way through torch's dispatcher.
         return OPS.matvec(self._number, x, self.shape[0]) if torch.compiler.is_compiling() else self._matvec(x)
 
     def product(self, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
         """A call that computes y (B, R) from what x (B, C) holds by then, each row as matvec does; both float32 and
         contiguous. It takes the number of threads of now."""
-        calls = [functools.partial(self._packed.matvec, row.data_ptr(), out.data_ptr(), torch.get_num_threads())
-                 for row, out in zip(x, y, strict=True)]
+        call = functools.partial(self._packed.matvec, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads())
 
         def multiply() -> None:
-            for row, call in enumerate(calls):
-                if not call():
-                    y[row] = self.to_dense() @ x[row]
+            if not call():
+                y.copy_(self._matvec(x))
 
         return multiply
 
@@ -91,20 +89,23 @@ class PackedMatrix:
     def to_dense(self) -> torch.Tensor:
         """(R, C) float32, int8 values times their scale: for products with many rows at once."""
         dense = self._expanded()
-        return dense if self._scale is None else dense * self._scale[:, None]
+        return dense.float() if self._scale is None else dense * self._scale[:, None]
 
     def _expanded(self) -> torch.Tensor:
         """(R, C) as the values are stored."""
-        dense = torch.empty(self.shape, dtype=torch.float32 if self._scale is None else torch.int8)
+        dense = torch.empty(self.shape, dtype=self._stored)
         self._packed.expand(dense.data_ptr(), torch.get_num_threads())
         return dense
 
     def _matvec(self, x: torch.Tensor) -> torch.Tensor:
         x = consecutive(x)
-        y = torch.empty(self.shape[0])
-        if self._packed.matvec(x.data_ptr(), y.data_ptr(), torch.get_num_threads()):
+        y = x.new_empty(*x.shape[:-1], self.shape[0])
+        if not y.numel() or self._packed.matvec(x.data_ptr(), y.data_ptr(), y.numel() // self.shape[0],
+                                                torch.get_num_threads()):
             return y
-        return self.to_dense() @ x.flatten()
+        if x.ndim == 1:
+            return self.to_dense() @ x
+        return torch.stack([self._matvec(vector) for vector in x.view(-1, self.shape[1])]).view(y.shape)
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.numel() // max(1, self.shape[1])
@@ -165,7 +166,7 @@ def _fastest(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, r
 
 define_operator("matvec(SymInt packed, Tensor x, SymInt num_rows) -> Tensor",
                 lambda packed, x, num_rows: _matrices[packed]._matvec(x),
-                lambda packed, x, num_rows: x.new_empty(num_rows))
+                lambda packed, x, num_rows: x.new_empty(*x.shape[:-1], num_rows))
 define_operator("matmul(SymInt packed, Tensor x, SymInt num_rows) -> Tensor",
                 lambda packed, x, num_rows: _matrices[packed]._matmul(x),
                 lambda packed, x, num_rows: x.new_empty(*x.shape[:-1], num_rows))

@@ -129,3 +129,12 @@ def test_the_break_even_is_measured_once_for_a_power_of_two_of_rows(backend):
     assert 0 <= found <= 1 and found == kernels.break_even(15)
     with pytest.raises(ValueError, match="num_rows is 0"):
         kernels.break_even(0)
+
+
+@pytest.mark.usefixtures("skips")
+def test_bf16_values_give_the_bits_of_the_same_values_in_fp32(backend):
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(130, 200, generator=generator) < 0.4
+    values = torch.randn(int(keep.sum()), generator=generator).bfloat16()
+    bf16, fp32 = (kernels.PackedMatrix(v, kernels.pack(keep), 200) for v in (values, values.float()))
+    assert torch.equal(bf16.matmul(_rows(20, 200)), fp32.matmul(_rows(20, 200)))

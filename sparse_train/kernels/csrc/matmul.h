@@ -18,6 +18,22 @@
 namespace sparse_train {
 namespace {
 
+struct Bf16 {
+    uint16_t bits;
+    explicit operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float number;
+        std::memcpy(&number, &wide, 4);
+        return number;
+    }
+};
+
+// A type of this file alone, for vectors of it.
+template <class Value>
+struct Place {
+    const Value* at;
+};
+
 template <int kLanes>
 struct MatmulOf {
     static constexpr int kRegisters = 8;  // as many sums hide the latency of multiply-adds, and 64 columns of so many
@@ -97,12 +113,12 @@ struct MatmulOf {
     }
 
     template <int kCount, class Value>
-    static void add_words(const Rows& rows, int64_t word, const float* columns, const Value* const* next,
+    static void add_words(const Rows& rows, int64_t word, const float* columns, const Place<Value>* next,
                           float* sums, int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
-            const char* later = (const char*)next[std::min(r + kAhead, last - 1) - first];
+            const char* later = (const char*)next[std::min(r + kAhead, last - 1) - first].at;
             for (size_t byte = 0; byte < 48 * sizeof(Value); byte += 64) __builtin_prefetch(later + byte);
-            add_word<kCount>(rows.word(r, word), next[r - first], columns,
+            add_word<kCount>(rows.word(r, word), next[r - first].at, columns,
                              (Register*)sums + (r - first) * kCount);
         }
     }
@@ -113,13 +129,21 @@ struct MatmulOf {
     static void multiply_as(const Rows& rows, const Value* values, const float* tiles, int64_t num_x, float* y,
                             int64_t first, int64_t last) {
         static thread_local std::vector<Line> lines;
-        static thread_local std::vector<const Value*> next;
+        static thread_local std::vector<Place<Value>> next;
         const int64_t count = last - first;
         lines.assign(((num_x + 15) / 16) * count, Line{});
         float* sums = (float*)lines.data();
         next.resize(count);
-        for (int64_t r = 0; r < count; ++r) next[r] = values + rows.offsets[first + r];
         for (int64_t w = 0; w < rows.num_words; ++w) {
+            for (int64_t tile = 0; tile < count; tile += rows.tile) {
+                const int64_t end = std::min(tile + rows.tile, count);
+                const Value* at = w ? next[end - 1].at + __builtin_popcountll(rows.word(first + end - 1, w - 1))
+                                    : values + rows.offsets[first + tile];
+                for (int64_t r = tile; r < end; ++r) {
+                    next[r].at = at;
+                    at += __builtin_popcountll(rows.word(first + r, w));
+                }
+            }
             for (int64_t m = 0, width; m < num_x; m += width) {
                 width = width_at(m, num_x);
                 const float* columns = tiles + 64 * (rows.num_words * m + w * width);
@@ -139,7 +163,6 @@ struct MatmulOf {
 #undef SPARSE_TRAIN_WIDTH
                 }
             }
-            for (int64_t r = 0; r < count; ++r) next[r] += __builtin_popcountll(rows.word(first + r, w));
         }
         for (int64_t m = 0; m < num_x; m += kLanes) {
             const int64_t tile = m / (kRegisters * kLanes) * (kRegisters * kLanes), width = width_at(tile, num_x);
@@ -152,6 +175,7 @@ struct MatmulOf {
     static void multiply(const Rows& rows, int size, const void* values, const float* tiles, int64_t num_x, float* y,
                          int64_t first, int64_t last) {
         if (size == 1) multiply_as(rows, (const int8_t*)values, tiles, num_x, y, first, last);
+        if (size == 2) multiply_as(rows, (const Bf16*)values, tiles, num_x, y, first, last);
         if (size == 4) multiply_as(rows, (const float*)values, tiles, num_x, y, first, last);
     }
 };

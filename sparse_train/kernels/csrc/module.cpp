@@ -56,7 +56,7 @@ Buffer allocate(int64_t num_bytes) {
     return Buffer((uint8_t*)memory);
 }
 
-// work(first row, last row) on each part of the rows; the values, not the rows, are divided evenly. OpenMP may give fewer
+// work(first row, last row) on each part of the rows, whole tiles; the values, not the rows, are divided evenly. OpenMP may give fewer
 // threads than it is asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, nested regions): the loop does all parts on any number.
 template <class Work>
 void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work) {
@@ -73,7 +73,7 @@ void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work
             if (rows.offsets[middle] * value_bytes + middle * row_bytes < total * part / count) low = middle + 1;
             else high = middle;
         }
-        return low;
+        return std::min((low + rows.tile - 1) / rows.tile * rows.tile, rows.num_rows);
     };
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int part = 0; part < count; ++part)
@@ -141,29 +141,33 @@ inline int nearest(double v) {
     return int(v + kShift - kShift);
 }
 
-// The operand of batch-1 decoding: own copies of values, bits, offsets and, for int8, scales and row sums.
+// The operand of decoding: bits and values in tiles of rows, and for int8 scales and row sums.
 class Packed {
 public:
+    // `size` of a value: 4 (float), 2 (bfloat16) or 1 (int8).
     Packed(uintptr_t values, uintptr_t bits, uintptr_t scale, int64_t num_rows, int64_t num_columns, int64_t num_values,
-           bool is_int8, int num_threads)
-        : counted_(bits, num_rows, num_columns, num_values, num_threads), is_int8_(is_int8) {
-        const int64_t value_bytes = num_values * (is_int8_ ? 1 : 4), bit_bytes = 8 * num_rows * counted_.rows.num_words;
+           int size, int num_threads)
+        : counted_(bits, num_rows, num_columns, num_values, num_threads), size_(size) {
+        Rows& rows = counted_.rows;
+        const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+        const int64_t value_bytes = num_values * size, bit_bytes = 8 * num_tiles * kTileRows * rows.num_words;
         values_ = allocate(value_bytes + 64);  // spare bytes: the last load is a whole register
-        bits_ = allocate(bit_bytes + 64);
-        std::memcpy(values_.get(), at<void>(values), value_bytes);
+        bits_ = allocate(bit_bytes);
         std::memset(values_.get() + value_bytes, 0, 64);
-        std::memcpy(bits_.get(), at<void>(bits), bit_bytes);
-        counted_.rows.bits = bits_.get();
-        num_bytes_ = value_bytes + bit_bytes;
-        if (is_int8_) pack_int8(at<const float>(scale));
+        if (size == 1) pack_int8(at<const int8_t>(values), at<const float>(scale));
+#pragma omp parallel for num_threads(num_threads) if (value_bytes > kBytesPerThread)
+        for (int64_t tile = 0; tile < num_tiles; ++tile) pack_tile(at<const uint8_t>(values), kTileRows * tile);
+        rows.bits = bits_.get();
+        rows.tile = kTileRows;
+        num_bytes_ += value_bytes + 8 * num_rows * rows.num_words;
     }
 
-    // False, and y is not written, where x is not finite.
-    bool matvec(uintptr_t x, uintptr_t y, int num_threads) const {
+    // y (num_vectors, num_rows) from x (num_vectors, num_columns). False, and y is not written, where x is not finite.
+    bool matvec(uintptr_t x, uintptr_t y, int64_t num_vectors, int num_threads) const {
         const float* input = at<const float>(x);
-        if (!is_finite(input, counted_.rows.num_columns)) return false;
-        if (is_int8_) matvec_i8(input, at<float>(y), num_threads);
-        else matvec_f32(input, at<float>(y), num_threads);
+        if (!is_finite(input, num_vectors * counted_.rows.num_columns)) return false;
+        if (size_ == 1) matvec_int8(input, at<float>(y), num_vectors, num_threads);
+        else matvec_float(input, at<float>(y), num_vectors, num_threads);
         return true;
     }
 
@@ -177,7 +181,8 @@ public:
         const int64_t useful = rows.offsets[rows.num_rows] * most_x / kProductsPerThread;
         const int threads = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
         // Several parts per thread even out what they differ in.
-        const int64_t part = std::min(kMostRows, std::max<int64_t>(kRowsPerThread, rows.num_rows / (4 * threads)));
+        const int64_t even = rows.num_rows / (4 * threads) / kTileRows * kTileRows;
+        const int64_t part = std::min(kMostRows, std::max(kRowsPerThread, even));
         for (int64_t m = 0; m < num_x; m += kMostX) {
             const float* from = at<const float>(x) + m * rows.num_columns;
             const int64_t count = std::min(kMostX, num_x - m);
@@ -188,78 +193,116 @@ public:
                     tier->matmul.pack(from, count, rows, (float*)tiles.get(), w, w + 1);
 #pragma omp for schedule(dynamic)
                 for (int64_t r = 0; r < rows.num_rows; r += part)
-                    tier->matmul.multiply(rows, is_int8_ ? 1 : 4, values_.get(), (const float*)tiles.get(), count,
+                    tier->matmul.multiply(rows, size_, values_.get(), (const float*)tiles.get(), count,
                                           at<float>(y) + m * rows.num_rows, r, std::min(r + part, rows.num_rows));
             }
         }
     }
 
-    // Writes (num_rows, num_columns) values as they are stored: float32, or int8 without scales.
+    // Writes (num_rows, num_columns) values as they are stored: float32, bfloat16, or int8 without scales.
     void expand(uintptr_t dense, int num_threads) const {
-        const int size = is_int8_ ? 1 : 4;
-        over_rows(counted_.rows, num_threads, size, [&](int64_t first, int64_t last) {
-            tier->expand(counted_.rows, size, values_.get(), at<void>(dense), first, last);
+        over_rows(counted_.rows, num_threads, size_, [&](int64_t first, int64_t last) {
+            tier->expand(counted_.rows, size_, values_.get(), at<void>(dense), first, last);
         });
     }
 
     int64_t num_bytes() const { return num_bytes_; }
 
 private:
-    void matvec_f32(const float* input, float* y, int num_threads) const {
-        static thread_local std::vector<float> copy;
-        const int64_t padded = 64 * counted_.rows.num_words;
-        if (counted_.rows.num_columns != padded) {
-            copy.assign(padded, 0.0f);
-            std::memcpy(copy.data(), input, 4 * counted_.rows.num_columns);
-            input = copy.data();
-        }
-        over_rows(counted_.rows, num_threads, 4, [&](int64_t first, int64_t last) {
-            tier->matvec_f32(counted_.rows, (const float*)values_.get(), input, y, first, last);
-        });
+    // From rows one after the other to a tile.
+    void pack_tile(const uint8_t* values, int64_t first) {
+        const Rows& rows = counted_.rows;
+        uint8_t *to = values_.get() + size_ * rows.offsets[first], *bits = bits_.get() + 8 * first * rows.num_words;
+        int64_t next[kTileRows];
+        for (int64_t i = 0; i < kTileRows; ++i) next[i] = rows.offsets[std::min(first + i, rows.num_rows)];
+        for (int64_t w = 0; w < rows.num_words; ++w)
+            for (int64_t i = 0; i < kTileRows; ++i, bits += 8) {
+                const uint64_t word = first + i < rows.num_rows ? rows.word(first + i, w) : 0;
+                const int64_t kept = __builtin_popcountll(word);
+                std::memcpy(bits, &word, 8);
+                std::memcpy(to, values + size_ * next[i], size_ * kept);
+                next[i] += kept;
+                to += size_ * kept;
+            }
     }
 
-    void pack_int8(const float* scale) {
+    void pack_int8(const int8_t* values, const float* scale) {
         const Rows& rows = counted_.rows;
         scale_.assign(scale, scale + rows.num_rows);
         row_sums_.assign(rows.num_rows, 0);
-        const int8_t* values = (const int8_t*)values_.get();
         for (int64_t r = 0; r < rows.num_rows; ++r)
             for (int64_t i = rows.offsets[r]; i < rows.offsets[r + 1]; ++i) row_sums_[r] += values[i];
-        num_bytes_ += int64_t(sizeof(float) + sizeof(int64_t)) * rows.num_rows;
+        num_bytes_ = int64_t(sizeof(float) + sizeof(int64_t)) * rows.num_rows;
     }
 
-    // x is quantised to u8 with one scale and zero point: x = step * (code - zero). Pruned weights add nothing, so the
-    // zero point is corrected by the sum of the row's kept weights alone. In double no finite x makes step, its inverse
-    // or a product of them overflow or vanish.
-    void matvec_i8(const float* x, float* y, int num_threads) const {
-        static thread_local std::vector<uint8_t> codes;
-        static thread_local std::vector<int64_t> sums;
+    // Columns are padded to whole words, and vectors do not start at the same places of the first-level cache's sets.
+    int64_t stride(int64_t spare) const { return 64 * counted_.rows.num_words + spare; }
+
+    void matvec_float(const float* input, float* y, int64_t num_vectors, int num_threads) const {
+        static thread_local std::vector<float> copy;
         const Rows& rows = counted_.rows;
-        codes.resize(64 * rows.num_words);
-        sums.resize(rows.num_rows);
+        Vectors<float> x{input, rows.num_columns, num_vectors};
+        if (num_vectors > 1 || rows.num_columns % 64) {
+            x.stride = stride(16);
+            copy.assign(num_vectors * x.stride, 0.0f);
+            for (int64_t m = 0; m < num_vectors; ++m)
+                std::memcpy(copy.data() + m * x.stride, input + m * rows.num_columns, 4 * rows.num_columns);
+            x.data = copy.data();
+        }
+        over_rows(rows, num_threads, size_, [&](int64_t first, int64_t last) {
+            if (size_ == 2) tier->matvec_bf16(rows, (const uint16_t*)values_.get(), x, y, first, last);
+            else tier->matvec_f32(rows, (const float*)values_.get(), x, y, first, last);
+        });
+    }
+
+    struct Quantised {
+        double step;
+        int zero;
+    };
+
+    // To u8 with one scale and zero point: x = step * (code - zero). In double no finite x makes step, its inverse or a
+    // product of them overflow or vanish.
+    static Quantised quantise(const float* x, int64_t count, uint8_t* codes) {
         float low = 0, high = 0;
 #pragma omp simd reduction(min : low) reduction(max : high)
-        for (int64_t i = 0; i < rows.num_columns; ++i) {
+        for (int64_t i = 0; i < count; ++i) {
             low = std::min(low, x[i]);
             high = std::max(high, x[i]);
         }
         const double step = high > low ? (double(high) - low) / 255 : 1.0;
         const double inverse = 1 / step;
         const int zero = nearest(-low * inverse);
-        uint8_t* input = codes.data();
 #pragma omp simd
-        for (int64_t i = 0; i < rows.num_columns; ++i)
-            input[i] = uint8_t(std::min(255, std::max(0, nearest(x[i] * inverse) + zero)));
+        for (int64_t i = 0; i < count; ++i)
+            codes[i] = uint8_t(std::min(255, std::max(0, nearest(x[i] * inverse) + zero)));
+        return {step, zero};
+    }
+
+    // Pruned weights add nothing, so the zero point is corrected by the sum of the row's kept weights alone.
+    void matvec_int8(const float* input, float* y, int64_t num_vectors, int num_threads) const {
+        static thread_local std::vector<uint8_t> codes;
+        static thread_local std::vector<Quantised> scales;
+        static thread_local std::vector<int64_t> sums;
+        const Rows& rows = counted_.rows;
+        const int64_t between = stride(64);
+        codes.resize(num_vectors * between);
+        scales.resize(num_vectors);
+        sums.resize(num_vectors * rows.num_rows);
+        for (int64_t m = 0; m < num_vectors; ++m)
+            scales[m] = quantise(input + m * rows.num_columns, rows.num_columns, codes.data() + m * between);
+        const Vectors<uint8_t> x{codes.data(), between, num_vectors};
+        const Quantised* of = scales.data();
         int64_t* output = sums.data();
         over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
-            tier->matvec_i8(rows, (const int8_t*)values_.get(), input, output, first, last);
-            for (int64_t r = first; r < last; ++r)
-                y[r] = float(scale_[r] * step * double(output[r] - zero * row_sums_[r]));
+            tier->matvec_i8(rows, (const int8_t*)values_.get(), x, output, first, last);
+            for (int64_t m = 0; m < num_vectors; ++m)
+                for (int64_t i = m * rows.num_rows, r = first; r < last; ++r)
+                    y[i + r] = float(scale_[r] * of[m].step * double(output[i + r] - of[m].zero * row_sums_[r]));
         });
     }
 
     Counted counted_;
-    bool is_int8_;
+    int size_;
     Buffer values_, bits_;
     std::vector<float> scale_;
     std::vector<int64_t> row_sums_;
@@ -340,7 +383,7 @@ NB_MODULE(_native, m) {
         })
         .def("attend", &attend_at, release());
     nb::class_<Packed>(m, "Packed")
-        .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool, int>())
+        .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, int>())
         .def("matvec", &Packed::matvec, release())
         .def("matmul", &Packed::matmul, release())
         .def("expand", &Packed::expand, release())

@@ -1,47 +1,66 @@
 // Any CPU: one kept position after the other.
+#include <vector>
+
 #include "matmul.h"
-#include "tiers.h"
+#include "matvec.h"
 
 namespace sparse_train {
 namespace {
 
-// Calls visit(column, index of its value) for each kept position of a row, in order.
-template <class Visit>
-void for_each_kept(const Rows& rows, int64_t row, Visit visit) {
-    int64_t next = rows.offsets[row];
-    for (int64_t w = 0; w < rows.num_words; ++w)
-        for (uint64_t word = rows.word(row, w); word; word &= word - 1) visit(64 * w + __builtin_ctzll(word), next++);
-}
-
-void matvec_f32(const Rows& rows, const float* values, const float* x, float* y, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-        double sum = 0;
-        for_each_kept(rows, r, [&](int64_t column, int64_t i) { sum += double(values[i]) * x[column]; });
-        y[r] = float(sum);
+// Products of rows first..last-1, summed as Sum; `weight` turns a value into a number of it.
+template <class Sum, class Value, class X, class Y, class Weight>
+void multiply(const Rows& rows, const Value* values, Vectors<X> x, Y* y, int64_t first, int64_t last, Weight weight) {
+    std::vector<Sum> sums(rows.tile * x.count);
+    for (; first < last; first += rows.tile) {
+        const int64_t end = std::min(first + rows.tile, last);
+        std::fill(sums.begin(), sums.end(), Sum());
+        for_each_word(rows, first, end, [&](int64_t r, int64_t w, uint64_t word, int64_t next) {
+            for (; word; word &= word - 1, ++next) {
+                const X* column = x.data + 64 * w + __builtin_ctzll(word);
+                Sum* sum = sums.data() + (r - first) * x.count;
+                for (int64_t m = 0; m < x.count; ++m) sum[m] += weight(values[next]) * column[m * x.stride];
+            }
+            return next;
+        });
+        for (int64_t r = first; r < end; ++r)
+            for (int64_t m = 0; m < x.count; ++m) y[m * rows.num_rows + r] = Y(sums[(r - first) * x.count + m]);
     }
 }
 
-void matvec_i8(const Rows& rows, const int8_t* values, const uint8_t* x, int64_t* y, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-        int64_t sum = 0;
-        for_each_kept(rows, r, [&](int64_t column, int64_t i) { sum += int32_t(values[i]) * x[column]; });
-        y[r] = sum;
-    }
+void matvec_f32(const Rows& rows, const float* values, Vectors<float> x, float* y, int64_t first, int64_t last) {
+    multiply<double>(rows, values, x, y, first, last, [](float value) { return double(value); });
+}
+
+void matvec_bf16(const Rows& rows, const uint16_t* values, Vectors<float> x, float* y, int64_t first, int64_t last) {
+    multiply<double>(rows, values, x, y, first, last, [](uint16_t value) {
+        const uint32_t bits = uint32_t(value) << 16;
+        float number;
+        std::memcpy(&number, &bits, 4);
+        return double(number);
+    });
+}
+
+void matvec_i8(const Rows& rows, const int8_t* values, Vectors<uint8_t> x, int64_t* y, int64_t first, int64_t last) {
+    multiply<int64_t>(rows, values, x, y, first, last, [](int8_t value) { return int32_t(value); });
 }
 
 template <class T>
 void expand_as(const Rows& rows, const T* values, T* dense, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-        T* row = dense + r * rows.num_columns;
-        std::memset(row, 0, rows.num_columns * sizeof(T));  // row by row: it is still in the cache when values come
-        for_each_kept(rows, r, [&](int64_t column, int64_t i) { row[column] = values[i]; });
-    }
+    for_each_word(rows, first, last, [&](int64_t r, int64_t w, uint64_t word, int64_t next) {
+        T* to = dense + r * rows.num_columns + 64 * w;
+        std::memset(to, 0, std::min<int64_t>(64, rows.num_columns - 64 * w) * sizeof(T));
+        for (; word; word &= word - 1) to[__builtin_ctzll(word)] = values[next++];
+        return next;
+    });
 }
 
 template <class T>
 void compact_as(const Rows& rows, const T* dense, T* values, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r)
-        for_each_kept(rows, r, [&](int64_t column, int64_t i) { values[i] = dense[r * rows.num_columns + column]; });
+    for_each_word(rows, first, last, [&](int64_t r, int64_t w, uint64_t word, int64_t next) {
+        const T* from = dense + r * rows.num_columns + 64 * w;
+        for (; word; word &= word - 1) values[next++] = from[__builtin_ctzll(word)];
+        return next;
+    });
 }
 
 // Elements are moved, never computed with: an unsigned integer of their size carries every bit pattern.
@@ -57,12 +76,6 @@ void compact(const Rows& rows, int size, const void* dense, void* values, int64_
     if (size == 4) compact_as(rows, (const uint32_t*)dense, (uint32_t*)values, first, last);
 }
 
-int64_t count(const Rows& rows, int64_t row) {
-    int64_t num_kept = 0;
-    for (int64_t w = 0; w < rows.num_words; ++w) num_kept += __builtin_popcountll(rows.word(row, w));
-    return num_kept;
-}
-
 uint64_t read(const void* data, int64_t num_bytes) {
     const uint64_t* words = (const uint64_t*)data;
     uint64_t sum = 0;
@@ -72,6 +85,7 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_i8, expand, compact, count, read, kMatmul<4>};
+const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, expand, compact, count,
+                       read, kMatmul<4>};
 
 }  // namespace sparse_train

@@ -1,21 +1,42 @@
 // A sparse weight as the kernels see it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace sparse_train {
 
-// A sparse weight of num_rows x num_columns. Row r's bits are words r * num_words ..., its values start at offsets[r].
+// A sparse weight of num_rows x num_columns, its bits in words of 64 columns. Tiles of `tile` rows, a power of two, follow each other; in
+// a tile come the first word of each row, then the second ones and so on, and the values in the same order. So rows that
+// are multiplied together are one stream of memory. In a tile of one row all is as in a file. The last tile has bits for
+// as many rows as the others.
 struct Rows {
     const uint8_t* bits;  // may be unaligned: read them with word()
-    const int64_t* offsets;  // num_rows + 1
+    const int64_t* offsets;  // num_rows + 1: values before each row, in tiles before the first row of each
     int64_t num_rows, num_columns, num_words;
+    int64_t tile = 1;
 
     uint64_t word(int64_t row, int64_t index) const {
         uint64_t word;
-        std::memcpy(&word, bits + 8 * (row * num_words + index), 8);
+        std::memcpy(&word, bits + 8 * ((row & -tile) * num_words + index * tile + (row & (tile - 1))), 8);
         return word;
     }
+};
+
+// Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as the
+// number of values before row `first`, which starts a tile.
+template <class Visit>
+void for_each_word(const Rows& rows, int64_t first, int64_t last, Visit visit) {
+    for (int64_t next = rows.offsets[first]; first < last; first += rows.tile)
+        for (int64_t w = 0; w < rows.num_words; ++w)
+            for (int64_t r = first; r < std::min(first + rows.tile, last); ++r) next = visit(r, w, rows.word(r, w), next);
+}
+
+// Vector m starts at data + m * stride.
+template <class T>
+struct Vectors {
+    const T* data;
+    int64_t stride, count;
 };
 
 }  // namespace sparse_train

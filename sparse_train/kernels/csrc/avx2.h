@@ -1,0 +1,189 @@
+// What AVX2 does with the bits of a weight: a table says, for each byte of bits, where each of 8 positions has its value
+// among those that come next, and a shuffle moves them there.
+#pragma once
+#include <immintrin.h>
+
+#include "moves.h"
+
+namespace sparse_train {
+namespace {
+
+template <class T, int kWidth>
+struct ByteTable {
+    alignas(64) T entries[256][kWidth];
+    const T* operator[](uint8_t byte) const { return entries[byte]; }
+};
+
+// The entries are entry(byte, lane).
+template <class T, int kWidth, class Entry>
+constexpr ByteTable<T, kWidth> byte_table(Entry entry) {
+    ByteTable<T, kWidth> table{};
+    for (int byte = 0; byte < 256; ++byte)
+        for (int lane = 0; lane < kWidth; ++lane) table.entries[byte][lane] = T(entry(byte, lane));
+    return table;
+}
+
+constexpr bool is_kept(int byte, int position) { return byte >> position & 1; }
+
+constexpr int num_kept(int byte, int before = 8) {
+    int count = 0;
+    for (int position = 0; position < before; ++position) count += is_kept(byte, position);
+    return count;
+}
+
+// The place of the kept position with so many before it; 8 where there is none.
+constexpr int place_of(int byte, int rank) {
+    int position = 0;
+    while (position < 8 && !(is_kept(byte, position) && num_kept(byte, position) == rank)) ++position;
+    return position;
+}
+
+constexpr int kZero = 0x80;  // as an index of bytes: a byte of zeros; as an index of floats: its sign
+
+constexpr auto kExpand4 = byte_table<uint8_t, 8>([](int byte, int at) {
+    return is_kept(byte, at) ? num_kept(byte, at) : kZero;
+});
+constexpr auto kCompress4 = byte_table<uint8_t, 8>([](int byte, int at) { return place_of(byte, at); });
+constexpr auto kExpand2 = byte_table<uint8_t, 16>([](int byte, int at) {
+    return is_kept(byte, at / 2) ? 2 * num_kept(byte, at / 2) + at % 2 : kZero;
+});
+constexpr auto kCompress2 = byte_table<uint8_t, 16>([](int byte, int at) {
+    return at / 2 < num_kept(byte) ? 2 * place_of(byte, at / 2) + at % 2 : kZero;
+});
+// BF16 to FP32: to the upper halves of the lanes.
+constexpr auto kWiden2 = byte_table<uint8_t, 32>([](int byte, int at) {
+    return is_kept(byte, at / 4) && at % 4 >= 2 ? 2 * num_kept(byte, at / 4) + at % 2 : kZero;
+});
+// Of 16 positions: the sum of the first byte's entry in the one table and the second byte's in the other.
+constexpr auto kExpandFirst1 = byte_table<uint8_t, 16>([](int byte, int at) {
+    return at >= 8 ? num_kept(byte) : is_kept(byte, at) ? num_kept(byte, at) : kZero;
+});
+constexpr auto kExpandSecond1 = byte_table<uint8_t, 16>([](int byte, int at) {
+    return at < 8 ? 0 : is_kept(byte, at - 8) ? num_kept(byte, at - 8) : kZero;
+});
+
+inline __m256i load256(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline __m128i load128(const void* from) { return _mm_loadu_si128((const __m128i*)from); }
+inline __m128i load64(const void* from) { return _mm_loadl_epi64((const __m128i*)from); }
+
+struct Lanes1Avx2 {
+    using Type = uint8_t;
+    static constexpr int kLanes = 16;
+
+    static __m128i expand(int k, uint64_t word, const uint8_t* bits, const void* values) {
+        const __m128i loaded = load128((const Type*)values + kept_before<kLanes>(k, word));
+        const __m128i first = load128(kExpandFirst1[bits[2 * k]]), second = load128(kExpandSecond1[bits[2 * k + 1]]);
+        return _mm_shuffle_epi8(loaded, _mm_add_epi8(first, second));
+    }
+
+    static __m128i compress(int k, uint64_t, const uint8_t* bits, const Type* dense) {
+        const __m128i first = _mm_shuffle_epi8(load64(dense), load64(kCompress4[bits[2 * k]]));
+        const __m128i second = _mm_shuffle_epi8(load64(dense + 8), load64(kCompress4[bits[2 * k + 1]]));
+        alignas(16) Type kept[32];
+        _mm_storel_epi64((__m128i*)kept, first);
+        _mm_storel_epi64((__m128i*)(kept + __builtin_popcount(bits[2 * k])), second);
+        return load128(kept);
+    }
+
+    static void store(Type* to, __m128i v) { _mm_storeu_si128((__m128i*)to, v); }
+    static void stream(Type* to, __m128i v) { _mm_stream_si128((__m128i*)to, v); }
+};
+
+struct Lanes2Avx2 {
+    using Type = uint16_t;
+    static constexpr int kLanes = 8;
+
+    static __m128i expand(int k, uint64_t word, const uint8_t* bits, const Type* values) {
+        return _mm_shuffle_epi8(load128(values + kept_before<kLanes>(k, word)), load128(kExpand2[bits[k]]));
+    }
+
+    static __m128i compress(int k, uint64_t, const uint8_t* bits, const Type* dense) {
+        return _mm_shuffle_epi8(load128(dense), load128(kCompress2[bits[k]]));
+    }
+
+    static void store(Type* to, __m128i v) { _mm_storeu_si128((__m128i*)to, v); }
+    static void stream(Type* to, __m128i v) { _mm_stream_si128((__m128i*)to, v); }
+};
+
+struct Lanes4Avx2 {
+    using Type = uint32_t;
+    static constexpr int kLanes = 8;
+
+    static __m256i expand(int k, uint64_t word, const uint8_t* bits, const void* values) {
+        const __m256i place = _mm256_cvtepi8_epi32(load64(kExpand4[bits[k]]));
+        const __m256i loaded = load256((const Type*)values + kept_before<kLanes>(k, word));
+        const __m256 placed = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(loaded, place));
+        return _mm256_castps_si256(_mm256_blendv_ps(placed, _mm256_setzero_ps(), _mm256_castsi256_ps(place)));
+    }
+
+    static __m256i compress(int k, uint64_t, const uint8_t* bits, const Type* dense) {
+        return _mm256_permutevar8x32_epi32(load256(dense), _mm256_cvtepi8_epi32(load64(kCompress4[bits[k]])));
+    }
+
+    static void store(Type* to, __m256i v) { _mm256_storeu_si256((__m256i*)to, v); }
+    static void stream(Type* to, __m256i v) { _mm256_stream_si256((__m256i*)to, v); }
+};
+
+struct FloatAvx2 {
+    using X = float;
+    using Y = float;
+    using Sum = __m256;
+    static constexpr int kLanes = 8;
+    static constexpr int64_t kWordsPerSum = INT64_MAX / 2;
+    static constexpr int rows(int vectors) { return vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1; }
+    static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+    static Sum add(__m256 weights, __m256 x, Sum sum) { return _mm256_fmadd_ps(weights, x, sum); }
+
+    static float total(Sum sum) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+};
+
+struct Fp32Avx2 : FloatAvx2 {
+    using Value = float;
+    static __m256 expand(int k, uint64_t word, const uint8_t* bits, const float* values) {
+        return _mm256_castsi256_ps(Lanes4Avx2::expand(k, word, bits, values));
+    }
+};
+
+struct Bf16Avx2 : FloatAvx2 {
+    using Value = uint16_t;
+    static __m256 expand(int k, uint64_t word, const uint8_t* bits, const uint16_t* values) {
+        const __m256i loaded = _mm256_broadcastsi128_si256(load128(values + kept_before<kLanes>(k, word)));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(loaded, load256(kWiden2[bits[k]])));
+    }
+};
+
+// Products of 16-bit numbers: vpmaddubsw, which multiplies bytes, saturates.
+struct Int8Avx2 {
+    using Value = int8_t;
+    using X = uint8_t;
+    using Y = int64_t;
+    using Sum = __m256i;
+    static constexpr int kLanes = 16;
+    static constexpr int64_t kWordsPerSum = 8192;
+    static_assert(kWordsPerSum * 4 * 2 * 255 * 128 <= INT32_MAX);  // four times a word a lane gets two products
+    static constexpr int rows(int vectors) { return vectors <= 2 ? 4 : 1; }
+
+    static __m256i expand(int k, uint64_t word, const uint8_t* bits, const int8_t* values) {
+        return _mm256_cvtepi8_epi16(Lanes1Avx2::expand(k, word, bits, values));
+    }
+
+    static __m256i load(const uint8_t* x) { return _mm256_cvtepu8_epi16(load128(x)); }
+    static Sum add(__m256i weights, __m256i x, Sum sum) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+    }
+
+    static int64_t total(Sum sum) {
+        const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(sum));
+        alignas(32) int64_t lanes[4];
+        _mm256_store_si256((__m256i*)lanes,
+                           _mm256_add_epi64(low, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum, 1))));
+        return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    }
+};
+
+}  // namespace
+}  // namespace sparse_train
