@@ -73,7 +73,7 @@ class Runtime:
 
 
 def load(folder: str | Path) -> Runtime:
-    """Sparse folders (fp32, bf16 computed in fp32, int8) run on the native kernels; dense ones on torch.
+    """Sparse folders (fp32, bf16, int8; activations are fp32) run on the native kernels; dense ones on torch.
 
     Raises UserError for a folder that is not a complete checkpoint.
     """
