@@ -15,6 +15,7 @@ from sparse_train.models.positions import decoder_positions, encoder_positions
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example, generate
+from sparse_train.tasks.batch import encode_prompt
 from tests.models import tiny_model
 
 _TASTE = {"do_sample": True, "temperature": 0.3, "num_return_sequences": 3, "repetition_penalty": 1.9, "num_beams": 4,
@@ -106,3 +107,36 @@ def test_nothing_of_a_models_settings_is_lost_by_answering():
     model.generation_config = kept = GenerationConfig(repetition_penalty=1.5)
     generate(model, processor, [Example("Tom", "")], EvaluateConfig(max_new_tokens=2))
     assert model.generation_config is kept and kept.repetition_penalty == 1.5
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt", "opt"])
+def test_answers_that_have_ended_leave_the_batch_and_the_others_go_on_as_they_would_alone(family):
+    model, processor = tiny_model(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)  # so that predictions are decisive
+    examples = [Example("Tom has 3 eggs"[:length], "") for length in range(1, 15)]
+    spec = EvaluateConfig(max_new_tokens=24)
+
+    def tell(example):
+        prompt = torch.tensor([encode_prompt(example, processor)])
+        told = model.generate(prompt, attention_mask=prompt > -1, do_sample=False, max_new_tokens=24, min_new_tokens=24)
+        return told[0, prompt.shape[1]:].tolist()
+
+    model.generation_config.begin_suppress_tokens = list({token for example in examples for token in tell(example)[9:]})
+    alone = [tell(example) for example in examples]
+    # The token at which the answers end at the most different places.
+    end = max({token for told in alone for token in told},
+              key=lambda token: len({told.index(token) for told in alone if token in told}))
+    model.generation_config.eos_token_id = [0, end]
+    answers = [told[:told.index(end) + 1] if end in told else told for told in alone]
+    computed = []
+    model.register_forward_pre_hook(lambda module, args, inputs: computed.append(len(inputs["input_ids"])),
+                                    with_kwargs=True)
+    found = generate(model, processor, examples, spec)
+    assert found == [processor.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    lengths = sorted(map(len, answers))
+    assert len(set(lengths)) > 3 and len(computed) == lengths[-1], lengths
+    # Never is more than an eighth of the rows computed for nothing.
+    going_on = [sum(length > step for length in lengths) for step in range(lengths[-1])]
+    assert all(rows < needed + rows / 8 for rows, needed in zip(computed, going_on, strict=True)), (computed, going_on)

@@ -21,6 +21,7 @@ from transformers import (
 from sparse_train.compat import submitit as submitit_compat
 from sparse_train.compat import transformers as compat
 from sparse_train.models.empty import from_config
+from tests.model_types import built
 from tests.models import tiny_mpt
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -49,6 +50,11 @@ def test_a_config_does_not_choose_a_kernel():
 
 def test_attention_that_can_be_replaced_says_so():
     assert compat.supports_attention_interface(_llama()) and not compat.supports_attention_interface(tiny_mpt())
+
+
+def test_models_with_a_cache_of_their_own_are_known():
+    kinds = ("llama", "mpt", "mamba", "minimax", "openai-gpt", "xlnet")
+    assert [kind for kind in kinds if compat.has_usual_cache(built(kind))] == ["llama", "mpt"]
 
 
 def test_only_new_tensors_are_initialised():

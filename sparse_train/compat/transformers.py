@@ -53,6 +53,13 @@ def reset_implementations(config: PretrainedConfig) -> None:
     config._experts_implementation = None
 
 
+def has_usual_cache(model: PreTrainedModel) -> bool:
+    """Whether a model generates from a Cache that `past_key_values` takes, rather than a kind of its own
+    (`_supports_default_dynamic_cache`)."""
+    return (model._supports_default_dynamic_cache()  # type: ignore[operator]
+            and "past_key_values" in inspect.signature(model.forward).parameters)
+
+
 def supports_attention_interface(model: PreTrainedModel) -> bool:
     """Whether attention can be replaced through AttentionInterface (`_supports_attention_backend`)."""
     return bool(getattr(model, "_supports_attention_backend", False))

@@ -1,20 +1,24 @@
 """Generation: the same settings for scores, benchmarks and the command line, whatever a model folder proposes."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 from transformers import (
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.generation import BaseStreamer
 
+from sparse_train.compat.transformers import has_usual_cache
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError
 from sparse_train.models import Processor, model_tokens
@@ -43,15 +47,69 @@ def generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Ex
     loop = loop_for(model, length + spec.max_new_tokens) if spec.num_beams == 1 else None
     inputs: dict[str, Any] = {
         **prompts.to(model.device, model.dtype).inputs(),
-        "generation_config": _config(model, processor, examples, spec, until_end, settings or {}),
-        "streamer": streamer, "custom_generate": loop and functools.partial(loop, streamer=streamer)}
-    if stop:
-        inputs["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(processor.tokenizer, list(stop))])
+        "generation_config": _config(model, processor, examples, spec, until_end, settings or {})}
+    is_plain = until_end and spec.num_beams == 1 and not (loop or stop or settings or streamer)
     with _without_settings(model):
-        # Whisper's own generate() adds timestamps and windows; here a clip is one window.
-        ids = GenerationMixin.generate(cast(Any, model), **inputs)
-    texts = iter(processor.tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True))
+        if is_plain and prompts.encoder is None and has_usual_cache(model):
+            answers = _greedy_answers(model, **inputs)
+        else:
+            inputs |= {"streamer": streamer, "custom_generate": loop and functools.partial(loop, streamer=streamer)}
+            if stop:
+                stops = StopStringCriteria(processor.tokenizer, list(stop))
+                inputs["stopping_criteria"] = StoppingCriteriaList([stops])
+            answers = _run(model, **inputs)[:, length:].tolist()
+    texts = iter(processor.tokenizer.batch_decode(answers, skip_special_tokens=True))
     return [" ".join(next(texts) for _ in several) for several in parts]
+
+
+def _run(model: PreTrainedModel, **inputs: Any) -> Any:
+    # Whisper's own generate() adds timestamps and windows; here a clip is one window.
+    return GenerationMixin.generate(cast(Any, model), **inputs)
+
+
+def _greedy_answers(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor,
+                    generation_config: GenerationConfig) -> list[list[int]]:
+    """The new tokens of each row of `input_ids` (B, T), of a decoder.
+
+    transformers computes all rows until the last one ends. Here a pass ends as soon as an eighth of its rows have
+    ended, and the next pass continues the others, from what is cached of them.
+    """
+    settings, ids, attend, cache = copy.copy(generation_config), input_ids, attention_mask, None
+    settings.return_dict_in_generate = True
+    rows, length = torch.arange(len(ids)), ids.shape[1]
+    last = length + cast(int, settings.max_new_tokens)
+    ends = torch.tensor(settings.eos_token_id, device=ids.device)
+    answers: dict[int, list[int]] = {}
+    while True:
+        stop = _EnoughEnded(ids.shape[1], ends)
+        found = _run(model, input_ids=ids, attention_mask=attend, past_key_values=cache, generation_config=settings,
+                     stopping_criteria=StoppingCriteriaList([stop]))
+        ids, cache = found.sequences, found.past_key_values
+        ended = stop.ended(ids) | (ids.shape[1] == last)
+        answers |= {int(rows[i]): ids[i, length:].tolist() for i in ended.nonzero().flatten().tolist()}
+        if ended.all():
+            return [answers[row] for row in sorted(answers)]
+        going_on = (~ended).nonzero().flatten()
+        rows, ids = rows[going_on.cpu()], ids[going_on]
+        attend = functional.pad(attend[going_on], (0, ids.shape[1] - attend.shape[1]), value=1)
+        cache.reorder_cache(going_on)
+        settings.max_new_tokens = last - ids.shape[1]
+        settings.begin_suppress_tokens = None  # the beginning is over
+
+
+class _EnoughEnded(StoppingCriteria):
+    """Ends a pass that began at position `start` when an eighth of its rows have got one of `ends`."""
+
+    def __init__(self, start: int, ends: torch.Tensor):
+        self._start, self._ends = start, ends
+
+    def ended(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B,) bool."""
+        return torch.isin(ids[:, self._start:], self._ends).any(1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ended = self.ended(input_ids)
+        return torch.full_like(ended, bool(8 * ended.sum() >= len(ended)))
 
 
 def _config(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
