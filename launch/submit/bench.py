@@ -14,7 +14,7 @@ from sparse_train.tables import print_table
 
 
 def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser("bench", help="measure kernels and training steps on this machine")
+    parser = commands.add_parser("bench", help="measure kernels, training steps and losses on this machine")
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
 
     layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, one token at a time, and an MLP for "
@@ -41,7 +41,17 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     train.add_argument("--repeats", type=_positive, default=7)
     train.add_argument("--json", action="store_true", help="only the last line")
     train.set_defaults(command=_train)
-    for kind in (layers, moves, train):
+
+    losses = kinds.add_parser("losses", help="what each loss makes of a pruned model's gradient, and weights that make "
+                              "these gradients alike")
+    losses.add_argument("config", help="a recipe, for its task")
+    losses.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as task.path=FOLDER")
+    losses.add_argument("--student", required=True, metavar="FOLDER", help="the pruned model")
+    losses.add_argument("--teacher", required=True, metavar="FOLDER", help="the dense one, or a name on the hub")
+    losses.add_argument("--batches", type=_positive, default=4, help="of the first training examples (default: 4)")
+    losses.add_argument("--batch-size", type=_positive, default=2, help="examples of a batch (default: 2)")
+    losses.set_defaults(command=_losses)
+    for kind in (layers, moves, train, losses):
         log.add_options(kind)
 
 
@@ -101,6 +111,36 @@ def _moves(options, console: Console) -> None:
         [*(row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys),
          spread_cell(row["low"], row["milliseconds"], row["high"])] for row in rows])
     print(json.dumps({"rows": rows}))
+
+
+def _losses(options, console: Console) -> None:
+    from sparse_train import dist
+    from sparse_train.bench.losses import measure_losses
+    from sparse_train.compat.transformers import to_device
+    from sparse_train.config import RunConfig
+    from sparse_train.config.load import load_config
+    from sparse_train.cpus import set_threads
+    from sparse_train.launch.run.recipes import find_recipe
+    from sparse_train.models import load_model, load_processor
+    from sparse_train.sparse import sparse_linears
+    from sparse_train.tasks import build_task, training_examples
+
+    set_threads()
+    spec = load_config(RunConfig, find_recipe(options.config), options.overrides).task
+    student, teacher = (to_device(load_model(path), dist.device()) for path in (options.student, options.teacher))
+    if not sparse_linears(student):
+        raise UserError(f"--student {options.student} has no sparse layer; give the folder of a pruned model")
+    processor, task = load_processor(options.student, spec.language), build_task(spec)
+    size = options.batch_size
+    examples = list(training_examples(task, processor, options.batches * size)[0])
+    result = measure_losses(student, teacher, (task.batch(examples[start:start + size], processor).to(dist.device())
+                                               for start in range(0, len(examples), size)))
+    print_table(console, list(result["rows"][0]), [
+        [cell if isinstance(cell, str) else f"{cell:.3g}" for cell in row.values()] for row in result["rows"]], 3)
+    largest = ", ".join(f"{ratio:.3g}" for ratio in result["largest_tokens"].values())
+    console.print(f"the largest norm of a token over the median token's, block after block of the teacher: {largest}",
+                  highlight=False, soft_wrap=True)
+    print(json.dumps(result))
 
 
 def _train(options, console: Console) -> int:

@@ -1,8 +1,9 @@
-"""Timings, with the candidates in turns: layers, decoding, moves of weights, and training steps.
+"""Timings, with the candidates in turns: layers, decoding, moves of weights, and training steps; gradients of losses.
 
     layers.py, decode.py   batch-1 products and tokens, compared with dense torch and with the memory's bandwidth
     moves.py, train.py     expanding and compacting weights; a training step
     gpu.py                 layers and decoding on a GPU
+    losses.py              what each loss makes of a student's gradient
     timing.py, tables.py, plots.py   the measurement itself, its tables and pictures
 """
 

@@ -1,17 +1,22 @@
-"""sparse-train bench train: what is printed is whole, and what does not depend on the machine is right."""
+"""sparse-train bench: what is printed is whole, and what does not depend on the machine is right."""
 
 import json
+import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_train.bench.train import TrainBench, _Products
+from sparse_train.config import TaskConfig
 from sparse_train.launch.cli import main
-from sparse_train.models import save_model
+from sparse_train.models import family_of, load_model, load_processor, save_model
+from sparse_train.sparse import BitmaskTensor, sparsify
+from sparse_train.tasks import build_task, training_examples
 from sparse_train.training.head import Head
 from tests.launch.test_pipeline import _cli
 from tests.models import tiny_model
+from tests.training.plain import states_of
 
 _STEP = ("--num-tokens", "32", "--repeats", "1")
 _SIZE = ("--d-model", "128", "--n-layers", "2", *_STEP)
@@ -61,10 +66,86 @@ def test_flops_of_a_step_are_those_that_torch_counts():
     assert products.flops_of_step("ours") == sum(counts)
 
 
+def _features_by_hand(ratio, s, t):
+    """SquareHead's share of a block from states (N, D) of real tokens."""
+    error, energy = (s - t).square(), t.square()
+    if ratio == "token":
+        return (error.sum(1) / energy.sum(1)).mean()
+    if ratio == "channel":
+        return (error.sum(0) / energy.sum(0)).mean()
+    logs = energy.sum(1).log()
+    kept = logs <= logs.mean() + 2 * math.log(10) if ratio == "typical" else logs < math.inf
+    return error[kept].sum() / energy[kept].sum()
+
+
+def _losses_by_hand(student, teacher, batch):
+    """(features, ratio) -> loss; the teacher's features."""
+    (logits, states), (taught, taught_states) = (states_of(model, batch.inputs()) for model in (student, teacher))
+    chosen = batch.targets != -100
+    log_probs, taught_probs = logits[chosen].log_softmax(-1), taught[chosen].softmax(-1).detach()
+    losses = {("task", "", ""): -log_probs.gather(1, batch.targets[chosen][:, None]).mean(),
+              ("logit", "", ""): (taught_probs * (taught_probs.log() - log_probs)).sum(1).mean()}
+    blocks = [(s[batch.attend], taught_states[name][batch.attend].detach()) for name, s in states.items()]
+    norms = [[*(block.input_layernorm for block in model.model.layers[1:]), model.model.norm]
+             for model in (student, teacher)]
+    normed = [(a(s), b(t).detach()) for (s, t), a, b in zip(blocks, *norms, strict=True)]
+    return losses | {("feature", features, ratio): sum(_features_by_hand(ratio, s, t) for s, t in pairs)
+                     for features, pairs in (("blocks", blocks), ("norms", normed))
+                     for ratio in ("block", "token", "typical", "channel")}, [t for _, t in blocks]
+
+
+def test_each_loss_has_the_gradient_of_its_plain_formula(tmp_path, capsys):
+    """Of a teacher with massive tokens, over two batches; and models that do not go together are refused."""
+    teacher, processor = tiny_model("llama")
+    teacher.config.max_position_embeddings = 256
+    for parameter in teacher.parameters():
+        parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+    teacher.get_input_embeddings().weight.data[processor.tokenizer("Question").input_ids[0]].mul_(1e3)
+    save_model(tmp_path / "dense", teacher, processor)
+    student = sparsify(teacher, {
+        name: BitmaskTensor.from_dense(linear.weight.detach(), torch.rand_like(linear.weight) < 0.5)
+        for name, linear in family_of(teacher).prunable_linears(teacher).items()})
+    save_model(tmp_path / "pruned", student, processor)
+    command = ["bench", "losses", "tests/launch/tiny.yaml", "--batches", "2", "--student", str(tmp_path / "pruned")]
+    assert main([*command, "--teacher", str(tmp_path / "dense")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    student, teacher = load_model(tmp_path / "pruned"), load_model(tmp_path / "dense")
+    task = build_task(TaskConfig(name="arithmetic"))
+    examples = training_examples(task, load_processor(tmp_path / "dense", None), 4)[0]
+    expected, largest = [], []
+    for start in (0, 2):
+        batch = task.batch([examples[start], examples[start + 1]], processor)
+        losses, features = _losses_by_hand(student, teacher, batch)
+        gradients = {key: torch.cat([part.flatten() for part in torch.autograd.grad(
+            loss, [p for p in student.parameters() if p.requires_grad], retain_graph=True, materialize_grads=True)])
+            for key, loss in losses.items()}
+        expected.append({key: [losses[key].item(), gradient.norm().item(), torch.cosine_similarity(
+            gradient, gradients["task", "", ""], dim=0).item()] for key, gradient in gradients.items()})
+        largest.append([(norms.max() / norms.median()).item() for norms in (t.norm(dim=1) for t in features)])
+    means = {key: [(a + b) / 2 for a, b in zip(expected[0][key], expected[1][key], strict=True)] for key in expected[0]}
+    assert [(row["term"], row["features"], row["ratio"]) for row in found["rows"]] == list(means)
+    of_block = means["feature", "blocks", "block"][1]
+    for row, (value, gradient, cosine) in zip(found["rows"], means.values(), strict=True):
+        assert [row[key] for key in ("value", "gradient", "cosine", "weight")] == pytest.approx(
+            [value, gradient, cosine, of_block / gradient], rel=1e-4, abs=1e-6)
+    assert list(found["largest_tokens"].values()) == pytest.approx(
+        [sum(pair) / 2 for pair in zip(*largest, strict=True)], rel=1e-5)
+    assert max(largest[0]) > 10
+
+    save_model(tmp_path / "other", tiny_model("mpt")[0], processor)
+    for arguments, told in ((("--teacher", str(tmp_path / "other")), "not of one type and size"),
+                            (("--teacher", str(tmp_path / "dense"), "--student", str(tmp_path / "dense")),
+                             "has no sparse layer")):
+        assert main([*command, *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "told"), [
     (["layers", "--repeats", "0"], "--repeats"), (["moves", "--repeats", "-1"], "--repeats"),
     (["train", "--repeats", "many"], "--repeats"), (["train", "--ranks", "0"], "--ranks"),
     (["train", "--d-model", "100"], "100 is not a multiple of 64"), (["train", "--num-tokens", "1.5"], "--num-tokens"),
+    (["losses", "demo", "--student", "x", "--teacher", "y", "--batches", "0"], "--batches"),
     (["layers", "--sparsity", "nan"], "outside [0, 1)")])
 def test_numbers_that_leave_nothing_to_measure_are_refused(arguments, told, capsys):
     with pytest.raises(SystemExit) as stop:
