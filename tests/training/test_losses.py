@@ -10,8 +10,6 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sparse_train import registry
 from sparse_train.config import LossConfig, RunConfig, TrainConfig, ZeroConfig
@@ -20,15 +18,11 @@ from sparse_train.config.loss import METRICS
 from sparse_train.errors import UserError
 from sparse_train.registry import LOSS_TERMS, LossTermEntry
 from sparse_train.sparse import densify, sparse_linears
-from sparse_train.tasks.batch import collate
-from sparse_train.training import losses, step
-from sparse_train.training.head import Head
+from sparse_train.training import step
 from sparse_train.training.losses import new_terms, weighted_loss
 from sparse_train.training.metrics import Meter
 from sparse_train.training.terms import LossTerm, ModelOutputs, Ratio
-from sparse_train.training.terms.feature import FeatureTerm, squarehead
-from sparse_train.training.terms.logit import divergence
-from tests.models import tiny_examples, tiny_model, tiny_mpt
+from sparse_train.training.terms.feature import squarehead
 from tests.ranks import run_ranks
 from tests.training.plain import Float64, states_of
 from tests.training.test_parity import _fetch, _models, _training_run
@@ -195,69 +189,6 @@ def test_the_paper_compares_logits_at_the_labelled_positions():
                                expected)
 
 
-def _summands_by_hand(teacher, student, beta):
-    """Of probabilities (R, V), (R, V); beta 0 and 1 are the two KL divergences themselves."""
-    def kl(p, q):
-        return torch.where(p > 0, p * (p / q).log(), 0)
-
-    if beta in (0, 1):
-        return kl(student, teacher) if beta else kl(teacher, student)
-    mixture = beta * teacher + (1 - beta) * student
-    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
-
-
-_BETAS = pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@_BETAS
-def test_divergences_and_their_gradients_are_the_formulas(beta, temperature):
-    logits, labels, attend, _, _, teacher_logits = _inputs()
-    config = LossConfig(task_weight=0, logit_weight=0.4, temperature=temperature, logit_beta=beta)
-    ours, plain = (logits.clone().requires_grad_() for _ in range(2))
-    shares = _loss(config, ours, labels, attend, teacher_logits=teacher_logits)
-    shares.loss.backward()
-    chosen = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
-    teacher, student = ((x[chosen] / temperature).softmax(-1) for x in (teacher_logits, plain))
-    expected = _summands_by_hand(teacher, student, beta).sum(-1).mean() * temperature**2
-    (0.4 * expected).backward()
-    torch.testing.assert_close(shares.terms["logit"], expected.detach(), rtol=_EXACT, atol=0)
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=_EXACT)
-
-
-def test_the_ends_of_the_jensen_shannon_divergence_are_both_kl_divergences():
-    logits, teacher_logits = (_inputs()[i].flatten(0, 1).log_softmax(-1) for i in (0, 5))
-    small = 1e-9
-    for near, end, factor in ((small, 0, small), (1 - small, 1, small)):
-        torch.testing.assert_close(divergence(teacher_logits, logits, near) / factor,
-                                   divergence(teacher_logits, logits, end), rtol=1e-5, atol=0)
-
-
-@_BETAS
-def test_equal_distributions_do_not_diverge(beta):
-    logits = _inputs(torch.float32)[0].flatten(0, 1).mul(9).log_softmax(-1).requires_grad_()
-    assert not divergence(logits.detach(), logits, beta).any()
-
-
-@_BETAS
-def test_tokens_that_the_teacher_or_both_never_say(beta):
-    logits, labels, attend, _, _, teacher_logits = _inputs()
-    labels = torch.where(labels == -100, labels, labels % 2)
-    teacher_logits[..., 2] = logits[..., 5] = teacher_logits[..., 5] = -math.inf
-    ours = logits.clone().requires_grad_()
-    shares = _loss(LossConfig(task_weight=0, logit_weight=1.0, logit_beta=beta), ours, labels, attend,
-                   teacher_logits=teacher_logits)
-    if beta == 1:  # the student says what the teacher never does
-        assert shares.terms["logit"] == math.inf
-        return
-    shares.loss.backward()
-    chosen = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
-    p, q = (x[chosen].softmax(-1) for x in (teacher_logits, logits))
-    expected = _summands_by_hand(p, q, beta).sum(-1).mean()
-    torch.testing.assert_close(shares.terms["logit"], expected, rtol=_EXACT, atol=0)
-    assert torch.isfinite(ours.grad).all() and not ours.grad[..., 5].any()
-
-
 def test_the_ast_preset_is_the_formula_of_its_code():
     logits, labels, attend, _, _, teacher_logits = _inputs()
     shares = _loss(LossConfig(preset="ast"), logits, labels, attend, teacher_logits=teacher_logits)
@@ -267,90 +198,6 @@ def test_the_ast_preset_is_the_formula_of_its_code():
     kl = torch.nn.functional.kl_div((s / 2).log_softmax(-1), (t / 2).log_softmax(-1), reduction="batchmean",
                                     log_target=True) * 4
     torch.testing.assert_close(shares.loss, 0.33 * task + 0.67 * kl, rtol=_EXACT, atol=0)
-
-
-def _many_logits(num_rows, vocabulary):
-    """(student's in bf16 with gradient, labels, teacher's)."""
-    g = torch.Generator().manual_seed(0)
-    logits, taught = (torch.randn(1, num_rows, vocabulary, generator=g).bfloat16() for _ in range(2))
-    return logits.requires_grad_(), torch.randint(vocabulary, (1, num_rows), generator=g), taught
-
-
-@_BETAS
-def test_gradients_of_all_terms_are_rounded_once(beta, monkeypatch):
-    """To the logits' dtype, whatever the rows of a chunk."""
-    logits, labels, taught = _many_logits(7, 32)
-    config = LossConfig(logit_weight=0.4, temperature=2.0, logit_beta=beta)
-    wide = logits.detach().float().requires_grad_()
-    _loss(config, wide, labels, None, teacher_logits=taught).loss.backward()
-    monkeypatch.setattr(losses, "_CHUNK", 2 * 32)
-    _loss(config, logits, labels, None, teacher_logits=taught).loss.backward()
-    assert logits.grad.dtype == torch.bfloat16 and torch.equal(logits.grad, wide.grad.bfloat16())
-
-
-@_BETAS
-class _Made(TorchDispatchMode):
-    """What operations make, all of it still held."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.storages += [(x.dtype, x.untyped_storage()) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        return result
-
-    def sizes(self, dtype):
-        """Elements of each storage of `dtype`, largest first."""
-        found = {storage.data_ptr(): storage.nbytes() // dtype.itemsize for kind, storage in self.storages
-                 if kind == dtype}
-        return sorted(found.values(), reverse=True)
-
-
-@_BETAS
-def test_logits_are_never_all_in_fp32(beta, monkeypatch):
-    """Forward and backward: fp32 has a chunk's size, and the one new tensor of all logits' size is their gradient."""
-    rows, logits, labels, taught = 4, *_many_logits(32, 64)
-    monkeypatch.setattr(losses, "_CHUNK", rows * 64)
-    with _Made() as made:
-        shares = _loss(LossConfig(logit_weight=0.4, logit_beta=beta), logits, labels, None, teacher_logits=taught)
-        torch.autograd.grad(shares.loss, logits)
-    assert made.sizes(torch.float32)[0] == rows * 64
-    logits_of_both_and_gradient = [32 * 64] * 3
-    assert [size for size in made.sizes(torch.bfloat16) if size > rows * 64] == logits_of_both_and_gradient
-
-
-def _head_cases():
-    mpt = tiny_mpt()
-    yield mpt, {"input_ids": torch.randint(50, (3, 7))}
-    for family in ("llama", "t5", "whisper"):
-        model, processor = tiny_model(family)
-        yield model, collate(tiny_examples(processor), processor).inputs()
-
-
-def test_the_head_works_on_the_positions_that_are_asked_for():
-    for model, inputs in _head_cases():
-        head, seen = Head(model), []
-        model.get_output_embeddings().register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.shape))
-        whole = model(**inputs).logits
-        every = torch.arange(whole[..., 0].numel())
-        for positions in (torch.tensor([1, 4, 5, 11]), every, every[:0]):
-            model.zero_grad()
-            found = head.logits(model, inputs, positions)
-            assert seen[-1][:-1] == (1, len(positions))
-            torch.testing.assert_close(found, whole.flatten(0, 1)[positions])
-            found.sum().backward()
-            assert model.get_output_embeddings().weight.grad is not None
-        assert model(**inputs).logits.shape == whole.shape
-
-
-def test_a_model_without_a_head_of_its_own_computes_all_logits():
-    model, inputs = next(_head_cases())
-    whole = model(**inputs).logits
-    model.get_output_embeddings = model.get_input_embeddings
-    positions = torch.tensor([1, 4])
-    assert torch.equal(Head(model).logits(model, inputs, positions), whole.flatten(0, 1)[positions])
 
 
 def test_keys_beside_a_preset_win():
@@ -384,94 +231,6 @@ def test_micro_batch_means_the_ranks_own_ratios():
     torch.testing.assert_close(sum(ranks), sum(alone) / 2)
     whole = _vector(_loss(LossConfig(feature_weight=1.0), logits, labels, attend, features, taught))
     assert not torch.allclose(sum(ranks), whole, rtol=1e-3)
-
-
-def _massive_inputs():
-    """As _inputs, where the teacher's first token of two rows holds nearly all the energy, as in pretrained models."""
-    logits, labels, attend, features, taught, teacher_logits = _inputs()
-    for states in taught:
-        states[:2, 0, 1] = 1e3
-    return logits, labels, attend, features, taught, teacher_logits
-
-
-def _ratio_by_hand(ratio, s, t, attend):
-    """`feature_ratio` of one block in loops over tokens; s, t (B, T, D)."""
-    pairs = [(s[b, place], t[b, place]) for b in range(B) for place in range(T) if attend[b, place]]
-    if ratio == "token":
-        return sum(((a - c) ** 2).sum() / (c**2).sum() for a, c in pairs) / len(pairs)
-    if ratio == "channel":
-        return sum(sum((a[d] - c[d]) ** 2 for a, c in pairs) / sum(c[d] ** 2 for _, c in pairs) for d in range(D)) / D
-    if ratio == "typical":
-        mean = math.exp(sum(c.norm().log().item() for _, c in pairs) / len(pairs))
-        num_before, pairs = len(pairs), [(a, c) for a, c in pairs if c.norm() <= 10 * mean]
-        assert len(pairs) == num_before - 2
-    return sum(((a - c) ** 2).sum() for a, c in pairs) / sum((c**2).sum() for _, c in pairs)
-
-
-_RATIOS = ("block", "typical", "token", "channel")
-
-
-@pytest.mark.parametrize("ratio", _RATIOS)
-def test_a_ratio_is_its_sum_in_loops_with_its_gradient(ratio):
-    logits, labels, attend, features, taught, _ = _massive_inputs()
-    mine, theirs = ([f.clone().requires_grad_() for f in features] for _ in range(2))
-    shares = _loss(LossConfig(task_weight=0, feature_weight=1.0, feature_ratio=ratio), logits, labels, attend, mine,
-                   taught)
-    expected = torch.stack([_ratio_by_hand(ratio, s, t, attend) for s, t in zip(theirs, taught, strict=True)])
-    torch.testing.assert_close(shares.terms["feature"], expected, rtol=_EXACT, atol=0)
-    shares.loss.backward()
-    expected.sum().backward()
-    for my, their in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(my.grad, their.grad, rtol=_EXACT, atol=1e-18)
-
-
-def test_a_heavy_token_ratio_has_no_gradient_at_padding():
-    logits, labels, attend, features, taught, _ = _inputs(torch.float32)
-    mine = features[0].clone().requires_grad_()
-    config = LossConfig(feature_weight=1e3, feature_ratio="token")
-    _loss(config, logits, labels, attend, [mine], taught[:1]).loss.backward()
-    assert mine.grad.isfinite().all() and not mine.grad[~attend].any()
-
-
-def _shares_of_ratios(splits):
-    from sparse_train import dist
-    logits, labels, attend, features, taught, _ = _massive_inputs()
-    rows = splits[dist.rank()]
-    return [_vector(_loss(LossConfig(feature_weight=1.0, feature_ratio=ratio), logits[rows], labels[rows], attend[rows],
-                          [f[rows] for f in features], [t[rows] for t in taught])) for ratio in _RATIOS]
-
-
-def test_every_ratio_is_that_of_the_whole_batch_over_ranks():
-    logits, labels, attend, features, taught, _ = _massive_inputs()
-    ranks = run_ranks(_shares_of_ratios, 2, ([0, 3], [1, 2]))
-    for ratio, first, second in zip(_RATIOS, *ranks, strict=True):
-        whole = _vector(_loss(LossConfig(feature_weight=1.0, feature_ratio=ratio), logits, labels, attend, features,
-                              taught))
-        torch.testing.assert_close(first + second, whole, rtol=_EXACT, atol=0)
-
-
-def test_encoder_and_decoder_features_have_their_own_masks():
-    """Two stacks of different lengths in one loss: each feature counts where its own mask says."""
-    _, _, attend, features, taught, _ = _inputs()
-    sums = FeatureTerm(LossConfig(feature_weight=1.0))
-    encoder, taught_encoder = torch.randn(2, B, 9, D, dtype=torch.float64)
-    real = torch.arange(9) < torch.tensor([9, 2, 5, 1])[:, None]
-    with Float64():
-        sums.add_features(encoder, taught_encoder, real)
-        sums.add_features(features[0], taught[0], attend)
-    for (error, energy), (s, t, mask) in zip(zip(sums.errors, sums.energies, strict=True),
-                                             [(encoder, taught_encoder, real), (features[0], taught[0], attend)],
-                                             strict=True):
-        torch.testing.assert_close(error / energy, ((s - t)[mask] ** 2).sum() / (t[mask] ** 2).sum())
-
-
-def test_the_features_gradient_is_autograds():
-    _, _, attend, features, taught, _ = _inputs()
-    mine, theirs = features[0].clone().requires_grad_(), features[0].clone().requires_grad_()
-    _squarehead([mine], [taught[0]], attend).sum().backward()
-    ((((theirs - taught[0])[attend]) ** 2).sum() / (taught[0][attend] ** 2).sum()).backward()
-    torch.testing.assert_close(mine.grad, theirs.grad)
-    assert not mine.grad[~attend].any()
 
 
 class Smoothness(LossTerm):
