@@ -86,6 +86,11 @@ def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
 def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, capsys):
     export_sparse(_sparse_model(), tiny_tokenizer(), "fp32", tmp_path / "model")
     runtime = load(tmp_path / "model")
+    assert runtime.sparsity == pytest.approx(0.75, abs=1e-3)
+    assert main(["bench", "decode", "--model", *[str(tmp_path / "model")] * 2, "--prompt-tokens", "9", "--new-tokens",
+                 "3", "--repeats", "1"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["engine"] for row in measured] == ["sparse"] and measured[0]["speedup"] == 1
     arguments = ["generate", str(tmp_path / "model"), "--max-new-tokens", "12"]
 
     def generate(*options):

@@ -112,7 +112,10 @@ def test_what_runs_once_per_answer_is_not_counted_per_token():
         own = {id(p): p.nbytes for name, p in model.named_parameters()
                if not name.startswith(encoder) and not any(part in name for part in cross)}
         assert row["bytes"] == sum(own.values()), family
+        assert row["outside_products"] is None, family  # these have no Decoder
 
 
 def test_a_text_is_prompted_with_its_own_beginning():
-    assert _decoded("mpt", Example("", "a text without a prompt"))[1]["tokens_per_second"] > 0
+    model, row = _decoded("mpt", Example("", "a text without a prompt"))
+    assert row["tokens_per_second"] > 0 and row["first_token_milliseconds"] > 0 and row["outside_products"] < 1
+    assert row["bytes"] == sum(p.nbytes for p in model.parameters())  # the embedding is the head

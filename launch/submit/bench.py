@@ -23,6 +23,14 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     layers.add_argument("--repeats", type=_positive, default=15)
     layers.set_defaults(command=_layers)
 
+    decode = kinds.add_parser("decode", help="tokens per second of model folders, at batch 1")
+    decode.add_argument("--model", metavar="FOLDER", nargs="+", required=True,
+                        help="dense or sparse; the others are compared with the first")
+    decode.add_argument("--prompt-tokens", type=_positive, default=128)
+    decode.add_argument("--new-tokens", type=_positive, default=64)
+    decode.add_argument("--repeats", type=_positive, default=7)
+    decode.set_defaults(command=_decode)
+
     moves = kinds.add_parser("moves", help="expanding and compacting a 4096 x 4096 weight against copying it")
     moves.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
     moves.add_argument("--repeats", type=_positive, default=30)
@@ -51,7 +59,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     losses.add_argument("--batches", type=_positive, default=4, help="of the first training examples (default: 4)")
     losses.add_argument("--batch-size", type=_positive, default=2, help="examples of a batch (default: 2)")
     losses.set_defaults(command=_losses)
-    for kind in (layers, moves, train, losses):
+    for kind in (layers, decode, moves, train, losses):
         log.add_options(kind)
 
 
@@ -97,6 +105,33 @@ def _layers(options, console: Console) -> None:
     console.print(f"zeros are skipped up to a density of {densities}", highlight=False, soft_wrap=True)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
                       "break_even": break_even, "rows": rows}))
+
+
+def _decode(options, console: Console) -> None:
+    import torch
+
+    from sparse_train import kernels
+    from sparse_train.bench.decode import decode_rows
+    from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
+    from sparse_train.cpus import set_threads
+    from sparse_train.inference import load
+    from sparse_train.tasks import Example
+
+    set_threads()
+    runtimes = {("sparse" if runtime.is_sparse else "torch", folder, runtime.sparsity): runtime
+                for folder, runtime in ((folder, load(folder)) for folder in options.model)}
+    tokenizer = next(iter(runtimes.values())).processor.tokenizer
+    text = str(tokenizer.decode(tokenizer.encode("Tom has 3 boxes of 4 eggs. " * options.prompt_tokens,
+                                                 add_special_tokens=False)[:options.prompt_tokens]))
+    bandwidth = kernels.read_bandwidth()
+    rows = decode_rows(f"{options.prompt_tokens} tokens", runtimes, Example(text, ""), options.new_tokens,
+                       options.repeats, bandwidth)
+    print_measured(console, (*SPEED_HEADER, "tokens/s", "outside", "first ms"), [
+        [*speed_cells(row), f"{row['tokens_per_second']:.1f}",
+         "-" if row["outside_products"] is None else f"{row['outside_products']:.0%}",
+         f"{row['first_token_milliseconds']:.0f}"] for row in rows], [kernels.backend()], num_left=3)
+    print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
+                      "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:

@@ -112,7 +112,7 @@ def _read(file: str) -> list[str]:
 
 
 def _speed(clocks: "list[Clock]") -> str:
-    tokens, seconds = map(sum, zip(*(clock.later for clock in clocks), strict=True))
+    tokens, seconds = sum(clock.num_later for clock in clocks), sum(clock.later_seconds for clock in clocks)
     told = f"{sum(clock.num_tokens for clock in clocks)} tokens"
     if tokens:
         told += f", {tokens / seconds:.1f} tokens/s"

@@ -1,4 +1,4 @@
-"""Tokens per second of whole models at batch 1, through Hugging Face's `generate` with its cache."""
+"""Tokens per second of whole models at batch 1, as `generate` decodes them, and the time to the first token."""
 
 import functools
 from collections.abc import Callable
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from sparse_train.bench.timing import interleave
-from sparse_train.inference import PackedLinear, Runtime
-from sparse_train.tasks import Example
+from sparse_train.bench.timing import Timing, interleave
+from sparse_train.config import EvaluateConfig
+from sparse_train.inference import Decoder, PackedLinear, Runtime, can_decode
+from sparse_train.inference.streaming import Clock
+from sparse_train.tasks import Example, generate
 
 _PROMPT_CHARACTERS = 64
 
@@ -17,32 +19,53 @@ _PROMPT_CHARACTERS = 64
 def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], example: Example, new_tokens: int,
                 repeats: int, bandwidth: float,
                 progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """One row per runtime; milliseconds are medians per token.
+    """One row per runtime; milliseconds are medians per token after the first, which has its own.
 
-    `runtimes`: (engine, precision, sparsity) -> model, the dense one first. `bandwidth`: bytes per second; the byte
-    bound counts every weight once per token, tied embeddings once. A text without a prompt is prompted with its first
-    characters.
+    `runtimes`: (engine, precision, sparsity) -> model, the dense one first. `new_tokens`: at least 2 are decoded.
+    `bandwidth`: bytes per second; the byte bound counts every weight once per token, tied embeddings once. A text
+    without a prompt is prompted with its first characters. `outside_products` is the share of a token's time in which
+    no weight is multiplied, None where the model has no Decoder.
     """
     if not example.prompt and example.sound is None:
         example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
-    timings = interleave({key: functools.partial(_decode, runtime, example, new_tokens)
-                          for key, runtime in runtimes.items()}, repeats, progress)
-    dense = next(iter(timings.values())).median
-    rows = []
-    for (engine, precision, sparsity), timing in timings.items():
-        num_bytes = _bytes_per_token(runtimes[engine, precision, sparsity], example)
-        ms = 1e3 / new_tokens
+    new_tokens = max(2, new_tokens)
+    seconds: dict[Any, list[tuple[float, float]]] = {key: [] for key in runtimes}  # of the first token, of each later
+
+    def decode(key: Any) -> None:
+        clock = _decode(runtimes[key], example, new_tokens)
+        seconds[key].append((clock.first_seconds, clock.later_seconds / (new_tokens - 1)))
+
+    candidates: dict[Any, Callable[[], object]] = {key: functools.partial(decode, key) for key in runtimes}
+    candidates |= {("products", key): functools.partial(_products, Decoder(runtime.model, 1, new_tokens), new_tokens)
+                   for key, runtime in runtimes.items() if can_decode(runtime.model, new_tokens)}
+    with torch.no_grad():
+        products = interleave(candidates, repeats, progress)
+    rows, dense = [], None
+    for key, runtime in runtimes.items():
+        engine, precision, sparsity = key
+        first, later = (Timing(tuple(of)) for of in zip(*seconds[key][1:], strict=True))  # one round is not measured
+        dense = dense or later.median
+        num_bytes, alone = _bytes_per_token(runtime, example), products.get(("products", key))
         rows.append({
             "model": name, "what": "decode", "engine": engine, "precision": precision, "sparsity": round(sparsity, 4),
-            "milliseconds": ms * timing.median, "low": ms * timing.low, "high": ms * timing.high, "bytes": num_bytes,
-            "tokens_per_second": new_tokens / timing.median, "speedup": dense / timing.median,
-            "fraction_of_byte_bound": num_bytes / bandwidth / (timing.median / new_tokens),
+            "milliseconds": 1e3 * later.median, "low": 1e3 * later.low, "high": 1e3 * later.high, "bytes": num_bytes,
+            "first_token_milliseconds": 1e3 * first.median, "tokens_per_second": 1 / later.median,
+            "speedup": dense / later.median,
+            "outside_products": None if alone is None else 1 - alone.median / new_tokens / later.median,
+            "fraction_of_byte_bound": num_bytes / bandwidth / later.median,
         })
     return rows
 
 
-def _decode(runtime: Runtime, example: Example, new_tokens: int) -> None:
-    runtime.generate([example], new_tokens, until_end=False)
+def _decode(runtime: Runtime, example: Example, new_tokens: int) -> Clock:
+    clock = Clock(runtime.processor.tokenizer.pad_token_id)
+    runtime.generate([example], new_tokens, until_end=False, streamer=clock)
+    return clock
+
+
+def _products(decoder: Decoder, num_tokens: int) -> None:
+    for _ in range(num_tokens):
+        decoder.steps.run_products()
 
 
 def _bytes_per_token(runtime: Runtime, example: Example) -> int:
@@ -53,8 +76,8 @@ def _bytes_per_token(runtime: Runtime, example: Example) -> int:
         num_runs[module] = num_runs.get(module, 0) + 1
 
     handles = [module.register_forward_hook(count) for module in runtime.model.modules()]
-    try:
-        _decode(runtime, example, 2)
+    try:  # in transformers' loop, which calls the modules for each token
+        generate(runtime.model, runtime.processor, [example], EvaluateConfig(max_new_tokens=2), until_end=False)
     finally:
         for handle in handles:
             handle.remove()

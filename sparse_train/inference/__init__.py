@@ -4,7 +4,8 @@
     Decoder    the forward pass of a new token, for the families of decoder.PLANS; Runtime uses it (decoding.py)
 """
 
+from sparse_train.inference.decoder import Decoder, can_decode
 from sparse_train.inference.load import Runtime, load
 from sparse_train.inference.packed_linear import PackedLinear
 
-__all__ = ["PackedLinear", "Runtime", "load"]
+__all__ = ["Decoder", "PackedLinear", "Runtime", "can_decode", "load"]

@@ -33,6 +33,14 @@ class Runtime:
         """Whether it runs on the native kernels."""
         return any(isinstance(module, PackedLinear) for module in self.model.modules())
 
+    @property
+    def sparsity(self) -> float:
+        """Of all weights that are stored compressed; 0 where there are none."""
+        weights = [module.weight for module in self.model.modules() if isinstance(module, PackedLinear)]
+        sizes = [weight.shape[0] * weight.shape[1] for weight in weights]
+        kept = sum(weight.density * size for weight, size in zip(weights, sizes, strict=True))
+        return 1 - kept / sum(sizes) if weights else 0.0
+
     def generate(self, examples: Sequence[Example], max_new_tokens: int, **options: Any) -> list[str]:
         """As sparse_train.tasks.generate, which has the `options`, and through a Decoder where there is one."""
         return generate(self.model, self.processor, examples, EvaluateConfig(max_new_tokens=max_new_tokens),

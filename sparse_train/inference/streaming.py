@@ -38,9 +38,14 @@ class Clock(BaseStreamer):
         return self._count(1)
 
     @property
-    def later(self) -> tuple[int, float]:
-        """(tokens after the first of each answer, the seconds that they took)."""
-        return self._count(2), self._seconds[-1] - self._seconds[1]
+    def num_later(self) -> int:
+        """Without the first of each answer."""
+        return self._count(2)
+
+    @property
+    def later_seconds(self) -> float:
+        """From the first to the last."""
+        return self._seconds[-1] - self._seconds[1]
 
     def _count(self, start: int) -> int:
         return sum(int((tokens != self._padding).sum()) for tokens in self._tokens[start:])

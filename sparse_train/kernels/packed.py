@@ -38,7 +38,7 @@ class PackedMatrix:
             scale = consecutive(scale.float())
         values, bitmask = consecutive(values.float() if values.dtype == torch.float16 else values), consecutive(bitmask)
         self.shape = (len(bitmask), num_columns)
-        self._density = values.numel() / max(1, self.shape[0] * self.shape[1])
+        self.density = values.numel() / max(1, self.shape[0] * self.shape[1])
         self._scale, self._stored = scale, values.dtype
         self._packed = _native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
                                       *self.shape, values.numel(), values.element_size(), torch.get_num_threads())
@@ -109,7 +109,7 @@ class PackedMatrix:
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.numel() // max(1, self.shape[1])
-        multiply = self._skipping if num_rows and self._density <= break_even(num_rows) else self._expanding
+        multiply = self._skipping if num_rows and self.density <= break_even(num_rows) else self._expanding
         if self._scale is None:
             return multiply(x)
         codes, step = reference.quantise(x)

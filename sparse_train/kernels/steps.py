@@ -24,10 +24,16 @@ class Steps:
 
     def __init__(self) -> None:
         self._calls: list[Callable[[], object]] = []
+        self._products: list[Callable[[], object]] = []
         self._kept: list[object] = []  # the native code has addresses only
 
     def run(self) -> None:
         for call in self._calls:
+            call()
+
+    def run_products(self) -> None:
+        """Those with weights alone, to measure them."""
+        for call in self._products:
             call()
 
     def add(self, call: Callable[[], object]) -> None:
@@ -51,16 +57,19 @@ class Steps:
         """out (B, R) = x (B, C) W^T + bias, W packed or dense (R, C)."""
         self._at(x, None, weight.shape[1])
         self._at(out, len(x), weight.shape[0])
+        calls: list[Callable[[], object]] = []
         if isinstance(weight, PackedMatrix):
-            self.add(weight.product(x, out))
+            calls.append(weight.product(x, out))
             if bias is not None:
-                self.add(functools.partial(out.add_, bias))
+                calls.append(functools.partial(out.add_, bias))
         elif len(x) == 1:
             start = (weight, x[0]) if bias is None else (bias, weight, x[0])
-            self.add(functools.partial(torch.mv if bias is None else torch.addmv, *start, out=out[0]))
+            calls.append(functools.partial(torch.mv if bias is None else torch.addmv, *start, out=out[0]))
         else:
             start = (x, weight.T) if bias is None else (bias, x, weight.T)
-            self.add(functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out))
+            calls.append(functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out))
+        self._calls += calls
+        self._products += calls
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor, position: torch.Tensor, starts: torch.Tensor, scale: float,
