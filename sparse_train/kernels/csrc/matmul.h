@@ -28,17 +28,19 @@ struct Bf16 {
     }
 };
 
-// A type of this file alone, for vectors of it.
+// What a row keeps of 64 columns. A type of this file alone, for vectors of it.
 template <class Value>
-struct Place {
-    const Value* at;
+struct Part {
+    const Value* values;
+    uint64_t word;
 };
 
 template <int kLanes>
 struct MatmulOf {
     static constexpr int kRegisters = 8;  // as many sums hide the latency of multiply-adds, and 64 columns of so many
                                           // registers fit the first-level cache
-    static constexpr int64_t kAhead = 8;  // rows whose values are fetched early: they are far from one another
+    static constexpr int64_t kAhead = 16;  // tiles whose bits, and rows whose values, are fetched early: they are far
+                                           // from one another
 
     typedef float Register __attribute__((vector_size(4 * kLanes)));
     struct alignas(64) Line {
@@ -113,13 +115,11 @@ struct MatmulOf {
     }
 
     template <int kCount, class Value>
-    static void add_words(const Rows& rows, int64_t word, const float* columns, const Place<Value>* next,
-                          float* sums, int64_t first, int64_t last) {
-        for (int64_t r = first; r < last; ++r) {
-            const char* later = (const char*)next[std::min(r + kAhead, last - 1) - first].at;
-            for (size_t byte = 0; byte < 48 * sizeof(Value); byte += 64) __builtin_prefetch(later + byte);
-            add_word<kCount>(rows.word(r, word), next[r - first].at, columns,
-                             (Register*)sums + (r - first) * kCount);
+    static void add_parts(const Part<Value>* parts, int64_t count, const float* columns, float* sums) {
+        for (int64_t r = 0; r < count; ++r) {
+            const char* later = (const char*)parts[std::min(r + kAhead, count - 1)].values;
+            for (size_t byte = 0; byte < 32 * sizeof(Value); byte += 64) __builtin_prefetch(later + byte);
+            add_word<kCount>(parts[r].word, parts[r].values, columns, (Register*)sums + r * kCount);
         }
     }
 
@@ -129,19 +129,22 @@ struct MatmulOf {
     static void multiply_as(const Rows& rows, const Value* values, const float* tiles, int64_t num_x, float* y,
                             int64_t first, int64_t last) {
         static thread_local std::vector<Line> lines;
-        static thread_local std::vector<Place<Value>> next;
+        static thread_local std::vector<Part<Value>> parts;
         const int64_t count = last - first;
         lines.assign(((num_x + 15) / 16) * count, Line{});
         float* sums = (float*)lines.data();
-        next.resize(count);
+        parts.resize(count);
         for (int64_t w = 0; w < rows.num_words; ++w) {
             for (int64_t tile = 0; tile < count; tile += rows.tile) {
                 const int64_t end = std::min(tile + rows.tile, count);
-                const Value* at = w ? next[end - 1].at + __builtin_popcountll(rows.word(first + end - 1, w - 1))
-                                    : values + rows.offsets[first + tile];
+                const uint8_t* words = rows.words(first + tile, w);
+                __builtin_prefetch(rows.words(first + tile + kAhead * rows.tile, w));
+                const Value* next = w ? parts[end - 1].values + __builtin_popcountll(parts[end - 1].word)
+                                      : values + rows.offsets[first + tile];
                 for (int64_t r = tile; r < end; ++r) {
-                    next[r].at = at;
-                    at += __builtin_popcountll(rows.word(first + r, w));
+                    std::memcpy(&parts[r].word, words + 8 * (r - tile), 8);
+                    parts[r].values = next;
+                    next += __builtin_popcountll(parts[r].word);
                 }
             }
             for (int64_t m = 0, width; m < num_x; m += width) {
@@ -150,7 +153,7 @@ struct MatmulOf {
                 switch (width / kLanes) {
 #define SPARSE_TRAIN_WIDTH(COUNT)                                                                                       \
     case COUNT:                                                                                                         \
-        add_words<COUNT>(rows, w, columns, next.data(), sums + count * m, first, last);                                 \
+        add_parts<COUNT>(parts.data(), count, columns, sums + count * m);                                               \
         break;
                     SPARSE_TRAIN_WIDTH(1)
                     SPARSE_TRAIN_WIDTH(2)

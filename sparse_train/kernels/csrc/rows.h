@@ -18,9 +18,12 @@ struct Rows {
 
     uint64_t word(int64_t row, int64_t index) const {
         uint64_t word;
-        std::memcpy(&word, bits + 8 * ((row & -tile) * num_words + index * tile + (row & (tile - 1))), 8);
+        std::memcpy(&word, words(row & -tile, index) + 8 * (row & (tile - 1)), 8);
         return word;
     }
+
+    // The words of all rows of the tile that starts with `first_row`.
+    const uint8_t* words(int64_t first_row, int64_t index) const { return bits + 8 * (first_row * num_words + index * tile); }
 };
 
 // Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as the
