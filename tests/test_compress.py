@@ -18,7 +18,7 @@ from sparse_train.launch.cli import main
 from sparse_train.models import load_model, load_processor, own_tensors, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify
-from tests.models import tiny_mpt, tiny_tokenizer
+from tests.models import tiny_model, tiny_mpt, tiny_tokenizer
 
 _DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -83,10 +83,11 @@ def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
             assert told == ((folder, backend) == ("sparse", "portable")), (folder, backend)
 
 
-def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, capsys):
+def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, monkeypatch, capsys):
     export_sparse(_sparse_model(), tiny_tokenizer(), "fp32", tmp_path / "model")
     runtime = load(tmp_path / "model")
     assert runtime.sparsity == pytest.approx(0.75, abs=1e-3)
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda: 1e10)
     assert main(["bench", "decode", "--model", *[str(tmp_path / "model")] * 2, "--prompt-tokens", "9", "--new-tokens",
                  "3", "--repeats", "1"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
@@ -157,6 +158,28 @@ def test_a_token_has_one_function_whatever_batch_or_prompt_it_is_in(precision, t
         if precision == "int8":
             unquantised = x @ layer.weight.to_dense().T
             assert ((alone - unquantised).norm(dim=-1) > 1e-4 * alone.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("family", ["mpt", "llama", "t5"])  # of which llama's head is not tied
+def test_an_int8_head_leaves_the_embedding_and_the_model_as_they_are(family, tmp_path):
+    model, processor = tiny_model(family)
+    sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    before, name = dict(own_tensors(model)), "lm_head"
+    embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    for int8_head in (True, False):
+        export_sparse(model, processor, "int8", tmp_path / str(int8_head), int8_head)
+        assert {key: id(tensor) for key, tensor in own_tensors(model).items()} == \
+            {key: id(tensor) for key, tensor in before.items()}
+        runtime = load(tmp_path / str(int8_head))
+        packed = dict(runtime.model.named_modules())[name]
+        assert isinstance(packed, PackedLinear) == int8_head and runtime.sparsity == pytest.approx(0.5, abs=1e-2)
+        assert torch.equal(runtime.model.get_input_embeddings().weight, embedding)
+        if int8_head:
+            step = head.abs().amax(1, keepdim=True) / 127
+            assert ((packed.weight.to_dense() - head).abs() <= step * 0.51).all()
+            assert len(runtime.complete("Question: Tom", 5)) > 0
+    with pytest.raises(UserError, match="is quantised"):
+        load_model(tmp_path / "True")
 
 
 @pytest.mark.parametrize("backend", ["portable", kernels.backend()])

@@ -29,7 +29,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
     data = _of(TaskConfig, "task", "max_bad_share")
     evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
     answers = _of(EvaluateConfig, "evaluate", "precision", "texts", "num_texts")
-    compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions"), (last,))
+    compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions",
+                                                   "compress.int8_head"), (last,))
     devices = config.benchmark.devices
     benchmarks = [Stage(Kind.BENCHMARK, f"benchmark/{device}" if len(devices) > 1 else "benchmark",
                         ("name", *data, "benchmark", "prune.sparsity", "compress.precisions"),

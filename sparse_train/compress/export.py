@@ -4,31 +4,57 @@
     export_dense    Hugging Face's layout with every zero in place: read by from_pretrained anywhere
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train import artifacts
 from sparse_train.compress.quantise import quantise_rows
+from sparse_train.errors import UserError
 from sparse_train.models import DTYPES, Processor, open_model, own_tensors, save_model
-from sparse_train.sparse import BitmaskTensor, densify, sparse_linears
+from sparse_train.sparse import BitmaskTensor, densify, replace_module, sparse_linears, sparsify
 
 
-def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, folder: Path) -> None:
-    """Write `model` (with SparseLinears) at `precision`; int8 quantises the sparse weights and leaves the rest fp32."""
-    tensors = dict(own_tensors(model))
-    if precision == "int8":
-        for name, linear in sparse_linears(model).items():
-            codes, tensors[f"{name}.scale"] = quantise_rows(linear.weight)
-            tensors[f"{name}.values"] = codes.values
-    else:
-        tensors = {name: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
-                   for name, tensor in tensors.items()}
-    save_model(folder, model, processor, tensors.items())
-    artifacts.sign(folder, {"precision": precision, "sparse_weights": {
-        name: {"shape": list(linear.weight.shape), "sparsity": linear.weight.sparsity}
-        for name, linear in sparse_linears(model).items()}})
+def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, folder: Path,
+                  int8_head: bool = False) -> None:
+    """Write `model` (with SparseLinears) at `precision`; int8 quantises the sparse weights and leaves the rest fp32.
+
+    `int8_head`: it quantises the output head as well, as a weight that keeps every position; the embedding that may
+    be tied to it stays. Raises UserError where the model has no head that is a linear.
+    """
+    with _with_whole_head(model) if int8_head and precision == "int8" else contextlib.nullcontext():
+        tensors = dict(own_tensors(model))
+        if precision == "int8":
+            for name, linear in sparse_linears(model).items():
+                codes, tensors[f"{name}.scale"] = quantise_rows(linear.weight)
+                tensors[f"{name}.values"] = codes.values
+        else:
+            tensors = {name: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
+                       for name, tensor in tensors.items()}
+        save_model(folder, model, processor, tensors.items())
+        artifacts.sign(folder, {"precision": precision, "sparse_weights": {
+            name: {"shape": list(linear.weight.shape), "sparsity": linear.weight.sparsity}
+            for name, linear in sparse_linears(model).items()}})
+
+
+@contextlib.contextmanager
+def _with_whole_head(model: PreTrainedModel) -> Iterator[None]:
+    """The output head is a SparseLinear without a zero, meanwhile."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"compress.int8_head=true: a {model.config.model_type} model has no output head that is a "
+                        "linear; leave it false")
+    name = next(name for name, module in model.named_modules() if module is head)
+    weight = head.weight.detach()
+    sparsify(model, {name: BitmaskTensor.from_dense(weight, torch.ones_like(weight, dtype=torch.bool))})
+    try:
+        yield
+    finally:
+        replace_module(model, name, head)
 
 
 def export_dense(model: PreTrainedModel, processor: Processor, folder: Path) -> None:

@@ -74,6 +74,9 @@ class CompressConfig(Section):
     """Which of finetune.losses is compressed, benchmarked and reported; None: the only one."""
     precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "int8")
     """One sparse folder per precision; int8 has one scale per row."""
+    int8_head: bool = False
+    """Whether int8 quantises the output head as well. In a model with a large vocabulary the head in fp32 takes more of
+    a token's time than everything else. An embedding that is tied to it stays as it is."""
 
 
 class BenchmarkConfig(Section):

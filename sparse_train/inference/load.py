@@ -35,8 +35,9 @@ class Runtime:
 
     @property
     def sparsity(self) -> float:
-        """Of all weights that are stored compressed; 0 where there are none."""
-        weights = [module.weight for module in self.model.modules() if isinstance(module, PackedLinear)]
+        """Of all weights that have zeros; 0 where there are none."""
+        weights = [module.weight for module in self.model.modules()
+                   if isinstance(module, PackedLinear) and module.weight.density < 1]
         sizes = [weight.shape[0] * weight.shape[1] for weight in weights]
         kept = sum(weight.density * size for weight, size in zip(weights, sizes, strict=True))
         return 1 - kept / sum(sizes) if weights else 0.0

@@ -65,6 +65,7 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
                             "train, so give the fp32 or bf16 folder here")
         bitmask = torch.empty(folder.spec(f"{name}.bitmask")[0], dtype=torch.uint8, device="meta")
         sparsify(model, {name: BitmaskTensor(torch.empty(num_values, dtype=dtype, device="meta"), bitmask, shape)})
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a quantised head is no longer the embedding
     return model, folder
 
 

@@ -52,6 +52,7 @@ READERS = {
     "evaluate.*texts": "evaluate",
     "evaluate.*": "evaluate compress",
     "compress.precisions": "compress benchmark",
+    "compress.int8_head": "compress",
     "compress.loss": "compress benchmark report",  # takes another input
     "benchmark.*": "benchmark",
     "folder": "", "tracking.*": "", "sweep": "",
