@@ -4,7 +4,8 @@ Letters: B examples, T tokens, N positions that predict something, n some of tho
 
 With a long vocabulary the logits of a batch are far larger than everything else that a model computes: 800 MB for 8
 texts of 512 tokens and 49,152 entries. So the head runs on positions that predict something alone, and on so many of
-them at a time that one tensor of logits has at most 2^24 elements (64 MB in fp32).
+them at a time that one tensor of logits has at most 2^22 elements (16 MB in fp32).
+More would be allocated anew each time, page by page, which costs more than what is computed from them.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from sparse_train.models import Processor
 from sparse_train.tasks.batch import IGNORED, Batch, Example, encode
 
-_MOST_LOGITS = 1 << 24
+_MOST_LOGITS = 1 << 22
 _MOST_TOKENS = 2048  # of a forward pass, with padding: enough for fast products, and few enough to pad little
 
 
