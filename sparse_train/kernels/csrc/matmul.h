@@ -118,7 +118,7 @@ struct MatmulOf {
     static void add_parts(const Part<Value>* parts, int64_t count, const float* columns, float* sums) {
         for (int64_t r = 0; r < count; ++r) {
             const char* later = (const char*)parts[std::min(r + kAhead, count - 1)].values;
-            for (size_t byte = 0; byte < 32 * sizeof(Value); byte += 64) __builtin_prefetch(later + byte);
+            for (size_t byte = 0; byte < 48 * sizeof(Value); byte += 64) __builtin_prefetch(later + byte);
             add_word<kCount>(parts[r].word, parts[r].values, columns, (Register*)sums + r * kCount);
         }
     }
