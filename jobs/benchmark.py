@@ -38,8 +38,7 @@ def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     sparsity, compress = rows[-1]["sparsity"], Path(job.path_of(Kind.COMPRESS))
     runtimes = {("torch", "fp32", 0.0): load(job.path_of(Kind.DENSE))}
     for precision in job.config.compress.precisions:
-        if precision != "bf16":  # computed in fp32, so its row would repeat that one
-            runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
+        runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
     rows += decode_rows(name, runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
                         job.progress_of_part(1, 3, "decode"))
     if spec.reference_layers == "mpt-7b":

@@ -80,6 +80,7 @@ def is_dense_of_sweep(config: RunConfig) -> bool:
 def _change(before: Any, now: Any, key: str) -> str | None:
     """The first key at or below `key` whose value differs."""
     if isinstance(now, Section) and isinstance(before, dict):
+        before = now.in_present_names(before)
         changes = (_change(before.get(name, _plain(field.get_default(call_default_factory=True))), getattr(now, name),
                            f"{key}.{name}") for name, field in type(now).model_fields.items())
         return next(filter(None, changes), None)

@@ -92,6 +92,9 @@ def _measure(student: _Tapped, teacher: _Tapped, batch: Batch) -> tuple[list[dic
         value = weighted_loss(loss, terms, outputs).loss
         gradient = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
         of_task, norm = of_task or gradient, _product(gradient, gradient) ** 0.5
+        if not norm:
+            raise UserError("the student computes what the teacher does, so a loss has no gradient to compare; as the "
+                            "teacher, give the dense model that the student was pruned from")
         is_feature = term == "feature"
         rows.append({"term": term, "features": loss.features if is_feature else "",
                      "ratio": loss.feature_ratio if is_feature else "", "value": value.item(), "gradient": norm,

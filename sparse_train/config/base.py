@@ -4,7 +4,7 @@ Sections are frozen, and closed: an unknown key is a mistake. The text below a k
 """
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -25,3 +25,8 @@ Location = Annotated[str, AfterValidator(_absolute)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def in_present_names(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """What an older release wrote, under the keys and values of this one."""
+        return data

@@ -62,11 +62,15 @@ class LossConfig(Section):
     def _from_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {**_PRESETS.get(str(data.get("preset")), {}), **data}
-        if "final_feature" in data:  # what `features` was called; older runs have it in their config.yaml
-            former = data.pop("final_feature")
-            data["features"] = {"block": "blocks", "norm": "final_norm"}.get(str(former), former)
-        return data
+        return {**_PRESETS.get(str(data.get("preset")), {}), **cls.in_present_names(data)}
+
+    @classmethod
+    def in_present_names(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if "final_feature" not in data:
+            return data
+        former = str(data["final_feature"])
+        present = {"features": {"block": "blocks", "norm": "final_norm"}.get(former, former)} | data
+        return {key: value for key, value in present.items() if key != "final_feature"}
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:

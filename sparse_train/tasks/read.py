@@ -249,12 +249,12 @@ def is_unicode(text: str) -> bool:
 
 
 def fill(template: str, key: str, columns: dict[str, str]) -> str:
-    """`template` with {column} replaced. Raises UserError for a name that is not there."""
+    """`template`, the config's `key`, with {column} replaced. Raises UserError for a name that is not there."""
     if not is_unicode(template):
-        raise UserError(f"task.{key}={template!r} has half of a surrogate pair in it, which is no character; spell "
+        raise UserError(f"{key}={template!r} has half of a surrogate pair in it, which is no character; spell "
                         "characters themselves, or as \\UXXXXXXXX")
     try:
         return template.format(**columns)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UserError(f"task.{key}={template!r}: {error} is no column; use "
+        raise UserError(f"{key}={template!r}: {error} is no column; use "
                         f"{', '.join('{' + name + '}' for name in columns)}") from error

@@ -49,9 +49,11 @@ class Task(ABC):
     def __init__(self, config: TaskConfig):
         """Raises UserError for options that the task does not have."""
         if config.chat and not self.takes_chat:
-            raise UserError(f"task.chat=true: task {config.name} has no questions that a user could ask; leave it out")
+            raise UserError(f"{config.key}.chat=true: task {config.name} has no questions that a user could ask; leave "
+                            "it out")
         self.config = config
-        self.options = read_options(self.Options, config.options, "task.options", f"task.name={config.name}")
+        self.options = read_options(self.Options, config.options, f"{config.key}.options",
+                                    f"{config.key}.name={config.name}")
         self._splits: dict[str, Sequence[Example]] = {}
 
     @abstractmethod
@@ -75,9 +77,9 @@ class Task(ABC):
     def fill_templates(self, split: str, defaults: tuple[str, str], columns: dict[str, str]) -> Example:
         """The config's templates of prompt and answer, or `defaults`, with {column} replaced; turns of a chat where
         task.chat says so. Raises UserError."""
-        key = "test_prompt" if split == "test" and self.config.test_prompt else "prompt"
-        return Example(read.fill(getattr(self.config, key) or defaults[0], key, columns),
-                       read.fill(self.config.answer or defaults[1], "answer", columns),
+        prompt = "test_prompt" if split == "test" and self.config.test_prompt else "prompt"
+        return Example(read.fill(getattr(self.config, prompt) or defaults[0], f"{self.config.key}.{prompt}", columns),
+                       read.fill(self.config.answer or defaults[1], f"{self.config.key}.answer", columns),
                        history=self.system if self.config.chat else None)
 
     @property

@@ -136,7 +136,8 @@ def test_each_loss_has_the_gradient_of_its_plain_formula(tmp_path, capsys):
     save_model(tmp_path / "other", tiny_model("mpt")[0], processor)
     for arguments, told in ((("--teacher", str(tmp_path / "other")), "not of one type and size"),
                             (("--teacher", str(tmp_path / "dense"), "--student", str(tmp_path / "dense")),
-                             "has no sparse layer")):
+                             "has no sparse layer"),
+                            (("--teacher", str(tmp_path / "pruned")), "computes what the teacher does")):
         assert main([*command, *arguments]) == 2
         assert told in capsys.readouterr().err
 

@@ -135,6 +135,12 @@ def test_keys_of_a_newer_release_make_nothing_stale_unless_they_are_set(tmp_path
     recorded = artifacts.read_manifest(config.path / stage.id)["sources"]
     del recorded["config"]["finetune.clip"], recorded["config"]["finetune.losses.squarehead"]["temperature"]
     assert why_stale(recorded, stage, config) is None
+    # An older name of a key: the value counts.
+    del recorded["config"]["finetune.losses.squarehead"]["features"]
+    recorded["config"]["finetune.losses.squarehead"]["final_feature"] = "norm"
+    assert why_stale(recorded, stage, config) == 'finetune.losses.squarehead.features: "final_norm" -> "blocks"'
+    recorded["config"]["finetune.losses.squarehead"]["final_feature"] = "block"
+    assert why_stale(recorded, stage, config) is None
     assert why_stale(recorded, stage, _with(config, "finetune.clip", 2.0)) == "finetune.clip: 1.0 -> 2.0"
     # A key that the older release knew, and did not count, had the value that the whole config tells.
     del recorded["config"]["finetune.teacher.precision"]

@@ -209,6 +209,7 @@ def test_the_key_that_older_runs_hold_is_read_under_its_new_name():
     assert LossConfig(preset="paper-mpt") == LossConfig(preset="paper-mpt", final_feature="norm")
     assert LossConfig(preset="paper-mpt", final_feature="block").features == "blocks"
     assert LossConfig(feature_weight=1.0, final_feature="norm").features == "final_norm"
+    assert LossConfig(feature_weight=1.0, final_feature="block", features="norms").features == "norms"
     with pytest.raises(ValueError, match=r"features\n.*'blocks', 'final_norm' or 'norms'"):
         LossConfig(final_feature="last")
 
