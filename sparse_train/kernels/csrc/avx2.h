@@ -128,9 +128,9 @@ struct FloatAvx2 {
     using X = float;
     using Y = float;
     using Sum = __m256;
-    static constexpr int kLanes = 8;
+    static constexpr int kLanes = 8, kMostVectors = 2;
     static constexpr int64_t kWordsPerSum = INT64_MAX / 2;
-    static constexpr int rows(int vectors) { return vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1; }
+    static constexpr int rows(int) { return 4; }
     static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
     static Sum add(__m256 weights, __m256 x, Sum sum) { return _mm256_fmadd_ps(weights, x, sum); }
 
@@ -162,7 +162,7 @@ struct Int8Avx2 {
     using X = uint8_t;
     using Y = int64_t;
     using Sum = __m256i;
-    static constexpr int kLanes = 16;
+    static constexpr int kLanes = 16, kMostVectors = 4;
     static constexpr int64_t kWordsPerSum = 8192;
     static_assert(kWordsPerSum * 4 * 2 * 255 * 128 <= INT32_MAX);  // four times a word a lane gets two products
     static constexpr int rows(int vectors) { return vectors <= 2 ? 4 : 1; }

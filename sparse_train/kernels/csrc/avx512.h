@@ -44,9 +44,9 @@ struct FloatAvx512 {
     using X = float;
     using Y = float;
     using Sum = __m512;
-    static constexpr int kLanes = 16;
+    static constexpr int kLanes = 16, kMostVectors = 4;
     static constexpr int64_t kWordsPerSum = INT64_MAX / 2;
-    static constexpr int rows(int vectors) { return vectors <= 4 ? 4 : 2; }
+    static constexpr int rows(int) { return 4; }
     static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
     static Sum add(__m512 weights, __m512 x, Sum sum) { return _mm512_fmadd_ps(weights, x, sum); }
     static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }

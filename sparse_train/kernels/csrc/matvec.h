@@ -8,7 +8,8 @@
 //   Sum, add(weights, x, sum)     a register of sums, and the same with their products added
 //   total(sum)                    over its lanes
 //   kWordsPerSum                  words whose products fit a Sum
-//   rows(vectors)                 of a tile that share the loads of so many vectors, as registers allow
+//   kMostVectors                  for so many an expanded register is used at once, as registers allow
+//   rows(vectors)                 of a tile that share the loads of so many vectors
 //
 // The sum of a product is that of its row and its vector alone: its bits do not depend on what is computed beside it.
 //
@@ -23,7 +24,6 @@ namespace {
 // Bytes. The hardware's streamer stops at each 4 KiB page: with 1 KiB the product of an FP32 weight with half of its
 // entries takes 1.6 times as long (Zen 5).
 constexpr int64_t kAhead = 8192;
-constexpr int kMostVectors = 8;   // for so many an expanded register is used at once
 
 // Kept positions of a word before its k-th part.
 template <int kLanes>
@@ -99,9 +99,9 @@ template <class Kernel>
 void matvec(const Rows& rows, const typename Kernel::Value* values, Vectors<typename Kernel::X> x,
             typename Kernel::Y* y, int64_t first, int64_t last) {
     for (; first < last; first += kTileRows)
-        for (int64_t m = 0; m < x.count; m += kMostVectors)
-            dot_tile<Kernel, kMostVectors>(
-                rows, values, {x.data + m * x.stride, x.stride, std::min<int64_t>(kMostVectors, x.count - m)},
+        for (int64_t m = 0; m < x.count; m += Kernel::kMostVectors)
+            dot_tile<Kernel, Kernel::kMostVectors>(
+                rows, values, {x.data + m * x.stride, x.stride, std::min<int64_t>(Kernel::kMostVectors, x.count - m)},
                 y + m * rows.num_rows, first);
 }
 
