@@ -36,10 +36,10 @@ def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     bandwidth = kernels.read_bandwidth()
     rows = layer_rows(name, _run_weights(job), spec.repeats, bandwidth, job.progress_of_part(0, 3, "layers"))
     sparsity, compress = rows[-1]["sparsity"], Path(job.path_of(Kind.COMPRESS))
-    runtimes = {("torch", "fp32", 0.0): load(job.path_of(Kind.DENSE))}
+    runtimes = {(name, "torch", "fp32", 0.0): load(job.path_of(Kind.DENSE))}
     for precision in job.config.compress.precisions:
-        runtimes["sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
-    rows += decode_rows(name, runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
+        runtimes[name, "sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
+    rows += decode_rows(runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
                         job.progress_of_part(1, 3, "decode"))
     if spec.reference_layers == "mpt-7b":
         rows += layer_rows("mpt-7b block", _reference_weights(job), spec.repeats, bandwidth,

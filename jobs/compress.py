@@ -26,7 +26,7 @@ def run(job: Job) -> dict[str, Any]:
     for index, precision in enumerate(config.compress.precisions):
         folder = job.out / f"sparse-{precision}"
         export_sparse(model, processor, precision, folder, config.compress.int8_head)
-        # This scores the runtime that `generate` uses, with its kernels and its quantised weights, whatever the batch.
+        # On the kernels and the quantised weights of `generate`, in transformers' loop, whatever the batch.
         score = task.score(load(folder).model, processor, examples, config.evaluate,
                            job.progress_of_part(index, len(config.compress.precisions), precision))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}

@@ -29,14 +29,19 @@ from sparse_train.launch.submit.generate import add_generate
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        try:
-            return _run_command(arguments)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        return _run_command(arguments)
     except BrokenPipeError:  # such as | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    finally:
+        try:
+            _flush()
+        except OSError:  # was told; Python would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _run_command(arguments: list[str] | None) -> int:
@@ -51,7 +56,9 @@ def _run_command(arguments: list[str] | None) -> int:
     console = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        return options.command(options, console) or 0
+        code = options.command(options, console) or 0
+        _flush()
+        return code
     except StageFailed as error:
         message, code = str(error), 1
     except UserError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, monkeypatch,
     assert main(["bench", "decode", "--model", *[str(tmp_path / "model")] * 2, "--prompt-tokens", "9", "--new-tokens",
                  "3", "--repeats", "1"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [row["engine"] for row in measured] == ["sparse"] and measured[0]["speedup"] == 1
+    assert [(row["model"], row["engine"], row["precision"]) for row in measured] == [
+        (str(tmp_path / "model"), "sparse", "fp32")] and measured[0]["speedup"] == 1
     arguments = ["generate", str(tmp_path / "model"), "--max-new-tokens", "12"]
 
     def generate(*options):
@@ -105,6 +107,13 @@ def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, monkeypatch,
     assert answer == printable(runtime.complete(prompt[1], 12) + "\n", keep="\n\t")
     stop = next(character for character in answer if character.isascii())
     assert generate(*prompt, "--stop", stop) == answer[:answer.index(stop) + 1] + "\n" != answer
+    for command, told in (([*arguments, *prompt], "standard output cannot be written: No space left on device; send"),
+                          (["inspect", str(tmp_path / "model")], "No space left on device; ")):
+        with monkeypatch.context() as patch, open("/dev/full", "w") as full:  # as a disk without room
+            patch.setattr(sys, "stdout", full)
+            assert main(command) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"sparse-train: {told}") and err.count("\n") == 1
     sampled = {generate(*prompt, "--top-p", "0.9", "--seed", seed) for seed in ("1", "1", "2")}
     assert len(sampled) == 2 and answer not in sampled
     assert generate(*prompt, "--temperature", "0", "--top-k", "5") == answer

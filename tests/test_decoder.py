@@ -7,8 +7,9 @@ from transformers.generation import BaseStreamer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from sparse_train.bench import decode_rows
 from sparse_train.config import EvaluateConfig, PruneConfig
-from sparse_train.inference import load
+from sparse_train.inference import Runtime, load
 from sparse_train.inference.decoder import PLANS, Decoder, can_decode
 from sparse_train.inference.decoding import loop_for
 from sparse_train.models import save_model
@@ -89,8 +90,9 @@ def test_logits_of_a_step_are_those_of_the_whole_text(name, config):
     expected = model(input_ids=ids, attention_mask=attend, **inputs).logits
     decoder = Decoder(model, 2, 24)
     prompt = {key: value[:, :16] for key, value in inputs.items()}
-    decoder.start(model(input_ids=ids[:, :16], attention_mask=attend[:, :16], use_cache=True, **prompt).past_key_values,
-                  16, attend[:, :16])
+    cache = model(input_ids=ids[:, :16], attention_mask=attend[:, :16], use_cache=True, **prompt).past_key_values
+    decoder.start(cache, 16, attend[:, :16])
+    assert all(layer.keys is None and layer.values is None for layer in cache.layers)  # no second copy
     for place in range(16, 24):
         found = decoder.step(ids[:, place])
         assert ((found - expected[:, place]).abs() <= 1e-4 * expected[:, place].abs().max()).all(), place
@@ -113,6 +115,21 @@ def test_an_answer_ends_as_transformers_ends_it():
         assert some != never or stop[0] in found[0][2]
 
 
+def test_an_answer_ends_behind_a_stop_which_neither_its_last_token_nor_the_prompt_completes():
+    model, processor = _model(dict(_variants())["llama"])
+    spec, tokenizer = EvaluateConfig(max_new_tokens=4), processor.tokenizer
+    token = next(token for token in range(2, 300) if len(tokenizer.decode([token])) > 2 and tokenizer.decode([token])
+                 .isalpha() and tokenizer.encode(tokenizer.decode([token])) == [token])
+    said = tokenizer.decode([token])
+    model.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(token), 300) * 1e4)
+    for loop in (loop_for, lambda *_: None):
+        for stop, answer in ((said[:2], said[:2]), (said[-1] + said[0], said + said[0]), ("~", 4 * said)):
+            streamer = _Tokens()
+            assert generate(model, processor, [Example(said, "")], spec, stop=["~~", stop], streamer=streamer,
+                            loop_for=loop) == [answer]
+            assert len(streamer.told) - 1 == -(-len(answer) // len(said)), "goes on behind the stop"
+
+
 def test_which_models_have_a_decoder():
     for family in FAMILIES.entries:
         model, _ = tiny_model(family)
@@ -124,7 +141,12 @@ def test_which_models_have_a_decoder():
         config = variants[name].__class__(**variants[name].to_dict() | changes)
         assert not can_decode(AutoModelForCausalLM.from_config(config), 64), changes
         if name == "mistral":
-            assert can_decode(AutoModelForCausalLM.from_config(config), 20)
+            model = AutoModelForCausalLM.from_config(config)
+            assert can_decode(model, 20)
+            runtime = Runtime(model, make_processor(tiny_tokenizer(), config))
+            for prompt, is_decoded in (("1", True), ("Tom has 3 eggs and 4 boxes of eggs", False)):
+                (row,) = decode_rows({("a", "torch", "fp32", 0.0): runtime}, Example(prompt, ""), 8, 1, 1e9)
+                assert (row["outside_products"] is not None) == is_decoded
     assert not can_decode(tiny_model("llama")[0].bfloat16(), 64)
 
 

@@ -100,7 +100,7 @@ def _decoded(family, example):
     size = ModelConfig(family=family, d_model=32, n_layers=2, window_seconds=0.4, max_seq_len=128)
     processor = build_processor(size, tiny_tokenizer())
     model = build_model(size, processor).eval()
-    return model, decode_rows("m", {("torch", "fp32", 0.0): Runtime(model, processor)}, example, 3, 1, 1e9)[0]
+    return model, decode_rows({("m", "torch", "fp32", 0.0): Runtime(model, processor)}, example, 3, 1, 1e9)[0]
 
 
 def test_what_runs_once_per_answer_is_not_counted_per_token():

@@ -118,20 +118,19 @@ def _decode(options, console: Console) -> None:
     from sparse_train.tasks import Example
 
     set_threads()
-    runtimes = {("sparse" if runtime.is_sparse else "torch", folder, runtime.sparsity): runtime
+    runtimes = {(folder, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity): runtime
                 for folder, runtime in ((folder, load(folder)) for folder in options.model)}
     tokenizer = next(iter(runtimes.values())).processor.tokenizer
     text = str(tokenizer.decode(tokenizer.encode("Tom has 3 boxes of 4 eggs. " * options.prompt_tokens,
                                                  add_special_tokens=False)[:options.prompt_tokens]))
     bandwidth = kernels.read_bandwidth()
-    rows = decode_rows(f"{options.prompt_tokens} tokens", runtimes, Example(text, ""), options.new_tokens,
-                       options.repeats, bandwidth)
+    rows = decode_rows(runtimes, Example(text, ""), options.new_tokens, options.repeats, bandwidth)
     print_measured(console, (*SPEED_HEADER, "tokens/s", "outside", "first ms"), [
         [*speed_cells(row), f"{row['tokens_per_second']:.1f}",
          "-" if row["outside_products"] is None else f"{row['outside_products']:.0%}",
          f"{row['first_token_milliseconds']:.0f}"] for row in rows], [kernels.backend()], num_left=3)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
-                      "rows": rows}))
+                      "prompt_tokens": options.prompt_tokens, "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:

@@ -1,9 +1,11 @@
 """sparse-train generate: complete prompts with a dense or sparse model folder, or answer them as turns of a chat."""
 
 import argparse
+import functools
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from sparse_train.inference import Runtime
     from sparse_train.inference.streaming import Clock
     from sparse_train.tasks.conversation import Message
+
+_LEAST_TEMPERATURE = 1e-6
+"""Logits divided by less may be infinite."""
 
 
 def add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -51,6 +56,7 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     from sparse_train.cpus import set_threads
     from sparse_train.inference import load
     from sparse_train.inference.streaming import Clock, Words
+    from sparse_train.tasks.decoding import end_tokens
 
     _check(options)
     prompts = [options.prompt] if options.prompts is None else _read(options.prompts)
@@ -65,33 +71,45 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
         console.out(printable(text, keep="\n\t"), end="", highlight=False)
         console.file.flush()
 
-    clocks = []
-    for first in range(0, len(prompts), options.batch_size):
-        batch = prompts[first:first + options.batch_size]
-        words = Words(model.processor.tokenizer, show) if options.prompts is None else None
-        clocks.append(Clock(model.processor.tokenizer.pad_token_id, words))
-        answers = model.complete_all(batch, options.max_new_tokens, _history(options, model),
-                                     settings=_sampling(options), stop=options.stop, streamer=clocks[-1])
-        if words is None:
-            show("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
-                         for prompt, answer in zip(batch, answers, strict=True)))
-    errors.print(_speed(clocks), style="dim", highlight=False)
+    clocks, history, tokenizer = [], _history(options, model), model.processor.tokenizer
+    try:
+        for first in range(0, len(prompts), options.batch_size):
+            batch = prompts[first:first + options.batch_size]
+            words = Words(tokenizer, show, options.stop) if options.prompts is None else None
+            clocks.append(Clock(words))
+            answers = model.complete_all(batch, options.max_new_tokens, history, settings=_sampling(options),
+                                         stop=options.stop, streamer=clocks[-1])
+            if words is None:
+                show("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
+                             for prompt, answer in zip(batch, answers, strict=True)))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written: {error.strerror}; send it elsewhere") from error
+    count = functools.partial(Clock.num_tokens, padding=tokenizer.pad_token_id,
+                              ends=end_tokens(model.model, model.processor, history is not None))
+    errors.print(_speed(clocks, count), style="dim", highlight=False)
 
 
 def _check(options: argparse.Namespace) -> None:
+    from sparse_train.tasks import read
+
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 1), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
     if options.seed >= 1 << 63:
         raise UserError(f"--seed {options.seed}: it must be below 2^63")
-    if options.temperature is not None and not 0 <= options.temperature < math.inf:
-        raise UserError(f"--temperature {options.temperature}: it must be a number of at least 0; 0 takes the most "
-                        "likely token")
+    if options.temperature and not _LEAST_TEMPERATURE <= options.temperature < math.inf:
+        raise UserError(f"--temperature {options.temperature}: it must be a number of at least {_LEAST_TEMPERATURE}, "
+                        "or 0, which takes the most likely token")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}: it must be above 0 and at most 1")
-    if "" in options.stop:
-        raise UserError("--stop: it must have at least one character")
+    for text in options.stop:
+        if not text:
+            raise UserError("--stop: it must have at least one character")
+        if not read.is_unicode(text):
+            raise UserError(f"--stop {text!r}: it is not UTF-8; give it as UTF-8")
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,11 +129,11 @@ def _read(file: str) -> list[str]:
     return prompts
 
 
-def _speed(clocks: "list[Clock]") -> str:
-    tokens, seconds = sum(clock.num_later for clock in clocks), sum(clock.later_seconds for clock in clocks)
-    told = f"{sum(clock.num_tokens for clock in clocks)} tokens"
-    if tokens:
-        told += f", {tokens / seconds:.1f} tokens/s"
+def _speed(clocks: "list[Clock]", count: Callable[..., int]) -> str:
+    later, seconds = sum(count(clock, first=1) for clock in clocks), sum(clock.later_seconds for clock in clocks)
+    told = f"{sum(map(count, clocks))} tokens"
+    if later:
+        told += f", {later / seconds:.1f} tokens/s"
     return f"{told}, the first after {statistics.median(clock.first_seconds for clock in clocks):.3f} s"
 
 

@@ -12,16 +12,17 @@ from sparse_train.config import EvaluateConfig
 from sparse_train.inference import Decoder, PackedLinear, Runtime, can_decode
 from sparse_train.inference.streaming import Clock
 from sparse_train.tasks import Example, generate
+from sparse_train.tasks.batch import encode_prompt
 
 _PROMPT_CHARACTERS = 64
 
 
-def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], example: Example, new_tokens: int,
-                repeats: int, bandwidth: float,
+def decode_rows(runtimes: dict[tuple[str, str, str, float], Runtime], example: Example, new_tokens: int, repeats: int,
+                bandwidth: float,
                 progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """One row per runtime; milliseconds are medians per token after the first, which has its own.
 
-    `runtimes`: (engine, precision, sparsity) -> model, the dense one first. `new_tokens`: at least 2 are decoded.
+    `runtimes`: (name, engine, precision, sparsity) -> model, the dense one first. `new_tokens`: at least 2 are decoded.
     `bandwidth`: bytes per second; the byte bound counts every weight once per token, tied embeddings once. A text
     without a prompt is prompted with its first characters. `outside_products` is the share of a token's time in which
     no weight is multiplied, None where the model has no Decoder.
@@ -37,12 +38,13 @@ def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], exam
 
     candidates: dict[Any, Callable[[], object]] = {key: functools.partial(decode, key) for key in runtimes}
     candidates |= {("products", key): functools.partial(_products, Decoder(runtime.model, 1, new_tokens), new_tokens)
-                   for key, runtime in runtimes.items() if can_decode(runtime.model, new_tokens)}
+                   for key, runtime in runtimes.items()
+                   if can_decode(runtime.model, len(encode_prompt(example, runtime.processor)) + new_tokens)}
     with torch.no_grad():
         products = interleave(candidates, repeats, progress)
     rows, dense = [], None
     for key, runtime in runtimes.items():
-        engine, precision, sparsity = key
+        name, engine, precision, sparsity = key
         first, later = (Timing(tuple(of)) for of in zip(*seconds[key][1:], strict=True))  # one round is not measured
         dense = dense or later.median
         num_bytes, alone = _bytes_per_token(runtime, example), products.get(("products", key))
@@ -58,7 +60,7 @@ def decode_rows(name: str, runtimes: dict[tuple[str, str, float], Runtime], exam
 
 
 def _decode(runtime: Runtime, example: Example, new_tokens: int) -> Clock:
-    clock = Clock(runtime.processor.tokenizer.pad_token_id)
+    clock = Clock()
     runtime.generate([example], new_tokens, until_end=False, streamer=clock)
     return clock
 

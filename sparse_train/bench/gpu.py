@@ -58,7 +58,7 @@ def device_decode_rows(name: str, dense: Path | str, sparse: Path | str, sparsit
                        new_tokens: int, repeats: int, bandwidth: float, device: torch.device,
                        progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """As decode_rows, for the model folders `dense` and `sparse`."""
-    runtimes = {(engine, "bf16", zeros): Runtime(to_device(load_model(path, _DTYPE).eval(), device),
-                                                 load_processor(path))
+    runtimes = {(name, engine, "bf16", zeros): Runtime(to_device(load_model(path, _DTYPE).eval(), device),
+                                                       load_processor(path), "bf16")
                 for engine, zeros, path in (("torch", 0.0, dense), ("expand", sparsity, sparse))}
-    return decode_rows(name, runtimes, example, new_tokens, repeats, bandwidth, progress)
+    return decode_rows(runtimes, example, new_tokens, repeats, bandwidth, progress)

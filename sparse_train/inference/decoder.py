@@ -37,10 +37,11 @@ class Decoder:
         self.logits = self.multiply(model.get_output_embeddings(), self.normed)
 
     def start(self, cache: Any, length: int, attend: torch.Tensor | None) -> None:
-        """Take over what the prompts (B, length) left in transformers' cache. `attend` (B, length): 0 at padding, which
-        is on the left; None: there is none."""
+        """Take what the prompts (B, length) left in transformers' cache, which is empty then: both may be gigabytes.
+        `attend` (B, length): 0 at padding, which is on the left; None: there is none."""
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             keys[:, :, :length], values[:, :, :length] = layer.keys, layer.values
+            layer.keys = layer.values = None
         self.position.fill_(length - 1)
         self.starts.copy_(torch.zeros(1) if attend is None else attend.long().argmax(1))
 

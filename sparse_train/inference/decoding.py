@@ -38,7 +38,8 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
     columns: tuple[torch.Tensor, ...] = ids.unbind(1)
     prompt = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_inputs)
     outputs = model(**prompt, return_dict=True)
-    logits = outputs.logits[:, -1]
+    logits, cache = outputs.logits[:, -1], outputs.past_key_values
+    del outputs
     decoder, is_done = None, [False] * num_rows
     while True:
         scores = logits_processor(ids[:, :length], logits) if logits_processor else logits
@@ -58,7 +59,7 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
             break
         if decoder is None:
             decoder = Decoder(model, num_rows, most)
-            decoder.start(outputs.past_key_values, input_ids.shape[1], model_inputs.get("attention_mask"))
+            decoder.start(cache, input_ids.shape[1], model_inputs.get("attention_mask"))
         logits = decoder.step(tokens)
     if streamer is not None:
         streamer.end()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
@@ -27,6 +28,8 @@ class Runtime:
     model: PreTrainedModel
     """`model.generate(...)` is Hugging Face's."""
     processor: Processor
+    precision: str = "fp32"
+    """Of the values of its sparse weights."""
 
     @property
     def is_sparse(self) -> bool:
@@ -76,6 +79,8 @@ class Runtime:
             return self.generate(examples, max_new_tokens, **options)
         except UserError as error:
             raise UserError(f"{self.model.name_or_path}: {error}") from error
+        except OSError:  # of a streamer that writes
+            raise
         except Exception as error:  # some facts of config.json, such as the width of a window, matter only here
             raise UserError(f"{self.model.name_or_path}: the model cannot run ({type(error).__name__}: "
                             f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error
@@ -87,15 +92,17 @@ def load(folder: str | Path) -> Runtime:
     Raises UserError for a folder that is not a complete checkpoint.
     """
     model, tensors = open_model(folder, quantised=True)
+    precision = "fp32"
     for name, shape in tensors.shapes.items():
         weight = tensors.weight(name)
         bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None
         replace_module(model, name, PackedLinear(
             PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name)), bias))
+        precision = {torch.int8: "int8", torch.bfloat16: "bf16"}.get(weight.values.dtype, "fp32")
     fill(model, tensors)
     if tensors.shapes:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
-    return Runtime(model.eval(), load_processor(folder))
+    return Runtime(model.eval(), load_processor(folder), precision)
 
 
 def _refuse_to_save(*args: Any, **options: Any) -> NoReturn:

@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation import BaseStreamer
 
@@ -37,8 +36,8 @@ def generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Ex
 
     Of the model's own generation config only its tokens count: those that end an answer, and those that are suppressed.
     `until_end` False: every answer has spec.max_new_tokens. `settings`: of transformers' GenerationConfig, such as
-    do_sample. An answer ends with the first of the texts `stop` as well. `streamer` gets the prompts' tokens, then each
-    row's next. `loop_for` (model, longest text in tokens): the loop that decodes, None for transformers'.
+    do_sample. An answer ends behind the first of the texts `stop` in it as well. `streamer` gets the prompts' tokens,
+    then each row's next. `loop_for` (model, longest text in tokens): the loop that decodes, None for transformers'.
     """
     parts = [windows(example, processor) for example in examples]
     prompts = _prompts([part for several in parts for part in several], processor)
@@ -55,11 +54,26 @@ def generate(model: PreTrainedModel, processor: Processor, examples: Sequence[Ex
         else:
             inputs |= {"streamer": streamer, "custom_generate": loop and functools.partial(loop, streamer=streamer)}
             if stop:
-                stops = StopStringCriteria(processor.tokenizer, list(stop))
-                inputs["stopping_criteria"] = StoppingCriteriaList([stops])
+                inputs["stopping_criteria"] = StoppingCriteriaList([_Stops(processor, length, stop)])
             answers = _run(model, **inputs)[:, length:].tolist()
-    texts = iter(processor.tokenizer.batch_decode(answers, skip_special_tokens=True))
+    texts = (cut_behind(text, stop) for text in _decode(processor, answers))
     return [" ".join(next(texts) for _ in several) for several in parts]
+
+
+def cut_behind(text: str, stop: Sequence[str]) -> str:
+    """`text` up to and with the first of the texts `stop` in it."""
+    return text[:min((text.index(one) + len(one) for one in stop if one in text), default=len(text))]
+
+
+def end_tokens(model: PreTrainedModel, processor: Processor, is_chat: bool) -> list[int]:
+    """Those that end an answer, sorted."""
+    tokens = model_tokens(model.generation_config, "the model")
+    ends = {processor.tokenizer.eos_token_id, *tokens.get("eos_token_id", ())}
+    return sorted(ends | {end_of_turn(processor.tokenizer)} - {None} if is_chat else ends)
+
+
+def _decode(processor: Processor, answers: Any) -> list[str]:
+    return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def _run(model: PreTrainedModel, **inputs: Any) -> Any:
@@ -112,17 +126,26 @@ class _EnoughEnded(StoppingCriteria):
         return torch.full_like(ended, bool(8 * ended.sum() >= len(ended)))
 
 
+class _Stops(StoppingCriteria):
+    """Ends a row once its text from position `start` on holds one of the texts `stop`."""
+
+    def __init__(self, processor: Processor, start: int, stop: Sequence[str]):
+        self._processor, self._start, self._stop = processor, start, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = _decode(self._processor, input_ids[:, self._start:])
+        return torch.tensor([any(one in text for one in self._stop) for text in texts], device=input_ids.device)
+
+
 def _config(model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
             until_end: bool, settings: Mapping[str, Any]) -> GenerationConfig:
     tokenizer = processor.tokenizer
     tokens = model_tokens(model.generation_config, "the model")
-    ends = {tokenizer.eos_token_id, *tokens.get("eos_token_id", ())}
-    if any(example.history is not None for example in examples):
-        ends |= {end_of_turn(tokenizer)} - {None}
+    ends = end_tokens(model, processor, any(example.history is not None for example in examples))
     return GenerationConfig(**{
         "do_sample": False, "num_beams": spec.num_beams, "use_cache": True, "max_new_tokens": spec.max_new_tokens,
         "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": next(iter(processor.decoder_prefix), None),
-        "eos_token_id": sorted(ends) if until_end else None, "suppress_tokens": tokens.get("suppress_tokens"),
+        "eos_token_id": ends if until_end else None, "suppress_tokens": tokens.get("suppress_tokens"),
         "begin_suppress_tokens": tokens.get("begin_suppress_tokens"), **settings})
 
 
