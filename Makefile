@@ -3,7 +3,7 @@
 # make test   all tests
 # make test-slow      further cases of the same checks, minutes each
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
-# make lint   ruff and mypy; make types is mypy alone
+# make lint   ruff, mypy and the width of lines of C++; make types is mypy alone
 # Each makes the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
 
 PYTHON ?= python3
@@ -38,6 +38,7 @@ test-cluster: setup
 
 lint: setup
 	.venv/bin/ruff check .
+	! grep -nE '.{121}' sparse_train/kernels/csrc/*  # ruff reads no C++
 	$(MAKE) types
 
 # mypy sees jobs/ and launch/ where they are installed, in sparse_train.

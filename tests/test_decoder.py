@@ -1,5 +1,7 @@
 """The lean decode path says what transformers' loop says, whatever the batch, the sampling and the ends."""
 
+import copy
+
 import pytest
 import torch
 from transformers import MptConfig
@@ -19,6 +21,7 @@ from sparse_train.registry import FAMILIES
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example, generate
 from tests.models import tiny_model, tiny_tokenizer
+from tests.training.plain import Float64, assert_as_exact
 
 _EXAMPLES = [Example(text, "") for text in ("Question: Tom has 3 eggs", "1", "How many eggs are 4 and 5?")]
 _LENGTH = 30
@@ -87,15 +90,22 @@ def test_logits_of_a_step_are_those_of_the_whole_text(name, config):
     attend[1, :5] = 0
     positions = (attend.cumsum(1) - 1).clamp(min=0)
     inputs = {} if config.model_type == "mpt" else {"position_ids": positions}
-    expected = model(input_ids=ids, attention_mask=attend, **inputs).logits
-    decoder = Decoder(model, 2, 24)
+    plain = model(input_ids=ids, attention_mask=attend, **inputs).logits
+    with Float64():
+        exact = copy.deepcopy(model).double()(input_ids=ids, attention_mask=attend, **inputs).logits
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # the decoder's memory is of the weights' kind, whatever the default
+            decoder = Decoder(model, 2, 24)
+    finally:
+        torch.set_default_dtype(torch.float32)
     prompt = {key: value[:, :16] for key, value in inputs.items()}
     cache = model(input_ids=ids[:, :16], attention_mask=attend[:, :16], use_cache=True, **prompt).past_key_values
     decoder.start(cache, 16, attend[:, :16])
     assert all(layer.keys is None and layer.values is None for layer in cache.layers)  # no second copy
     for place in range(16, 24):
         found = decoder.step(ids[:, place])
-        assert ((found - expected[:, place]).abs() <= 1e-4 * expected[:, place].abs().max()).all(), place
+        assert_as_exact(f"logits of token {place}", found, plain[:, place], exact[:, place])
     with pytest.raises(IndexError, match="24 tokens"):
         decoder.step(ids[:, 0])
 

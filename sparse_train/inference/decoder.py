@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from sparse_train.kernels.steps import ACTIVATIONS, Steps
+from sparse_train.kernels import ACTIVATIONS, Steps
 
 _ROPES = {"default", "linear", "llama3", "yarn"}  # their angles do not depend on how long the text is
 
@@ -25,12 +25,12 @@ class Decoder:
         """`capacity`: tokens of the longest text, prompt and answer. The weights are those that the model has now."""
         self.model, self.num_rows, self.capacity = model, num_rows, capacity
         self.steps = Steps()
-        self.position = torch.zeros(1, dtype=torch.int64)
+        self.embedding = model.get_input_embeddings().weight.detach()
+        self.position = self.embedding.new_zeros(1, dtype=torch.int64)
         self._place = self.position.numpy()  # the same memory
-        self.starts = torch.zeros(num_rows, dtype=torch.int64)
+        self.starts = self.embedding.new_zeros(num_rows, dtype=torch.int64)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.embedding = model.get_input_embeddings().weight.detach()
         self.hidden, self.normed, self.change = (self.buffer(self.embedding.shape[1]) for _ in range(3))
         norms = PLANS[model.config.model_type](self)
         self.normalise(norms, self.change)
@@ -43,7 +43,7 @@ class Decoder:
             keys[:, :, :length], values[:, :, :length] = layer.keys, layer.values
             layer.keys = layer.values = None
         self.position.fill_(length - 1)
-        self.starts.copy_(torch.zeros(1) if attend is None else attend.long().argmax(1))
+        self.starts.copy_(self.starts.new_zeros(1) if attend is None else attend.long().argmax(1))
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) the next token of each row -> (B, V) logits, which the next step overwrites."""
@@ -55,7 +55,7 @@ class Decoder:
         return self.logits
 
     def buffer(self, width: int) -> torch.Tensor:
-        return torch.zeros(self.num_rows, width)
+        return self.embedding.new_zeros(self.num_rows, width)
 
     def multiply(self, linear: Any, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """A linear or a PackedLinear."""
@@ -75,7 +75,7 @@ class Decoder:
                head_dim: int, scale: float, **options: Any) -> None:
         """As Steps.attend, over a cache of this layer's own."""
         for caches in (self.keys, self.values):
-            caches.append(torch.zeros(self.num_rows, num_groups, self.capacity, head_dim))
+            caches.append(self.embedding.new_zeros(self.num_rows, num_groups, self.capacity, head_dim))
         self.steps.attend(q, k, v, out, self.keys[-1], self.values[-1], self.position, self.starts, scale, **options)
 
 
@@ -94,7 +94,7 @@ def _llama(decoder: Decoder) -> nn.Module:
     """Builds the blocks; returns the final norm, which is still to be taken of the last change."""
     base, config = decoder.model.model, decoder.model.config
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, base.layers[0].self_attn.head_dim
-    angles = base.rotary_emb(decoder.hidden, torch.arange(decoder.capacity)[None])
+    angles = base.rotary_emb(decoder.hidden, torch.arange(decoder.capacity, device=decoder.hidden.device)[None])
     rotation = tuple(part[0].contiguous() for part in angles)
     context, change, normed = decoder.buffer(heads * width), None, decoder.normed
     q, k, v = decoder.buffer(heads * width), decoder.buffer(groups * width), decoder.buffer(groups * width)
@@ -121,7 +121,9 @@ def _llama(decoder: Decoder) -> nn.Module:
 def _mpt(decoder: Decoder) -> nn.Module:
     base, heads = decoder.model.transformer, decoder.model.config.n_heads
     width = decoder.model.config.d_model
-    bias = build_mpt_alibi_tensor(heads, 2)[:, 0, :1] * torch.arange(decoder.capacity)  # -slope times the distance
+    device = decoder.hidden.device
+    slopes = build_mpt_alibi_tensor(heads, 2, device=device)[:, 0, :1]
+    bias = slopes * torch.arange(decoder.capacity, device=device)  # -slope times the distance
     qkv, context, inner = decoder.buffer(3 * width), decoder.buffer(width), decoder.buffer(4 * width)
     q, k, v = qkv.chunk(3, dim=1)
     change = None

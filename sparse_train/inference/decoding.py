@@ -45,7 +45,7 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
         scores = logits_processor(ids[:, :length], logits) if logits_processor else logits
         tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
         if any(is_done):
-            tokens = tokens.masked_fill(torch.tensor(is_done), padding)
+            tokens = tokens.masked_fill(torch.tensor(is_done, device=tokens.device), padding)
         columns[length].copy_(tokens)
         length += 1
         if streamer is not None:

@@ -5,7 +5,7 @@
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32, BF16 or INT8
     PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
     break_even               the density up to which it skips zeros, measured on this machine
-    Steps                    decoding: what is between the products of a new token, and the products themselves
+    Steps, ACTIVATIONS       decoding: what is between the products of a new token, and the products themselves
     read_bandwidth           of the memory, in bytes per second, for the byte bound
     backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI), avx512f, avx2, portable
     PORTABLE_NOTE            the warning printed where the portable kernels run
@@ -19,8 +19,9 @@ from sparse_train.kernels.native import PORTABLE_NOTE, backend, backends, read_b
 from sparse_train.kernels.ops import compact, expand, linear
 from sparse_train.kernels.packed import PackedMatrix, break_even
 from sparse_train.kernels.reference import pack, unpack
+from sparse_train.kernels.steps import ACTIVATIONS, Steps
 
 __all__ = [
-    "PORTABLE_NOTE", "PackedMatrix", "backend", "backends", "break_even", "compact", "expand", "linear", "pack",
-    "read_bandwidth", "unpack", "use_backend",
+    "ACTIVATIONS", "PORTABLE_NOTE", "PackedMatrix", "Steps", "backend", "backends", "break_even", "compact", "expand",
+    "linear", "pack", "read_bandwidth", "unpack", "use_backend",
 ]

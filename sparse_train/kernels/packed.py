@@ -93,7 +93,7 @@ class PackedMatrix:
 
     def _expanded(self) -> torch.Tensor:
         """(R, C) as the values are stored."""
-        dense = torch.empty(self.shape, dtype=self._stored)
+        dense = torch.empty(self.shape, dtype=self._stored, device=CPU)
         self._packed.expand(dense.data_ptr(), torch.get_num_threads())
         return dense
 
@@ -122,7 +122,7 @@ class PackedMatrix:
     def _skipping(self, x: torch.Tensor) -> torch.Tensor:
         """The same without the zeros."""
         rows = consecutive(x).view(-1, self.shape[1])
-        y = torch.empty(len(rows), self.shape[0])
+        y = rows.new_empty(len(rows), self.shape[0])
         self._packed.matmul(rows.data_ptr(), len(rows), y.data_ptr(), torch.get_num_threads())
         # A row that is not finite has no finite sum. Of such a row 0 * Inf counts as well.
         finite = rows.sum(1).isfinite()
@@ -143,12 +143,12 @@ def break_even(num_rows: int) -> float:
 
 @functools.cache
 def _break_even(num_rows: int, backend: str, num_threads: int) -> float:
-    generator, size, sparse = torch.Generator().manual_seed(0), 1024, 0.25
-    x = torch.randn(num_rows, size, generator=generator)
+    generator, size, sparse = torch.Generator(CPU).manual_seed(0), 1024, 0.25
+    x = torch.randn(num_rows, size, generator=generator, dtype=torch.float32, device=CPU)
     gaps = []  # the time of skipping zeros less that of expanding, taken to be linear in the density
     for density in (sparse, 1.0):
-        keep = torch.rand(size, size, generator=generator) < density
-        packed = PackedMatrix(torch.ones(int(keep.sum())), reference.pack(keep), size)
+        keep = torch.rand(size, size, generator=generator, device=CPU) < density
+        packed = PackedMatrix(x.new_ones(int(keep.sum())), reference.pack(keep), size)
         gaps.append(_fastest(packed._skipping, x) - _fastest(packed._expanding, x))
     slope = (gaps[1] - gaps[0]) / (1 - sparse)
     return min(1.0, max(0.0, sparse - gaps[0] / slope)) if slope > 0 else float(gaps[0] < 0)

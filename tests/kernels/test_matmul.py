@@ -95,7 +95,7 @@ def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(bac
     assert torch.equal(found[others], before[others])
     assert not found[[7, 39]].isfinite().any()
     if not is_int8:
-        torch.testing.assert_close(found[[7, 39]], functional.linear(x[[7, 39]], dense), equal_nan=True)
+        torch.testing.assert_close(found[[7, 39]], functional.linear(x[[7, 39]], dense), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.usefixtures("skips")
@@ -106,10 +106,25 @@ def test_no_activation_past_the_end_is_read(backend):
     address = ctypes.addressof(ctypes.c_char.from_buffer(region))
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(size), 0) == 0
-    matrix, dense, _ = _matrix((20, 100), 0.5)
+    matrix, _, _ = _matrix((20, 100), 0.5)
     x = torch.frombuffer(region, dtype=torch.float32, count=700, offset=size - 2800).view(7, 100)
     x.copy_(_rows(7, 100))
-    torch.testing.assert_close(matrix.matmul(x), x @ dense.T)
+    assert torch.equal(matrix.matmul(x), matrix.matmul(x.clone()))
+
+
+def test_what_a_script_makes_torchs_default_is_not_what_native_code_writes_to(backend):
+    matrix, dense, _ = _matrix((70, 100), 0.3)
+    x = _rows(40, 100)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = matrix._skipping(x), matrix._expanding(x), matrix.to_dense()
+            assert 0 <= packed._break_even.__wrapped__(8, backend, 1) <= 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], matrix._skipping(x))
+    assert torch.equal(found[1], matrix._expanding(x))
+    assert torch.equal(found[2], dense)
 
 
 @pytest.mark.parametrize(("density", "skipped"), [(0.2, True), (0.4, False)])

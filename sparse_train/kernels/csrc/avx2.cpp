@@ -2,6 +2,7 @@
 // flags for x86_64: -mavx2 -mfma -mbmi -mbmi2 -mpopcnt
 #ifdef __AVX2__
 #include "avx2.h"
+#include "decode.h"
 #include "matmul.h"
 
 namespace sparse_train {
@@ -16,15 +17,11 @@ uint64_t read(const void* data, int64_t num_bytes) {
                     _mm256_extract_epi64(sum[0], 2) ^ _mm256_extract_epi64(sum[0], 3));
 }
 
-bool is_supported() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-}
-
 }  // namespace
 
-const Tier avx2 = {"avx2", is_supported, matvec<Fp32Avx2>, matvec<Bf16Avx2>, matvec<Int8Avx2>,
-                   expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>, compact<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>, count, read, kMatmul<8>};
+const Tier avx2 = {"avx2", has_avx2, matvec<Fp32Avx2>, matvec<Bf16Avx2>, matvec<Int8Avx2>,
+                   expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>, compact<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>, count,
+                   read, kMatmul<8>, kSteps};
 
 }  // namespace sparse_train
 #else

@@ -1,5 +1,5 @@
-// What AVX2 does with the bits of a weight: a table says, for each byte of bits, where each of 8 positions has its value
-// among those that come next, and a shuffle moves them there.
+// What AVX2 does with the bits of a weight: a table says, for each byte of bits, where each of 8 positions has its
+// value among those that come next, and a shuffle moves them there.
 #pragma once
 #include <immintrin.h>
 
@@ -184,6 +184,11 @@ struct Int8Avx2 {
         return lanes[0] + lanes[1] + lanes[2] + lanes[3];
     }
 };
+
+inline bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
 
 }  // namespace
 }  // namespace sparse_train

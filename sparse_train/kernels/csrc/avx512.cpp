@@ -5,6 +5,7 @@
 // in FP32 and one in INT8.
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #include "avx512.h"
+#include "decode.h"
 #include "matmul.h"
 
 namespace sparse_train {
@@ -41,7 +42,8 @@ bool is_supported() {
 
 const Tier avx512 = {"avx512", is_supported, matvec<Fp32Avx512>, matvec<Bf16Avx512>, matvec<Int8Avx512>,
                      expand<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>,
-                     compact<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>, count, read, kMatmul<16>};
+                     compact<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>, count, read, kMatmul<16>,
+                     kSteps};
 
 }  // namespace sparse_train
 #else

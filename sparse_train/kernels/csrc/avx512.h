@@ -5,8 +5,8 @@
 namespace sparse_train {
 namespace {
 
-// A destination for an instruction that expands or compresses. On Zen 5 these wait for what their destination held before
-// even where they zero it, which costs 5 cycles instead of 1, and the compiler reuses registers.
+// A destination for an instruction that expands or compresses. On Zen 5 these wait for what their destination held
+// before even where they zero it, which costs 5 cycles instead of 1, and the compiler reuses registers.
 inline __m512i fresh() {
     __m512i zeros;
     asm volatile("vpxord %0, %0, %0" : "=v"(zeros));
@@ -84,8 +84,8 @@ inline uint64_t read(const void* data, int64_t num_bytes) {
 }
 
 inline bool has_avx512f() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2");
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 }  // namespace

@@ -2,13 +2,14 @@
 // flags for x86_64: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mbmi -mbmi2 -mpopcnt
 #ifdef __AVX512F__
 #include "avx512.h"
+#include "decode.h"
 #include "matmul.h"
 
 namespace sparse_train {
 
 const Tier avx512f = {"avx512f", has_avx512f, matvec<Fp32Avx512>, matvec<Bf16Avx512>, matvec<Int8Avx2>,
                       expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx512>, compact<Lanes1Avx2, Lanes2Avx2, Lanes4Avx512>,
-                      count, read, kMatmul<16>};
+                      count, read, kMatmul<16>, kSteps};
 
 }  // namespace sparse_train
 #else

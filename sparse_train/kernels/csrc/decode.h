@@ -1,33 +1,163 @@
-// The steps of a decoder between its products.
+// What a decoder computes for one new token beside its products: norms, attention, activations. All in float32; rows
+// are those of the batch. Written for the compiler's vectoriser.
+//
+// Tiers' files include this, as they do matmul.h: all is in an unnamed namespace.
 #pragma once
-#include <cstdint>
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
+#include "tiers.h"
+
 namespace sparse_train {
+namespace {
 
-// Self-attention of one new token per row of a batch, over a cache of keys and values.
-struct Attention {
-    int64_t num_rows, num_heads, num_groups, head_dim, capacity;  // num_groups: heads of keys and values
-    float scale;
-    float *keys, *values;  // (num_rows, num_groups, capacity, head_dim)
-    const int64_t *position, *starts;  // where the new token goes; each row's first position (num_rows,)
-    int64_t rotary;                    // how many of the head_dim entries turn; 0: none
-    const float *cosine, *sine;        // (capacity, rotary), by the distance from a row's start
-    const float* bias;                 // (num_heads, capacity), added to a score by its distance; may be null
-    const float *query_norm, *key_norm;  // (head_dim,) RMS norms of each head; may be null
-    float epsilon;
+// e^x to 2 units in the last place, without a call that keeps loops from being vectorised. 2^n times a polynomial of
+// the rest, |rest| <= ln 2 / 2. NaN stays NaN.
+inline float exponential(float x) {
+    const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    constexpr float kShift = 0x1.8p23f;
+    const float n = bounded * 1.44269504f + kShift - kShift;
+    const float rest = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float sum = 1.0f / 720;
+    sum = sum * rest + 1.0f / 120;
+    sum = sum * rest + 1.0f / 24;
+    sum = sum * rest + 1.0f / 6;
+    sum = sum * rest + 0.5f;
+    sum = sum * rest + 1.0f;
+    sum = sum * rest + 1.0f;
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return sum * power;
+}
 
-    // q, k and v have rows of `q_stride` and `kv_stride` numbers, which begin with num_heads or num_groups heads: they may
-    // be parts of one product. out is (num_rows, num_heads * head_dim).
-    void attend(const float* q, const float* k, const float* v, float* out, int64_t q_stride, int64_t kv_stride,
-                int num_threads) const;
-};
+// Abramowitz and Stegun 7.1.26: |error| <= 1.5e-7.
+inline float error_function(float x) {
+    const float size = std::fabs(x), t = 1.0f / (1.0f + 0.3275911f * size);
+    const float sum =
+        t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    return std::copysign(1.0f - sum * exponential(-size * size), x);
+}
 
-// hidden += change, where there is one; out = norm(hidden) * weight + bias; a layer norm or an RMS norm.
-void add_and_normalise(float* hidden, const float* change, const float* weight, const float* bias, float* out,
-                       int64_t num_rows, int64_t width, float epsilon, bool is_rms);
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// y = f(x) * factor, or f(x); kind 0: SiLU, 1: GELU, 2: GELU by tanh, 3: ReLU.
-void activate(int kind, const float* x, const float* factor, float* y, int64_t count);
+template <class Function>
+inline void map(const float* x, const float* factor, float* y, int64_t count, Function function) {
+    if (factor) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) y[i] = function(x[i]) * factor[i];
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) y[i] = function(x[i]);
+    }
+}
 
+inline float dot(const float* a, const float* b, int64_t count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+inline void normalise(const float* x, const float* weight, const float* bias, float* y, int64_t width, float epsilon,
+                      bool is_rms) {
+    float mean = 0, squares = 0;
+    if (!is_rms) {
+#pragma omp simd reduction(+ : mean)
+        for (int64_t i = 0; i < width; ++i) mean += x[i];
+        mean /= float(width);
+    }
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / std::sqrt(squares / float(width) + epsilon);
+    if (bias) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * factor * weight[i] + bias[i];
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * factor * weight[i];
+    }
+}
+
+// One head of a query or a key: its norm, where it has one, and its rotation by (cosine, sine) (2, rotary).
+inline void turn(const Attention& a, const float* x, const float* norm, const float* cosine, const float* sine,
+                 float* y) {
+    if (norm) normalise(x, norm, nullptr, y, a.head_dim, a.epsilon, true);
+    else std::memcpy(y, x, 4 * a.head_dim);
+    const int64_t half = a.rotary / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = y[i], high = y[half + i];
+        y[i] = low * cosine[i] - high * sine[i];
+        y[half + i] = high * cosine[half + i] + low * sine[half + i];
+    }
+}
+
+inline void attend(const Attention& a, int64_t row, int64_t group, const float* q, const float* k, const float* v,
+                   float* out, float* scratch) {
+    const int64_t dim = a.head_dim, shared = a.num_heads / a.num_groups, last = *a.position, first = a.starts[row];
+    const int64_t count = last + 1 - first, cache = (row * a.num_groups + group) * a.capacity;
+    float *keys = a.keys + cache * dim, *values = a.values + cache * dim;
+    const float *cosine = a.cosine + (last - first) * a.rotary, *sine = a.sine + (last - first) * a.rotary;
+    turn(a, k, a.key_norm, cosine, sine, keys + last * dim);
+    std::memcpy(values + last * dim, v, 4 * dim);
+    float *query = scratch, *scores = scratch + shared * dim;
+    for (int64_t h = 0; h < shared; ++h) turn(a, q + h * dim, a.query_norm, cosine, sine, query + h * dim);
+    for (int64_t p = 0; p < count; ++p)
+        for (int64_t h = 0; h < shared; ++h)
+            scores[h * count + p] = dot(query + h * dim, keys + (first + p) * dim, dim) * a.scale;
+    for (int64_t h = 0; h < shared; ++h) {
+        float* score = scores + h * count;
+        if (a.bias) {
+            const float* bias = a.bias + (group * shared + h) * a.capacity;  // by distance
+            for (int64_t p = 0; p < count; ++p) score[p] += bias[count - 1 - p];
+        }
+        float largest = score[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+        for (int64_t p = 0; p < count; ++p) largest = std::max(largest, score[p]);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t p = 0; p < count; ++p) {
+            score[p] = exponential(score[p] - largest);
+            sum += score[p];
+        }
+        for (int64_t p = 0; p < count; ++p) score[p] /= sum;
+        std::memset(out + h * dim, 0, 4 * dim);
+    }
+    for (int64_t p = 0; p < count; ++p)
+        for (int64_t h = 0; h < shared; ++h) {
+            const float share = scores[h * count + p], *value = values + (first + p) * dim;
+#pragma omp simd
+            for (int64_t i = 0; i < dim; ++i) out[h * dim + i] += share * value[i];
+        }
+}
+
+inline void add_and_normalise(float* hidden, const float* change, const float* weight, const float* bias, float* out,
+                              int64_t num_rows, int64_t width, float epsilon, bool is_rms) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+        float* x = hidden + row * width;
+        if (change) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) x[i] += change[row * width + i];
+        }
+        normalise(x, weight, bias, out + row * width, width, epsilon, is_rms);
+    }
+}
+
+inline void activate(int kind, const float* x, const float* factor, float* y, int64_t count) {
+    switch (kind) {
+        case 0: return map(x, factor, y, count, [](float v) { return v * sigmoid(v); });
+        case 1: return map(x, factor, y, count, [](float v) {
+            return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
+        });
+        case 2: return map(x, factor, y, count, [](float v) {  // 0.5 (1 + tanh u) = sigmoid(2 u)
+            return v * sigmoid(1.59576912f * (v + 0.044715f * v * v * v));
+        });
+        default: return map(x, factor, y, count, [](float v) { return v < 0.0f ? 0.0f : v; });
+    }
+}
+
+constexpr Steps kSteps = {attend, add_and_normalise, activate};
+
+}  // namespace
 }  // namespace sparse_train

@@ -35,6 +35,16 @@ struct Part {
     uint64_t word;
 };
 
+// The entries of a and b, one after the other, at these places.
+template <int... kPlace, class Register>
+inline Register shuffle(Register a, Register b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, kPlace...);
+#else  // GCC has that one from 12 on
+    return __builtin_shuffle(a, b, decltype(a < b){kPlace...});
+#endif
+}
+
 template <int kLanes>
 struct MatmulOf {
     static constexpr int kRegisters = 8;  // as many sums hide the latency of multiply-adds, and 64 columns of so many
@@ -55,8 +65,8 @@ struct MatmulOf {
 
     template <int kStep, int... kLane>
     static void exchange(Register& a, Register& b, std::integer_sequence<int, kLane...>) {
-        const Register low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
-        b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+        const Register low = shuffle<(kLane & kStep ? kLanes + kLane - kStep : kLane)...>(a, b);
+        b = shuffle<(kLane & kStep ? kLanes + kLane : kLane + kStep)...>(a, b);
         a = low;
     }
 
@@ -76,8 +86,8 @@ struct MatmulOf {
         else for (int64_t i = 0; i < count; ++i) std::memcpy((float*)to + i, (const float*)from + i, 4);
     }
 
-    // to[c][r] = from[r][c] for r < num_rows, c < num_columns, both at most kLanes; with kPad lanes past num_rows get 0,
-    // otherwise they are not written.
+    // to[c][r] = from[r][c] for r < num_rows, c < num_columns, both at most kLanes; with kPad lanes past num_rows get
+    // 0, otherwise they are not written.
     template <bool kPad>
     static void transpose(const float* from, int64_t from_stride, int64_t num_rows, int64_t num_columns, float* to,
                           int64_t to_stride) {
@@ -151,9 +161,9 @@ struct MatmulOf {
                 width = width_at(m, num_x);
                 const float* columns = tiles + 64 * (rows.num_words * m + w * width);
                 switch (width / kLanes) {
-#define SPARSE_TRAIN_WIDTH(COUNT)                                                                                       \
-    case COUNT:                                                                                                         \
-        add_parts<COUNT>(parts.data(), count, columns, sums + count * m);                                               \
+#define SPARSE_TRAIN_WIDTH(COUNT)                                                             \
+    case COUNT:                                                                               \
+        add_parts<COUNT>(parts.data(), count, columns, sums + count * m);                     \
         break;
                     SPARSE_TRAIN_WIDTH(1)
                     SPARSE_TRAIN_WIDTH(2)
@@ -170,8 +180,9 @@ struct MatmulOf {
         for (int64_t m = 0; m < num_x; m += kLanes) {
             const int64_t tile = m / (kRegisters * kLanes) * (kRegisters * kLanes), width = width_at(tile, num_x);
             for (int64_t r = 0; r < count; r += kLanes)
-                transpose<false>(sums + count * tile + r * width + (m - tile), width, std::min<int64_t>(kLanes, count - r),
-                                 std::min<int64_t>(kLanes, num_x - m), y + m * rows.num_rows + first + r, rows.num_rows);
+                transpose<false>(sums + count * tile + r * width + (m - tile), width,
+                                 std::min<int64_t>(kLanes, count - r), std::min<int64_t>(kLanes, num_x - m),
+                                 y + m * rows.num_rows + first + r, rows.num_rows);
         }
     }
 

@@ -1,4 +1,5 @@
-// The Python module: threads, tiers and packed matrices. Pointers and sizes arrive checked by __init__.py.
+// The Python module: threads, tiers and packed matrices. Pointers and sizes arrive checked by the modules that
+// call it: native.py, ops.py, packed.py, steps.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -15,7 +16,6 @@
 #include <string>
 #include <vector>
 
-#include "decode.h"
 #include "tiers.h"
 
 namespace nb = nanobind;
@@ -35,6 +35,7 @@ const Tier* tier = tiers.front();
 constexpr int64_t kRowsPerThread = 32;      // fewer are not worth waking a thread
 constexpr int64_t kBytesPerThread = 65536;  // nor are fewer bytes
 constexpr int64_t kProductsPerThread = 1 << 19;  // nor fewer products of a weight and an activation
+constexpr int64_t kAttendedPerThread = 1 << 17;  // nor fewer of attention
 
 template <class T>
 T* at(uintptr_t address) {
@@ -56,8 +57,9 @@ Buffer allocate(int64_t num_bytes) {
     return Buffer((uint8_t*)memory);
 }
 
-// work(first row, last row) on each part of the rows, whole tiles; the values, not the rows, are divided evenly. OpenMP may give fewer
-// threads than it is asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, nested regions): the loop does all parts on any number.
+// work(first row, last row) on each part of the rows, whole tiles; the values, not the rows, are divided evenly. OpenMP
+// may give fewer threads than it is asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, nested regions): the loop does all parts
+// on any number.
 template <class Work>
 void over_rows(const Rows& rows, int num_threads, int64_t value_bytes, Work work) {
     const int64_t num_values = rows.offsets[rows.num_rows];
@@ -99,8 +101,9 @@ struct Counted {
         count_rows(rows, offsets.data(), num_threads);
         rows.offsets = offsets.data();
         if (offsets[num_rows] != num_values)
-            throw std::invalid_argument("the bits keep " + std::to_string(offsets[num_rows]) + " positions, but there are " +
-                                        std::to_string(num_values) + " values; both must come from one weight");
+            throw std::invalid_argument("the bits keep " + std::to_string(offsets[num_rows]) +
+                                        " positions, but there are " + std::to_string(num_values) +
+                                        " values; both must come from one weight");
         if (num_columns % 64)
             for (int64_t r = 0; r < num_rows; ++r)
                 if (rows.word(r, rows.num_words - 1) >> (num_columns % 64))
@@ -220,9 +223,8 @@ private:
                 const uint64_t word = first + i < rows.num_rows ? rows.word(first + i, w) : 0;
                 const int64_t kept = __builtin_popcountll(word);
                 std::memcpy(bits, &word, 8);
-                std::memcpy(to, values + size_ * next[i], size_ * kept);
+                to = std::copy_n(values + size_ * next[i], size_ * kept, to);  // memcpy may not copy nothing from null
                 next[i] += kept;
-                to += size_ * kept;
             }
     }
 
@@ -246,7 +248,7 @@ private:
             x.stride = stride(16);
             copy.assign(num_vectors * x.stride, 0.0f);
             for (int64_t m = 0; m < num_vectors; ++m)
-                std::memcpy(copy.data() + m * x.stride, input + m * rows.num_columns, 4 * rows.num_columns);
+                std::copy_n(input + m * rows.num_columns, rows.num_columns, copy.data() + m * x.stride);
             x.data = copy.data();
         }
         over_rows(rows, num_threads, size_, [&](int64_t first, int64_t last) {
@@ -345,18 +347,32 @@ void use_tier(const std::string& name) {
 
 void add_and_normalise_at(uintptr_t hidden, uintptr_t change, uintptr_t weight, uintptr_t bias, uintptr_t out,
                           int64_t num_rows, int64_t width, float epsilon, bool is_rms) {
-    add_and_normalise(at<float>(hidden), at<const float>(change), at<const float>(weight), at<const float>(bias),
-                      at<float>(out), num_rows, width, epsilon, is_rms);
+    tier->steps.add_and_normalise(at<float>(hidden), at<const float>(change), at<const float>(weight),
+                                  at<const float>(bias), at<float>(out), num_rows, width, epsilon, is_rms);
 }
 
 void activate_at(int kind, uintptr_t x, uintptr_t factor, uintptr_t y, int64_t count) {
-    activate(kind, at<const float>(x), at<const float>(factor), at<float>(y), count);
+    tier->steps.activate(kind, at<const float>(x), at<const float>(factor), at<float>(y), count);
 }
 
-void attend_at(const Attention& attention, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_stride,
+// q, k and v have rows of `q_stride` and `kv_stride` numbers, which begin with num_heads or num_groups heads: they may
+// be parts of one product. out is (num_rows, num_heads * head_dim).
+void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_stride,
                int64_t kv_stride, int num_threads) {
-    attention.attend(at<const float>(q), at<const float>(k), at<const float>(v), at<float>(out), q_stride, kv_stride,
-                     num_threads);
+    const int64_t shared = a.num_heads / a.num_groups, width = a.num_heads * a.head_dim;
+    const int64_t tasks = a.num_rows * a.num_groups;
+    const size_t scratch_size = shared * (a.head_dim + a.capacity);
+    const int64_t useful = std::min(tasks, a.num_rows * width * (*a.position + 1) / kAttendedPerThread);
+    const int count = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+        static thread_local std::vector<float> scratch;
+        if (scratch.size() < scratch_size) scratch.resize(scratch_size);
+        const int64_t row = task / a.num_groups, group = task % a.num_groups;
+        const int64_t query = group * shared * a.head_dim, key = row * kv_stride + group * a.head_dim;
+        tier->steps.attend(a, row, group, at<const float>(q) + row * q_stride + query, at<const float>(k) + key,
+                           at<const float>(v) + key, at<float>(out) + row * width + query, scratch.data());
+    }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Any CPU: one kept position after the other.
 #include <vector>
 
+#include "decode.h"
 #include "matmul.h"
 #include "matvec.h"
 
@@ -32,12 +33,7 @@ void matvec_f32(const Rows& rows, const float* values, Vectors<float> x, float* 
 }
 
 void matvec_bf16(const Rows& rows, const uint16_t* values, Vectors<float> x, float* y, int64_t first, int64_t last) {
-    multiply<double>(rows, values, x, y, first, last, [](uint16_t value) {
-        const uint32_t bits = uint32_t(value) << 16;
-        float number;
-        std::memcpy(&number, &bits, 4);
-        return double(number);
-    });
+    multiply<double>(rows, values, x, y, first, last, [](uint16_t value) { return double(float(Bf16{value})); });
 }
 
 void matvec_i8(const Rows& rows, const int8_t* values, Vectors<uint8_t> x, int64_t* y, int64_t first, int64_t last) {
@@ -86,6 +82,6 @@ uint64_t read(const void* data, int64_t num_bytes) {
 }  // namespace
 
 const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, expand, compact, count,
-                       read, kMatmul<4>};
+                       read, kMatmul<4>, kSteps};
 
 }  // namespace sparse_train

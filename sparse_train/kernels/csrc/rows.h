@@ -6,10 +6,10 @@
 
 namespace sparse_train {
 
-// A sparse weight of num_rows x num_columns, its bits in words of 64 columns. Tiles of `tile` rows, a power of two, follow each other; in
-// a tile come the first word of each row, then the second ones and so on, and the values in the same order. So rows that
-// are multiplied together are one stream of memory. In a tile of one row all is as in a file. The last tile has bits for
-// as many rows as the others.
+// A sparse weight of num_rows x num_columns, its bits in words of 64 columns. Tiles of `tile` rows, a power of two,
+// follow each other; in a tile come the first word of each row, then the second ones and so on, and the values in the
+// same order. So rows that are multiplied together are one stream of memory. In a tile of one row all is as in a file.
+// The last tile has bits for as many rows as the others.
 struct Rows {
     const uint8_t* bits;  // may be unaligned: read them with word()
     const int64_t* offsets;  // num_rows + 1: values before each row, in tiles before the first row of each
@@ -23,16 +23,19 @@ struct Rows {
     }
 
     // The words of all rows of the tile that starts with `first_row`.
-    const uint8_t* words(int64_t first_row, int64_t index) const { return bits + 8 * (first_row * num_words + index * tile); }
+    const uint8_t* words(int64_t first_row, int64_t index) const {
+        return bits + 8 * (first_row * num_words + index * tile);
+    }
 };
 
-// Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as the
-// number of values before row `first`, which starts a tile.
+// Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as
+// the number of values before row `first`, which starts a tile.
 template <class Visit>
 void for_each_word(const Rows& rows, int64_t first, int64_t last, Visit visit) {
     for (int64_t next = rows.offsets[first]; first < last; first += rows.tile)
         for (int64_t w = 0; w < rows.num_words; ++w)
-            for (int64_t r = first; r < std::min(first + rows.tile, last); ++r) next = visit(r, w, rows.word(r, w), next);
+            for (int64_t r = first; r < std::min(first + rows.tile, last); ++r)
+                next = visit(r, w, rows.word(r, w), next);
 }
 
 // Vector m starts at data + m * stride.

@@ -10,15 +10,42 @@ struct Matmul {
     // x (num_x, num_columns) to `tiles`, which have room for num_x, rounded up to 16, times num_words * 64 floats and
     // start at a multiple of 64 bytes; words first..last-1 of the columns.
     void (*pack)(const float* x, int64_t num_x, const Rows&, float* tiles, int64_t first, int64_t last);
-    // y (num_x, num_rows) <- the values as they are, of `size` 4 (float), 2 (bfloat16) or 1 (int8) bytes, times the rows of x.
+    // y (num_x, num_rows) <- the values as they are, of `size` 4 (float), 2 (bfloat16) or 1 (int8) bytes, times the
+    // rows of x.
     void (*multiply)(const Rows&, int size, const void* values, const float* tiles, int64_t num_x, float* y,
                      int64_t first, int64_t last);
 };
 
+// Self-attention of one new token per row of a batch, over a cache of keys and values.
+struct Attention {
+    int64_t num_rows, num_heads, num_groups, head_dim, capacity;  // num_groups: heads of keys and values
+    float scale;
+    float *keys, *values;  // (num_rows, num_groups, capacity, head_dim)
+    const int64_t *position, *starts;    // where the new token goes; each row's first position (num_rows,)
+    int64_t rotary;                      // how many of the head_dim entries turn; 0: none
+    const float *cosine, *sine;          // (capacity, rotary), by the distance from a row's start
+    const float* bias;                   // (num_heads, capacity), added to a score by its distance; may be null
+    const float *query_norm, *key_norm;  // (head_dim,) RMS norms of each head; may be null
+    float epsilon;
+};
+
+// The steps of a decoder between its products (decode.h).
+struct Steps {
+    // The query heads that share head `group` of keys and values, of one row of the batch: q and out are (num_heads /
+    // num_groups, head_dim), k and v (head_dim,). `scratch` has room for head_dim + capacity numbers per query head.
+    void (*attend)(const Attention&, int64_t row, int64_t group, const float* q, const float* k, const float* v,
+                   float* out, float* scratch);
+    // hidden += change, where there is one; out = norm(hidden) * weight + bias; a layer norm or an RMS norm.
+    void (*add_and_normalise)(float* hidden, const float* change, const float* weight, const float* bias, float* out,
+                              int64_t num_rows, int64_t width, float epsilon, bool is_rms);
+    // y = f(x) * factor, or f(x); kind 0: SiLU, 1: GELU, 2: GELU by tanh, 3: ReLU.
+    void (*activate)(int kind, const float* x, const float* factor, float* y, int64_t count);
+};
+
 constexpr int64_t kTileRows = 4;  // of the weights that matvec_* multiplies
 
-// A function works on rows first..last-1, whole tiles. Vectors have num_words * 64 readable entries, and product m is row
-// m of y (vectors, num_rows). The values that matvec_* reads are followed by 64 readable bytes, those of expand and
+// A function works on rows first..last-1, whole tiles. Vectors have num_words * 64 readable entries, and product m is
+// row m of y (vectors, num_rows). The values that matvec_* reads are followed by 64 readable bytes, those of expand and
 // compact by none.
 struct Tier {
     const char* name;
@@ -37,6 +64,7 @@ struct Tier {
     // Reads num_bytes (a multiple of 512) once; the result only keeps the reads alive.
     uint64_t (*read)(const void* data, int64_t num_bytes);
     Matmul matmul;
+    Steps steps;
 };
 
 extern const Tier avx512, avx512f, avx2, portable;
