@@ -17,7 +17,7 @@ namespace {
 inline float exponential(float x) {
     const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     constexpr float kShift = 0x1.8p23f;
-    const float n = bounded * 1.44269504f + kShift - kShift;
+    const float shifted = bounded * 1.44269504f + kShift, n = shifted - kShift;
     const float rest = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
     float sum = 1.0f / 720;
     sum = sum * rest + 1.0f / 120;
@@ -26,7 +26,9 @@ inline float exponential(float x) {
     sum = sum * rest + 0.5f;
     sum = sum * rest + 1.0f;
     sum = sum * rest + 1.0f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
+    uint32_t bits;  // the last ones are n, whatever x is; a conversion of NaN would be undefined
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return sum * power;
