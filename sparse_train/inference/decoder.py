@@ -75,7 +75,8 @@ class Decoder:
                head_dim: int, scale: float, **options: Any) -> None:
         """As Steps.attend, over a cache of this layer's own."""
         for caches in (self.keys, self.values):
-            caches.append(self.embedding.new_zeros(self.num_rows, num_groups, self.capacity, head_dim))
+            # Takes no memory before it is written, which is when a layer of the prompt's cache is dropped.
+            caches.append(self.embedding.new_empty(self.num_rows, num_groups, self.capacity, head_dim))
         self.steps.attend(q, k, v, out, self.keys[-1], self.values[-1], self.position, self.starts, scale, **options)
 
 
