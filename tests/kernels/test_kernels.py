@@ -251,13 +251,19 @@ def test_all_rows_are_done_on_whatever_threads_openmp_gives(limit):
     assert child.stdout == "complete\n", child.stderr[-500:]
 
 
-def test_nothing_is_touched_past_the_end(backend):
-    """Values and dense rows that end where their memory page does: one byte further is a crash."""
+def page_before_a_crash():
+    """(memory, its readable bytes): one byte further is a crash."""
     size = mmap.PAGESIZE
     region = mmap.mmap(-1, 2 * size)
     address = ctypes.addressof(ctypes.c_char.from_buffer(region))
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(size), 0) == 0
+    return region, size
+
+
+def test_nothing_is_touched_past_the_end(backend):
+    """Values and dense rows that end where their memory page does: one byte further is a crash."""
+    region, size = page_before_a_crash()
     for columns in (64, 100):
         _, keep = _weight((7, columns), 0.5)
         num_values = int(keep.sum())

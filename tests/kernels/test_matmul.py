@@ -1,14 +1,12 @@
 """Products with many rows: those that skip zeros against float64, and the choice between them and the dense product."""
 
-import ctypes
-import mmap
-
 import pytest
 import torch
 from torch.nn import functional
 
 from sparse_train import kernels
 from sparse_train.kernels import packed
+from tests.kernels.test_kernels import page_before_a_crash
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -101,11 +99,7 @@ def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(bac
 @pytest.mark.usefixtures("skips")
 def test_no_activation_past_the_end_is_read(backend):
     """x ends where its memory page does: one byte further is a crash."""
-    size = mmap.PAGESIZE
-    region = mmap.mmap(-1, 2 * size)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(size), 0) == 0
+    region, size = page_before_a_crash()
     matrix, _, _ = _matrix((20, 100), 0.5)
     x = torch.frombuffer(region, dtype=torch.float32, count=700, offset=size - 2800).view(7, 100)
     x.copy_(_rows(7, 100))

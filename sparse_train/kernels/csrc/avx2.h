@@ -66,10 +66,16 @@ inline __m256i load256(const void* from) { return _mm256_loadu_si256((const __m2
 inline __m128i load128(const void* from) { return _mm_loadu_si128((const __m128i*)from); }
 inline __m128i load64(const void* from) { return _mm_loadl_epi64((const __m128i*)from); }
 
-struct Lanes1Avx2 {
-    using Type = uint8_t;
-    static constexpr int kLanes = 16;
+// 16 bytes at a time: half registers, for a byte shuffle does not cross them.
+template <class Element>
+struct HalfRegister {
+    using Type = Element;
+    static constexpr int kLanes = 16 / sizeof(Type);
+    static void store(Type* to, __m128i v) { _mm_storeu_si128((__m128i*)to, v); }
+    static void stream(Type* to, __m128i v) { _mm_stream_si128((__m128i*)to, v); }
+};
 
+struct Lanes1Avx2 : HalfRegister<uint8_t> {
     static __m128i expand(int k, uint64_t word, const uint8_t* bits, const void* values) {
         const __m128i loaded = load128((const Type*)values + kept_before<kLanes>(k, word));
         const __m128i first = load128(kExpandFirst1[bits[2 * k]]), second = load128(kExpandSecond1[bits[2 * k + 1]]);
@@ -84,15 +90,9 @@ struct Lanes1Avx2 {
         _mm_storel_epi64((__m128i*)(kept + __builtin_popcount(bits[2 * k])), second);
         return load128(kept);
     }
-
-    static void store(Type* to, __m128i v) { _mm_storeu_si128((__m128i*)to, v); }
-    static void stream(Type* to, __m128i v) { _mm_stream_si128((__m128i*)to, v); }
 };
 
-struct Lanes2Avx2 {
-    using Type = uint16_t;
-    static constexpr int kLanes = 8;
-
+struct Lanes2Avx2 : HalfRegister<uint16_t> {
     static __m128i expand(int k, uint64_t word, const uint8_t* bits, const Type* values) {
         return _mm_shuffle_epi8(load128(values + kept_before<kLanes>(k, word)), load128(kExpand2[bits[k]]));
     }
@@ -100,9 +100,6 @@ struct Lanes2Avx2 {
     static __m128i compress(int k, uint64_t, const uint8_t* bits, const Type* dense) {
         return _mm_shuffle_epi8(load128(dense), load128(kCompress2[bits[k]]));
     }
-
-    static void store(Type* to, __m128i v) { _mm_storeu_si128((__m128i*)to, v); }
-    static void stream(Type* to, __m128i v) { _mm_stream_si128((__m128i*)to, v); }
 };
 
 struct Lanes4Avx2 {
@@ -124,13 +121,8 @@ struct Lanes4Avx2 {
     static void stream(Type* to, __m256i v) { _mm256_stream_si256((__m256i*)to, v); }
 };
 
-struct FloatAvx2 {
-    using X = float;
-    using Y = float;
+struct FloatAvx2 : FloatKernel<8, 2> {
     using Sum = __m256;
-    static constexpr int kLanes = 8, kMostVectors = 2;
-    static constexpr int64_t kWordsPerSum = INT64_MAX / 2;
-    static constexpr int rows(int) { return 4; }
     static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
     static Sum add(__m256 weights, __m256 x, Sum sum) { return _mm256_fmadd_ps(weights, x, sum); }
 
@@ -157,14 +149,8 @@ struct Bf16Avx2 : FloatAvx2 {
 };
 
 // Products of 16-bit numbers: vpmaddubsw, which multiplies bytes, saturates.
-struct Int8Avx2 {
-    using Value = int8_t;
-    using X = uint8_t;
-    using Y = int64_t;
+struct Int8Avx2 : Int8Kernel<16, 8> {
     using Sum = __m256i;
-    static constexpr int kLanes = 16, kMostVectors = 4;
-    static constexpr int64_t kWordsPerSum = 8192;
-    static_assert(kWordsPerSum * 4 * 2 * 255 * 128 <= INT32_MAX);  // four times a word a lane gets two products
     static constexpr int rows(int vectors) { return vectors <= 2 ? 4 : 1; }
 
     static __m256i expand(int k, uint64_t word, const uint8_t* bits, const int8_t* values) {

@@ -11,14 +11,8 @@
 namespace sparse_train {
 namespace {
 
-struct Int8Avx512 {
-    using Value = int8_t;
-    using X = uint8_t;
-    using Y = int64_t;
+struct Int8Avx512 : Int8Kernel<64, 4> {
     using Sum = __m512i;
-    static constexpr int kLanes = 64, kMostVectors = 4;
-    static constexpr int64_t kWordsPerSum = 16384;
-    static_assert(kWordsPerSum * 4 * 255 * 128 <= INT32_MAX);  // a lane gets four products of a word
     static constexpr int rows(int) { return 4; }
 
     static __m512i expand(int k, uint64_t word, const uint8_t* bits, const int8_t* values) {

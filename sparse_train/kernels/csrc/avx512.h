@@ -40,13 +40,8 @@ SPARSE_TRAIN_LANES(1, uint8_t, __mmask64, 8)
 #endif
 #undef SPARSE_TRAIN_LANES
 
-struct FloatAvx512 {
-    using X = float;
-    using Y = float;
+struct FloatAvx512 : FloatKernel<16, 4> {
     using Sum = __m512;
-    static constexpr int kLanes = 16, kMostVectors = 4;
-    static constexpr int64_t kWordsPerSum = INT64_MAX / 2;
-    static constexpr int rows(int) { return 4; }
     static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
     static Sum add(__m512 weights, __m512 x, Sum sum) { return _mm512_fmadd_ps(weights, x, sum); }
     static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }

@@ -21,6 +21,27 @@
 namespace sparse_train {
 namespace {
 
+// What kernels for floats have in common, and those for bytes.
+template <int kRegister, int kVectors>
+struct FloatKernel {
+    using X = float;
+    using Y = float;
+    static constexpr int kLanes = kRegister, kMostVectors = kVectors;
+    static constexpr int64_t kWordsPerSum = INT64_MAX / 2;
+    static constexpr int rows(int) { return 4; }
+};
+
+// A lane of sums, an int32, gets `kProducts` products of a word.
+template <int kRegister, int kProducts>
+struct Int8Kernel {
+    using Value = int8_t;
+    using X = uint8_t;
+    using Y = int64_t;
+    static constexpr int kLanes = kRegister, kMostVectors = 4;
+    static constexpr int64_t kWordsPerSum = 65536 / kProducts;
+    static_assert(kWordsPerSum * kProducts * 255 * 128 <= INT32_MAX);
+};
+
 // Bytes. The hardware's streamer stops at each 4 KiB page: with 1 KiB the product of an FP32 weight with half of its
 // entries takes 1.6 times as long (Zen 5).
 constexpr int64_t kAhead = 8192;
