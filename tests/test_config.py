@@ -57,6 +57,12 @@ def test_overrides_are_typed_and_nested():
     assert config.finetune.learning_rate == 1e-4 and config.name == "a.b" and config.model.path is None
 
 
+def test_an_override_that_is_null_drops_a_loss_and_a_sweep():
+    path = CONFIGS / "smollm2" / "gsm8k.yaml"
+    points = load_points(path, ["sweep=null", "finetune.losses.kd=null"])
+    assert [list(config.finetune.losses) for _, config in points] == [["ce", "squarehead", "token"]]
+
+
 @pytest.mark.parametrize("override, told", [
     ("finetune.stepz=3", "there is no key finetune.stepz; did you mean finetune.steps?"),
     ("finetune.losses.ce.feature_wait=1", "did you mean finetune.losses.ce.feature_weight?"),

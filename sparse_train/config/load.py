@@ -28,8 +28,9 @@ def load_config(schema: type[S], path: Path, overrides: Sequence[str] = (), pref
     """Read a YAML file into `schema` and apply the dotted `key=value` overrides. Raises UserError in one line.
 
     `extends: FILE` at the top of a file starts from that file, a path relative to this one; sections are merged key by
-    key, and a key that is null takes its default. `about` describes the run of its own file only: it is dropped where
-    another file extends it or an override changes anything but the run's place.
+    key, and a key that is null takes its default, in an override too: `finetune.losses.kd=null` drops that loss.
+    `about` describes the run of its own file only: it is dropped where another file extends it or an override changes
+    anything but the run's place.
 
     `prefix` stands in front of each override's key, such as "cluster."; `others` are schemas that a key which is
     unknown here may belong to, by their prefix.
@@ -131,6 +132,10 @@ def _apply_override(tree: dict[str, Any], override: str, prefix: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"{override!r}: {section} is a value, not a section")
     try:
-        tree[last] = read_yaml(text)
+        value = read_yaml(text)
     except NotYaml as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
+    if value is None and last in tree:
+        del tree[last]
+    else:
+        tree[last] = value  # a null that removes nothing too: the schema knows whether there is such a key
