@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -243,3 +244,27 @@ def test_sizes_follow_the_format(tmp_path):
         assert folder.spec(f"{name}.values") == ((round(rows * columns / 4),), "I8")
         assert folder.spec(f"{name}.bitmask") == ((rows, 8 * -(-columns // 64)), "U8")
         assert folder.spec(f"{name}.scale") == ((rows,), "F32")
+
+
+@pytest.mark.slow
+def test_loading_takes_little_more_memory_than_the_folder(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_mpt(d_model=2048, n_layers=8, vocab_size=300)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and "blocks" in name:
+            sparsify(model, {name: BitmaskTensor.from_dense(linear.weight, torch.rand_like(linear.weight) < 0.5)})
+    export_sparse(model, tiny_tokenizer(), "int8", tmp_path / "large")
+    export_sparse(_sparse_model(), tiny_tokenizer(), "int8", tmp_path / "small")
+    script = """if True:
+        import sys
+        from sparse_train.inference import load
+        def peak():
+            return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        load(sys.argv[1])  # what every model loads of code
+        before = peak()
+        runtime = load(sys.argv[2])
+        print(peak() - before)"""
+    output = subprocess.run([sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], check=True,
+                            capture_output=True, text=True).stdout
+    size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
+    assert int(output.split()[-1]) < 1.15 * size
