@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from sparse_train.kernels import ACTIVATIONS, Steps
+from sparse_train.kernels import ACTIVATIONS, Steps, key_cache, put_keys
 
 _ROPES = {"default", "linear", "llama3", "yarn"}  # their angles do not depend on how long the text is
 
@@ -40,7 +40,8 @@ class Decoder:
         """Take what the prompts (B, length) left in transformers' cache, which is empty then: both may be gigabytes.
         `attend` (B, length): 0 at padding, which is on the left; None: there is none."""
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
-            keys[:, :, :length], values[:, :, :length] = layer.keys, layer.values
+            put_keys(keys, layer.keys)
+            values[:, :, :length] = layer.values
             layer.keys = layer.values = None
         self.position.fill_(length - 1)
         self.starts.copy_(self.starts.new_zeros(1) if attend is None else attend.long().argmax(1))
@@ -74,9 +75,9 @@ class Decoder:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, num_groups: int,
                head_dim: int, scale: float, **options: Any) -> None:
         """As Steps.attend, over a cache of this layer's own."""
-        for caches in (self.keys, self.values):
-            # Takes no memory before it is written, which is when a layer of the prompt's cache is dropped.
-            caches.append(self.embedding.new_empty(self.num_rows, num_groups, self.capacity, head_dim))
+        # Takes no memory before it is written, which is when a layer of the prompt's cache is dropped.
+        self.values.append(self.embedding.new_empty(self.num_rows, num_groups, self.capacity, head_dim))
+        self.keys.append(key_cache(self.values[-1]))
         self.steps.attend(q, k, v, out, self.keys[-1], self.values[-1], self.position, self.starts, scale, **options)
 
 

@@ -6,6 +6,7 @@
     PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
     break_even               the density up to which it skips zeros, measured on this machine
     Steps, ACTIVATIONS       decoding: what is between the products of a new token, and the products themselves
+    key_cache, put_keys      the keys that its attention reads
     read_bandwidth           of the memory, in bytes per second, for the byte bound
     backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI), avx512f, avx2, portable
     PORTABLE_NOTE            the warning printed where the portable kernels run
@@ -19,9 +20,9 @@ from sparse_train.kernels.native import PORTABLE_NOTE, backend, backends, read_b
 from sparse_train.kernels.ops import compact, expand, linear
 from sparse_train.kernels.packed import PackedMatrix, break_even
 from sparse_train.kernels.reference import pack, unpack
-from sparse_train.kernels.steps import ACTIVATIONS, Steps
+from sparse_train.kernels.steps import ACTIVATIONS, Steps, key_cache, put_keys
 
 __all__ = [
     "ACTIVATIONS", "PORTABLE_NOTE", "PackedMatrix", "Steps", "backend", "backends", "break_even", "compact", "expand",
-    "linear", "pack", "read_bandwidth", "unpack", "use_backend",
+    "key_cache", "linear", "pack", "put_keys", "read_bandwidth", "unpack", "use_backend",
 ]

@@ -14,6 +14,23 @@ from sparse_train.kernels.packed import PackedMatrix
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 """transformers' name -> the native code's number."""
+_BLOCK = _native.key_block
+
+
+def key_cache(values: torch.Tensor) -> torch.Tensor:
+    """Memory for the keys of as many tokens as `values` (B, heads, capacity, head_dim) has room for. Keys lie in blocks
+    of some tokens, entry by entry, so that a query is multiplied with a block at once: (B, heads, blocks, head_dim,
+    tokens of a block)."""
+    num_rows, num_heads, capacity, head_dim = values.shape
+    return values.new_empty(num_rows, num_heads, -(-capacity // _BLOCK), head_dim, _BLOCK)
+
+
+def put_keys(cache: torch.Tensor, keys: torch.Tensor) -> None:
+    """Write `keys` (B, heads, T, head_dim) to the beginning of a `key_cache`."""
+    whole, rest = divmod(keys.shape[2], _BLOCK)
+    by_token = cache.transpose(3, 4)
+    by_token[:, :, :whole] = keys[:, :, :whole * _BLOCK].unflatten(2, (whole, _BLOCK))
+    by_token[:, :, whole:whole + 1, :rest] = keys[:, :, None, whole * _BLOCK:]
 
 
 class Steps:
@@ -77,12 +94,13 @@ class Steps:
                norms: tuple[torch.Tensor, torch.Tensor] | None = None, epsilon: float = 0.0) -> None:
         """Append k, v (B, heads of both * head_dim) to a cache, and let q (B, heads * head_dim) attend to it.
 
-        `keys` and `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: where the new token goes,
-        below the capacity; `starts` (B,) int64: each row's first position. `rotation`: cosines and sines (capacity,
-        rotary width) by the distance from the start; `bias` (heads, capacity) by the distance between q and k; `norms`
-        (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of one tensor's rows.
+        `keys` as `key_cache` makes it, `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: where
+        the new token goes, below the capacity; `starts` (B,) int64: each row's first position. `rotation`: cosines and
+        sines (capacity, rotary width) by the distance from the start; `bias` (heads, capacity) by the distance between
+        q and k; `norms` (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of one
+        tensor's rows.
         """
-        num_rows, num_groups, capacity, head_dim = keys.shape
+        num_rows, num_groups, capacity, head_dim = values.shape
         num_heads = out.shape[1] // head_dim
         cosine, sine = rotation or (None, None)
         query_norm, key_norm = norms or (None, None)
@@ -91,7 +109,8 @@ class Steps:
             raise ValueError(f"{num_heads} heads cannot share {num_groups} of keys and values, or {rotary} of the "
                              f"{head_dim} numbers of a head cannot turn")
         attention = _native.Attention(
-            num_rows, num_heads, num_groups, head_dim, capacity, scale, self._at(keys), self._at(values, *keys.shape),
+            num_rows, num_heads, num_groups, head_dim, capacity, scale,
+            self._at(keys, num_rows, num_groups, -(-capacity // _BLOCK), head_dim, _BLOCK), self._at(values),
             self._at(position, 1, dtype=torch.int64), self._at(starts, num_rows, dtype=torch.int64), rotary,
             self._at(cosine, capacity, rotary), self._at(sine, capacity, rotary), self._at(bias, num_heads, capacity),
             self._at(query_norm, head_dim), self._at(key_norm, head_dim), epsilon)

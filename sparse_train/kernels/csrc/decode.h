@@ -1,5 +1,5 @@
 // What a decoder computes for one new token beside its products: norms, attention, activations. All in float32; rows
-// are those of the batch. Written for the compiler's vectoriser.
+// are those of the batch. Written for the compiler's vectoriser, attention in registers of a tier's width.
 //
 // Tiers' files include this, as they do matmul.h: all is in an unnamed namespace.
 #pragma once
@@ -55,13 +55,6 @@ inline void map(const float* x, const float* factor, float* y, int64_t count, Fu
     }
 }
 
-inline float dot(const float* a, const float* b, int64_t count) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
 inline void normalise(const float* x, const float* weight, const float* bias, float* y, int64_t width, float epsilon,
                       bool is_rms) {
     float mean = 0, squares = 0;
@@ -96,43 +89,99 @@ inline void turn(const Attention& a, const float* x, const float* norm, const fl
     }
 }
 
-inline void attend(const Attention& a, int64_t row, int64_t group, const float* q, const float* k, const float* v,
-                   float* out, float* scratch) {
-    const int64_t dim = a.head_dim, shared = a.num_heads / a.num_groups, last = *a.position, first = a.starts[row];
-    const int64_t count = last + 1 - first, cache = (row * a.num_groups + group) * a.capacity;
-    float *keys = a.keys + cache * dim, *values = a.values + cache * dim;
-    const float *cosine = a.cosine + (last - first) * a.rotary, *sine = a.sine + (last - first) * a.rotary;
-    turn(a, k, a.key_norm, cosine, sine, keys + last * dim);
-    std::memcpy(values + last * dim, v, 4 * dim);
-    float *query = scratch, *scores = scratch + shared * dim;
-    for (int64_t h = 0; h < shared; ++h) turn(a, q + h * dim, a.query_norm, cosine, sine, query + h * dim);
-    for (int64_t p = 0; p < count; ++p)
-        for (int64_t h = 0; h < shared; ++h)
-            scores[h * count + p] = dot(query + h * dim, keys + (first + p) * dim, dim) * a.scale;
-    for (int64_t h = 0; h < shared; ++h) {
-        float* score = scores + h * count;
-        if (a.bias) {
-            const float* bias = a.bias + (group * shared + h) * a.capacity;  // by distance
-            for (int64_t p = 0; p < count; ++p) score[p] += bias[count - 1 - p];
-        }
-        float largest = score[0], sum = 0;
-#pragma omp simd reduction(max : largest)
-        for (int64_t p = 0; p < count; ++p) largest = std::max(largest, score[p]);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t p = 0; p < count; ++p) {
-            score[p] = exponential(score[p] - largest);
-            sum += score[p];
-        }
-        for (int64_t p = 0; p < count; ++p) score[p] /= sum;
-        std::memset(out + h * dim, 0, 4 * dim);
+// Attention in registers of kLanes numbers.
+template <int kLanes>
+struct AttentionOf {
+    static constexpr int kSums = 4;  // at once: they hide some of the latency of multiply-adds
+    static constexpr int kRegisters = kKeyBlock / kLanes;
+
+    typedef float Register __attribute__((vector_size(4 * kLanes)));
+
+    static Register load(const float* from) {
+        Register loaded;
+        std::memcpy(&loaded, from, sizeof(loaded));
+        return loaded;
     }
-    for (int64_t p = 0; p < count; ++p)
-        for (int64_t h = 0; h < shared; ++h) {
-            const float share = scores[h * count + p], *value = values + (first + p) * dim;
-#pragma omp simd
-            for (int64_t i = 0; i < dim; ++i) out[h * dim + i] += share * value[i];
+
+    // The dot products of a query with the keys of a block. A key is a column, so none is added up across lanes.
+    static void score(const float* query, const float* block, int64_t dim, float scale, float* scores) {
+        Register sums[kSums][kRegisters] = {};
+        int64_t i = 0;
+        for (; i + kSums <= dim; i += kSums)
+            for (int s = 0; s < kSums; ++s)
+                for (int r = 0; r < kRegisters; ++r)
+                    sums[s][r] += query[i + s] * load(block + (i + s) * kKeyBlock + r * kLanes);
+        for (; i < dim; ++i)
+            for (int r = 0; r < kRegisters; ++r) sums[0][r] += query[i] * load(block + i * kKeyBlock + r * kLanes);
+        for (int r = 0; r < kRegisters; ++r) {
+            const Register sum = ((sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r])) * scale;
+            std::memcpy(scores + r * kLanes, &sum, sizeof(sum));
         }
-}
+    }
+
+    // out = the values (count, dim), each times its share; entries first .. first + kCount * kLanes - 1 of dim.
+    template <int kCount>
+    static void mix(const float* shares, const float* values, int64_t count, int64_t dim, int64_t first, float* out) {
+        Register even[kCount] = {}, odd[kCount] = {};
+        int64_t p = 0;
+        for (const float* value = values + first; p + 1 < count; p += 2, value += 2 * dim)
+            for (int r = 0; r < kCount; ++r) {
+                even[r] += shares[p] * load(value + r * kLanes);
+                odd[r] += shares[p + 1] * load(value + dim + r * kLanes);
+            }
+        for (int r = 0; r < kCount; ++r) {
+            if (p < count) even[r] += shares[p] * load(values + p * dim + first + r * kLanes);
+            even[r] += odd[r];
+            std::memcpy(out + first + r * kLanes, &even[r], sizeof(even[r]));
+        }
+    }
+
+    static void mix(const float* shares, const float* values, int64_t count, int64_t dim, float* out) {
+        int64_t i = 0;
+        for (; i + kSums * kLanes <= dim; i += kSums * kLanes) mix<kSums>(shares, values, count, dim, i, out);
+        for (; i + kLanes <= dim; i += kLanes) mix<1>(shares, values, count, dim, i, out);
+        for (; i < dim; ++i) {
+            out[i] = 0;
+            for (int64_t p = 0; p < count; ++p) out[i] += shares[p] * values[p * dim + i];
+        }
+    }
+
+    static void attend(const Attention& a, int64_t row, int64_t group, const float* q, const float* k, const float* v,
+                       float* out, float* scratch) {
+        const int64_t dim = a.head_dim, shared = a.num_heads / a.num_groups, last = *a.position, first = a.starts[row];
+        const int64_t start = first / kKeyBlock * kKeyBlock, room = blocks(last + 1 - start) * kKeyBlock;
+        const int64_t count = last + 1 - first, head = row * a.num_groups + group;
+        float* keys = a.keys + head * blocks(a.capacity) * kKeyBlock * dim;
+        float* values = a.values + head * a.capacity * dim;
+        const float *cosine = a.cosine + (last - first) * a.rotary, *sine = a.sine + (last - first) * a.rotary;
+        float *query = scratch, *scores = scratch + dim;
+        turn(a, k, a.key_norm, cosine, sine, query);
+        for (int64_t i = 0; i < dim; ++i)
+            keys[(last / kKeyBlock * dim + i) * kKeyBlock + last % kKeyBlock] = query[i];
+        std::memcpy(values + last * dim, v, 4 * dim);
+        for (int64_t h = 0; h < shared; ++h) {
+            turn(a, q + h * dim, a.query_norm, cosine, sine, query);
+            for (int64_t p = 0; p < room; p += kKeyBlock)
+                score(query, keys + (start + p) * dim, dim, a.scale, scores + p);
+            float* share = scores + (first - start);  // the block of the first key may begin before it
+            if (a.bias) {
+                const float* bias = a.bias + (group * shared + h) * a.capacity;  // by distance
+                for (int64_t p = 0; p < count; ++p) share[p] += bias[count - 1 - p];
+            }
+            float largest = share[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+            for (int64_t p = 0; p < count; ++p) largest = std::max(largest, share[p]);
+#pragma omp simd reduction(+ : sum)
+            for (int64_t p = 0; p < count; ++p) {
+                share[p] = exponential(share[p] - largest);
+                sum += share[p];
+            }
+#pragma omp simd
+            for (int64_t p = 0; p < count; ++p) share[p] /= sum;
+            mix(share, values + first * dim, count, dim, out + h * dim);
+        }
+    }
+};
 
 inline void add_and_normalise(float* hidden, const float* change, const float* weight, const float* bias, float* out,
                               int64_t num_rows, int64_t width, float epsilon, bool is_rms) {
@@ -159,7 +208,8 @@ inline void activate(int kind, const float* x, const float* factor, float* y, in
     }
 }
 
-constexpr Steps kSteps = {attend, add_and_normalise, activate};
+template <int kLanes>
+constexpr Steps kSteps = {AttentionOf<kLanes>::attend, add_and_normalise, activate};
 
 }  // namespace
 }  // namespace sparse_train

@@ -361,7 +361,7 @@ void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintpt
                int64_t kv_stride, int num_threads) {
     const int64_t shared = a.num_heads / a.num_groups, width = a.num_heads * a.head_dim;
     const int64_t tasks = a.num_rows * a.num_groups;
-    const size_t scratch_size = shared * (a.head_dim + a.capacity);
+    const size_t scratch_size = a.head_dim + blocks(a.capacity) * kKeyBlock;
     const int64_t useful = std::min(tasks, a.num_rows * width * (*a.position + 1) / kAttendedPerThread);
     const int count = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
@@ -382,6 +382,7 @@ NB_MODULE(_native, m) {
     m.def("expand", &expand, release());
     m.def("compact", &compact, release());
     m.def("read_bandwidth", &read_bandwidth, release());
+    m.attr("key_block") = kKeyBlock;
     m.def("tiers", &tier_names);
     m.def("tier", &tier_name);
     m.def("use_tier", &use_tier);

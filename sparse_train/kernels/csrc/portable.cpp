@@ -82,6 +82,6 @@ uint64_t read(const void* data, int64_t num_bytes) {
 }  // namespace
 
 const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, expand, compact, count,
-                       read, kMatmul<4>, kSteps};
+                       read, kMatmul<4>, kSteps<4>};
 
 }  // namespace sparse_train
