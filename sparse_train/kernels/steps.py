@@ -97,8 +97,8 @@ class Steps:
         `keys` as `key_cache` makes it, `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: where
         the new token goes, below the capacity; `starts` (B,) int64: each row's first position. `rotation`: cosines and
         sines (capacity, rotary width) by the distance from the start; `bias` (heads, capacity) by the distance between
-        q and k; `norms` (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of one
-        tensor's rows.
+        q and k; `norms` (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of
+        one tensor's rows.
         """
         num_rows, num_groups, capacity, head_dim = values.shape
         num_heads = out.shape[1] // head_dim
