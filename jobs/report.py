@@ -26,8 +26,8 @@ from sparse_train.tables import print_table
 from sparse_train.tasks import Task
 from sparse_train.tasks.general_text import in_tables
 
-_RUNTIME = ("runtime: each token as generate computes it, new ones by the sparse kernels; int8: weights and "
-            "activations have 8 bits in every product of a sparse weight")
+_RUNTIME = ("runtime: each token as generate computes it, new ones by the sparse kernels; int8, int4: "
+            "weights have so many bits and activations 8 in every product of a sparse weight")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparse_train import artifacts, kernels
-from sparse_train.compress import export_dense, export_sparse, quantise_rows, unpruned_zeros
+from sparse_train.compress import export_dense, export_sparse, quantise_groups, quantise_rows, unpruned_zeros
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError, printable
 from sparse_train.inference import PackedLinear, load
@@ -45,6 +45,23 @@ def test_int8_codes_are_within_half_a_step_and_rows_have_their_own_scale():
     error = (codes.to_dense() * scale[:, None] - dense * keep).abs()
     assert (error <= scale[:, None] * 0.5001).all() and scale[2] == 1
     torch.testing.assert_close(scale[0], (dense * keep)[0].abs().max() / 127)
+
+
+def test_int4_codes_are_within_half_a_step_of_their_group_and_use_all_16():
+    torch.manual_seed(0)
+    dense = torch.randn(6, 300) * torch.logspace(-30, 3, 6)[:, None]
+    keep = torch.rand(6, 300) < 0.5
+    keep[2, 128:256] = False
+    dense[3, :128] = 0
+    codes, scale = quantise_groups(BitmaskTensor.from_dense(dense, keep))
+    assert scale.shape == (6, 3) and scale.dtype == torch.bfloat16 and set(codes.values.tolist()) == set(range(-8, 8))
+    assert scale[2, 1] == scale[3, 0] == 1 and (scale != 0).all()
+    step = kernels.scale_of_columns(scale, 300)
+    error = (codes.to_dense() * step - dense * keep).abs()
+    steps = dense * keep / step  # -8 for the largest of a group, but that the scale is rounded
+    assert (steps.abs() <= 8.04).all()
+    # Only what lies opposite to the largest value is off by more than half a step.
+    assert (error <= step.abs() * (0.001 + torch.where(steps > 7.5, steps - 7, 0.5))).all()
 
 
 def test_the_dense_export_is_read_by_from_pretrained_with_every_zero_in_place(tmp_path):
@@ -132,7 +149,7 @@ def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, monkeypatch,
             os.close(before)
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 6e-2)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 6e-2), ("int4", 0.3)])
 def test_the_runtime_computes_what_the_model_does(precision, tolerance, tmp_path):
     model = _sparse_model()
     export_sparse(model, tiny_tokenizer(), precision, tmp_path)
@@ -151,7 +168,7 @@ def test_the_runtime_computes_what_the_model_does(precision, tolerance, tmp_path
         assert (found - expected).norm() / expected.norm() < tolerance
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_a_token_has_one_function_whatever_batch_or_prompt_it_is_in(precision, tmp_path):
     """So that what a batch scores is what one prompt is answered with."""
     export_sparse(_sparse_model(), tiny_tokenizer(), precision, tmp_path)
@@ -165,7 +182,7 @@ def test_a_token_has_one_function_whatever_batch_or_prompt_it_is_in(precision, t
         # A dense product sums in another order: C roundings of at most the sum of magnitudes.
         bound = layer.in_features * 2.0**-23 * (x.abs() @ layer.weight.to_dense().abs().T + x.abs().amax(-1, True))
         assert ((layer(x.transpose(0, 1))[0] - alone[:, 0]).abs() <= bound[:, 0] + 1e-12).all()
-        if precision == "int8":
+        if precision != "fp32":
             unquantised = x @ layer.weight.to_dense().T
             assert ((alone - unquantised).norm(dim=-1) > 1e-4 * alone.norm(dim=-1)).all()
 
@@ -176,20 +193,23 @@ def test_an_int8_head_leaves_the_embedding_and_the_model_as_they_are(family, tmp
     sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
     before, name = dict(own_tensors(model)), "lm_head"
     embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
-    for int8_head in (True, False):
-        export_sparse(model, processor, "int8", tmp_path / str(int8_head), int8_head)
+    for precision, int8_head in (("int8", True), ("int4", True), ("int4", False)):
+        folder = tmp_path / f"{precision}-{int8_head}"
+        export_sparse(model, processor, precision, folder, int8_head)
         assert {key: id(tensor) for key, tensor in own_tensors(model).items()} == \
             {key: id(tensor) for key, tensor in before.items()}
-        runtime = load(tmp_path / str(int8_head))
+        runtime = load(folder)
+        assert runtime.precision == precision
         packed = dict(runtime.model.named_modules())[name]
         assert isinstance(packed, PackedLinear) == int8_head and runtime.sparsity == pytest.approx(0.5, abs=1e-2)
         assert torch.equal(runtime.model.get_input_embeddings().weight, embedding)
         if int8_head:
+            assert packed.weight.precision == "int8"
             step = head.abs().amax(1, keepdim=True) / 127
             assert ((packed.weight.to_dense() - head).abs() <= step * 0.51).all()
             assert len(runtime.complete("Question: Tom", 5)) > 0
     with pytest.raises(UserError, match="is quantised"):
-        load_model(tmp_path / "True")
+        load_model(folder)
 
 
 @pytest.mark.parametrize("backend", ["portable", kernels.backend()])
@@ -213,8 +233,9 @@ def test_a_sparse_folder_trains_on(precision, tmp_path):
     assert load_processor(tmp_path).tokenizer.encode("Tom 12") == tiny_tokenizer().encode("Tom 12")
 
 
-def test_a_quantised_folder_does_not_train_and_an_empty_prompt_does_not_run(tmp_path):
-    export_sparse(_sparse_model(), tiny_tokenizer(), "int8", tmp_path)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantised_folder_does_not_train_and_an_empty_prompt_does_not_run(precision, tmp_path):
+    export_sparse(_sparse_model(), tiny_tokenizer(), precision, tmp_path)
     with pytest.raises(UserError, match="is quantised; it runs"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="the prompt is empty"):
@@ -237,13 +258,19 @@ def test_missing_weights_are_refused_dense_and_sparse(tmp_path):
         load_model(tmp_path / "dense")
 
 
-def test_sizes_follow_the_format(tmp_path):
-    export_sparse(_sparse_model(), tiny_tokenizer(), "int8", tmp_path)
-    folder = TensorFolder(tmp_path)
-    for name, (rows, columns) in folder.shapes.items():
-        assert folder.spec(f"{name}.values") == ((round(rows * columns / 4),), "I8")
-        assert folder.spec(f"{name}.bitmask") == ((rows, 8 * -(-columns // 64)), "U8")
-        assert folder.spec(f"{name}.scale") == ((rows,), "F32")
+def test_sizes_follow_the_format(tmp_path, capsys):
+    for precision in ("int8", "int4"):
+        export_sparse(_sparse_model(), tiny_tokenizer(), precision, tmp_path / precision)
+        folder = TensorFolder(tmp_path / precision)
+        for name, (rows, columns) in folder.shapes.items():
+            num_values, num_groups = round(rows * columns / 4), -(-columns // 128)
+            assert folder.spec(f"{name}.bitmask") == ((rows, 8 * -(-columns // 64)), "U8")
+            assert [folder.spec(f"{name}.{part}") for part in ("values", "scale")] == (
+                [((num_values,), "I8"), ((rows,), "F32")] if precision == "int8" else
+                [((num_values // 2,), "U8"), ((rows, num_groups), "BF16")])
+    assert main(["inspect", str(tmp_path / "int4")]) == 0
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "blocks.0.ffn.up_proj" in line)
+    assert row[1:] == ["256x64", "I4", "0.7500", f"{256 * 64 // 8 + 256 * 8 + 256 * 2:,}"]
 
 
 @pytest.mark.slow

@@ -50,14 +50,17 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
 
 
 def _rows(tensors: "TensorFolder") -> Iterator[_Row]:
-    from sparse_train.sparse.header import NUM_BYTES, PARTS
+    from sparse_train.sparse.header import INT4, NUM_BYTES, PARTS
 
     for name, shape in tensors.shapes.items():
         parts = [tensors.spec(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors]
         (num_kept,), dtype = parts[0]
         num_weights = math.prod(shape)
+        dense_bytes = num_weights * NUM_BYTES[dtype]
         num_bytes = sum(math.prod(part_shape) * NUM_BYTES[part_dtype] for part_shape, part_dtype in parts)
-        yield _Row(name, shape, dtype, 1 - num_kept / num_weights, num_bytes, num_weights * NUM_BYTES[dtype])
+        if dtype == INT4:  # only the bits tell how many codes there are
+            num_kept, dtype, dense_bytes = len(tensors.weight(name).values), "I4", num_weights // 2
+        yield _Row(name, shape, dtype, 1 - num_kept / num_weights, num_bytes, dense_bytes)
     for name in tensors.names:
         dense_shape, dtype = tensors.spec(name)
         num_weights, num_zeros = math.prod(dense_shape), int((tensors.get(name) == 0).sum())

@@ -1,4 +1,4 @@
-"""Products of a block's linears: dense torch FP32, sparse FP32, BF16 and INT8, against the byte bound.
+"""Products of a block's linears: dense torch FP32, sparse FP32, BF16, INT8 and INT4, against the byte bound.
 
 A pass over all shapes is timed as one, so that weights of realistic sizes are never in a cache. The bound is the bytes
 of the compressed weights divided by the read bandwidth, measured in the same process. One token is multiplied by
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_train.bench.timing import Timing, interleave
-from sparse_train.compress import quantise_rows
+from sparse_train.compress import quantise_groups, quantise_rows
 from sparse_train.kernels import PackedMatrix
 from sparse_train.sparse import BitmaskTensor
 
@@ -72,9 +72,12 @@ def _engines(weights, num_rows):
     bf16 = [PackedMatrix(w.values.bfloat16(), w.bitmask, w.shape[1]) for w in weights]
     int8 = [PackedMatrix(codes.values, codes.bitmask, codes.shape[1], scale)
             for codes, scale in map(quantise_rows, weights)]
+    int4 = [PackedMatrix(codes.values, codes.bitmask, codes.shape[1], scale)
+            for codes, scale in map(quantise_groups, weights)]
     return {
         ("torch", "fp32"): ([torch_linear(w) for w in dense], sum(w.nbytes for w in dense)),
         ("sparse", "fp32"): ([product(m) for m in fp32], sum(m.num_bytes for m in fp32)),
         ("sparse", "bf16"): ([product(m) for m in bf16], sum(m.num_bytes for m in bf16)),
         ("sparse", "int8"): ([product(m) for m in int8], sum(m.num_bytes for m in int8)),
+        ("sparse", "int4"): ([product(m) for m in int4], sum(m.num_bytes for m in int4)),
     }

@@ -1,6 +1,6 @@
 """Model folders for use outside of a run.
 
-    export_sparse   values and bits, fp32, bf16 or int8: read by sparse_train.inference
+    export_sparse   values and bits, fp32, bf16, int8 or int4: read by sparse_train.inference
     export_dense    Hugging Face's layout with every zero in place: read by from_pretrained anywhere
 """
 
@@ -13,25 +13,29 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train import artifacts
-from sparse_train.compress.quantise import quantise_rows
+from sparse_train.compress.quantise import quantise_groups, quantise_rows
 from sparse_train.errors import UserError
 from sparse_train.models import DTYPES, Processor, open_model, own_tensors, save_model
-from sparse_train.sparse import BitmaskTensor, densify, replace_module, sparse_linears, sparsify
+from sparse_train.sparse import BitmaskTensor, densify, pack_nibbles, replace_module, sparse_linears, sparsify
 
 
 def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, folder: Path,
                   int8_head: bool = False) -> None:
-    """Write `model` (with SparseLinears) at `precision`; int8 quantises the sparse weights and leaves the rest fp32.
+    """Write `model` (with SparseLinears) at `precision`; int8 and int4 quantise the sparse weights and leave the rest
+    fp32.
 
-    `int8_head`: it quantises the output head as well, as a weight that keeps every position; the embedding that may
-    be tied to it stays. Raises UserError where the model has no head that is a linear.
+    `int8_head`: they quantise the output head as well, to int8, as a weight that keeps every position; the embedding
+    that may be tied to it stays. Raises UserError where the model has no head that is a linear.
     """
-    with _with_whole_head(model) if int8_head and precision == "int8" else contextlib.nullcontext():
+    is_quantised = precision in ("int8", "int4")
+    pruned = sparse_linears(model)
+    with _with_whole_head(model) if int8_head and is_quantised else contextlib.nullcontext():
         tensors = dict(own_tensors(model))
-        if precision == "int8":
+        if is_quantised:
             for name, linear in sparse_linears(model).items():
-                codes, tensors[f"{name}.scale"] = quantise_rows(linear.weight)
-                tensors[f"{name}.values"] = codes.values
+                is_int4 = precision == "int4" and name in pruned
+                codes, tensors[f"{name}.scale"] = (quantise_groups if is_int4 else quantise_rows)(linear.weight)
+                tensors[f"{name}.values"] = pack_nibbles(codes.values) if is_int4 else codes.values
         else:
             tensors = {name: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
                        for name, tensor in tensors.items()}

@@ -72,11 +72,11 @@ class EvaluateConfig(Section):
 class CompressConfig(Section):
     loss: str | None = None
     """Which of finetune.losses is compressed, benchmarked and reported; None: the only one."""
-    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "int8")
-    """One sparse folder per precision; int8 has one scale per row."""
+    precisions: tuple[Literal["fp32", "bf16", "int8", "int4"], ...] = ("fp32", "int8")
+    """One sparse folder per precision; int8 has a scale per row, int4 one per row and 128 columns."""
     int8_head: bool = False
-    """Whether int8 quantises the output head as well. In a model with a large vocabulary the head in fp32 takes more of
-    a token's time than everything else. An embedding that is tied to it stays as it is."""
+    """Whether int8 and int4 quantise the output head to int8 as well. In a model with a large vocabulary the head in
+    fp32 takes more of a token's time than everything else. An embedding that is tied to it stays as it is."""
 
 
 class BenchmarkConfig(Section):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
@@ -29,7 +28,7 @@ class Runtime:
     """`model.generate(...)` is Hugging Face's."""
     processor: Processor
     precision: str = "fp32"
-    """Of the values of its sparse weights."""
+    """Of the values of its sparse weights, without the head's."""
 
     @property
     def is_sparse(self) -> bool:
@@ -87,18 +86,19 @@ class Runtime:
 
 
 def load(folder: str | Path) -> Runtime:
-    """Sparse folders (fp32, bf16, int8; activations are fp32) run on the native kernels; dense ones on torch.
+    """Sparse folders (fp32, bf16, int8, int4; activations are fp32) run on the native kernels; dense ones on torch.
 
     Raises UserError for a folder that is not a complete checkpoint.
     """
     model, tensors = open_model(folder, quantised=True)
-    precision = "fp32"
+    precision, head = "fp32", model.get_output_embeddings()
     for name, shape in tensors.shapes.items():
         weight = tensors.weight(name)
         bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None
-        replace_module(model, name, PackedLinear(
-            PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name)), bias))
-        precision = {torch.int8: "int8", torch.bfloat16: "bf16"}.get(weight.values.dtype, "fp32")
+        packed = PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name))
+        if model.get_submodule(name) is not head:
+            precision = packed.precision
+        replace_module(model, name, PackedLinear(packed, bias))
     fill(model, tensors)
     if tensors.shapes:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]

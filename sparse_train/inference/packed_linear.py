@@ -20,8 +20,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A token gives the same result alone, in a batch of new tokens or, up to rounding, in a prompt; int8 always
-        quantises it."""
+        """A token gives the same result alone, in a batch of new tokens or, up to rounding, in a prompt; int8 and
+        int4 always quantise it."""
         is_step = x.ndim > 2 and x.shape[-2] == 1  # one new token per row of the batch
         is_bound_by_bytes = is_step or x.numel() <= _FEW * self.in_features  # a prompt is bound by arithmetic
         y = self.weight.matvec(x) if is_bound_by_bytes else self.weight.matmul(x)

@@ -18,12 +18,15 @@ from sparse_train.kernels.ops import OPS, define_operator
 _numbers = itertools.count()
 _matrices: weakref.WeakValueDictionary[int, "PackedMatrix"] = weakref.WeakValueDictionary()
 
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+
 
 class PackedMatrix:
     """A sparse weight laid out for products with a few vectors on the CPU; inference only.
 
-    `values` (nnz,) float32, bfloat16, float16 (kept as float32), or int8 with `scale` (R,) floating; `bitmask`
-    (R, 8 * ceil(C / 64)) uint8. INT8 products quantise each x to 8 bits. Raises ValueError for what does not fit.
+    `values` (nnz,) float32, bfloat16, float16 (kept as float32), int8 with `scale` (R,) floating, or INT4: int8 codes
+    in -8..7 with `scale` (R, ceil(C / GROUP)) bfloat16; `bitmask` (R, 8 * ceil(C / 64)) uint8. Products of integers
+    quantise each x to 8 bits. Raises ValueError for what does not fit.
     """
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
@@ -32,16 +35,27 @@ class PackedMatrix:
         check_bits(bitmask, num_columns)
         if (values.dtype == torch.int8) != (scale is not None):
             raise ValueError(f"values are {values.dtype} and scale is {'missing' if scale is None else 'given'}; "
-                             "int8 values have a scale per row, others have none")
-        if scale is not None:
+                             "int8 values have a scale per row or per group, others have none")
+        is_int4 = False
+        if isinstance(scale, torch.Tensor) and scale.ndim == 2:
+            is_int4 = True
+            check_tensor("scale", scale, len(bitmask), -(-num_columns // reference.GROUP), device=CPU,
+                         dtypes=(torch.bfloat16,))
+            if values.numel() and not -8 <= values.min() <= values.max() <= 7:
+                raise ValueError(f"values are {int(values.min())} to {int(values.max())}; with a scale per group they "
+                                 "are codes of four bits, -8 to 7")
+        elif scale is not None:
             check_tensor("scale", scale, len(bitmask), device=CPU, dtypes=FLOATS)
-            scale = consecutive(scale.float())
+            scale = scale.float()
+        scale = None if scale is None else consecutive(scale)
         values, bitmask = consecutive(values.float() if values.dtype == torch.float16 else values), consecutive(bitmask)
         self.shape = (len(bitmask), num_columns)
         self.density = values.numel() / max(1, self.shape[0] * self.shape[1])
         self._scale, self._stored = scale, values.dtype
+        self.precision = "int4" if is_int4 else _PRECISIONS[values.dtype]
         self._packed = _native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
-                                      *self.shape, values.numel(), values.element_size(), torch.get_num_threads())
+                                      *self.shape, values.numel(), values.element_size(), is_int4,
+                                      torch.get_num_threads())
         self._number = next(_numbers)
         _matrices[self._number] = self
 
@@ -50,7 +64,7 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that one matvec reads: values and bits, for int8 scales and row sums."""
+        """Bytes that one matvec must read: values and bits, of integers scales and row sums."""
         return self._packed.num_bytes
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,15 +101,17 @@ class PackedMatrix:
         return OPS.matmul(self._number, x, self.shape[0])
 
     def to_dense(self) -> torch.Tensor:
-        """(R, C) float32, int8 values times their scale: for products with many rows at once."""
+        """(R, C) float32, integers times their scale: for products with many rows at once."""
         dense = self._expanded()
-        return dense.float() if self._scale is None else dense * self._scale[:, None]
+        return dense * self._scale[:, None] if self._scale is not None and self.precision == "int8" else dense
 
     def _expanded(self) -> torch.Tensor:
-        """(R, C) as the values are stored."""
+        """(R, C) float32, int8 values without their scale."""
         dense = torch.empty(self.shape, dtype=self._stored, device=CPU)
         self._packed.expand(dense.data_ptr(), torch.get_num_threads())
-        return dense
+        if self._scale is not None and self.precision == "int4":
+            return dense * reference.scale_of_columns(self._scale, self.shape[1])
+        return dense.float()
 
     def _matvec(self, x: torch.Tensor) -> torch.Tensor:
         x = consecutive(x)
@@ -113,11 +129,11 @@ class PackedMatrix:
         if self._scale is None:
             return multiply(x)
         codes, step = reference.quantise(x)
-        return multiply(codes) * (step * self._scale)
+        return multiply(codes) * (step * self._scale if self.precision == "int8" else step)
 
     def _expanding(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (..., C) -> (..., R), the product with the values as they are stored."""
-        return functional.linear(x, self._expanded().float())
+        """`x` (..., C) -> (..., R), the product with int8 values without their scale, or with the weight."""
+        return functional.linear(x, self._expanded())
 
     def _skipping(self, x: torch.Tensor) -> torch.Tensor:
         """The same without the zeros."""

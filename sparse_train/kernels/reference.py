@@ -1,13 +1,17 @@
 """The spec of the kernels in plain torch: any device, any dtype. The native code is tested against it.
 
 A sparse weight of shape (R, C): `values` (nnz,) in row-major order and `bitmask` (R, 8 * ceil(C / 64)) uint8, where bit
-k % 8 of byte k // 8 of a row says that column k is kept; padding bits are 0.
+k % 8 of byte k // 8 of a row says that column k is kept; padding bits are 0. INT4 values are int8 codes in -8..7 with a
+scale (R, ceil(C / GROUP)) bfloat16: half of float32's bytes and all of its range, so that no scale vanishes.
 """
 
 import torch
 from torch.nn import functional
 
 from sparse_train.kernels.arguments import check_bits, check_target, check_tensor
+
+GROUP = 128
+"""Columns of a row that share a scale where values have four bits."""
 
 
 def pack(keep: torch.Tensor) -> torch.Tensor:
@@ -43,11 +47,16 @@ def compact(dense: torch.Tensor, bitmask: torch.Tensor, num_values: int | None =
     return values if out is None else check_target(out, values.shape, dense).copy_(values)
 
 
+def scale_of_columns(scale: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Scale of groups (R, ceil(num_columns / GROUP)) -> (R, num_columns) float32."""
+    return scale.float().repeat_interleave(GROUP, 1)[:, :num_columns]
+
+
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (..., C) float32 -> (codes (..., C), step (..., 1)), both float32: x is about codes * step.
 
-    A row's codes are whole numbers, 255 apart from least to greatest, 0 among them. They are what an INT8 product makes
-    of activations. A row that is not finite gives no numbers at all.
+    A row's codes are whole numbers, 255 apart from least to greatest, 0 among them. They are what the products of INT8
+    and INT4 weights make of activations. A row that is not finite gives no numbers at all.
     """
     x = x.double()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)

@@ -24,6 +24,7 @@ from sparse_train.models.names import Match, Shape, Source, as_stored, match
 from sparse_train.models.older import add_older_keys, with_head
 from sparse_train.models.processor import Processor
 from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
+from sparse_train.sparse.header import QUANTISED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the name that the config has for a precision."""
@@ -51,7 +52,7 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
     """A model without data (meta device), dense or with SparseLinears, and the folder to read its tensors from.
 
     For callers that load tensors piecewise. A hub name is downloaded first, a GGUF file converted. `quantised`: also
-    accept int8 values.
+    accept int8 and int4 values.
     Raises UserError where the folder lacks a tensor of the model, holds one too many or one of another shape.
     """
     folder = ModelFolder(fetch(path))
@@ -59,8 +60,8 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
         model = empty_model(read_config(folder.folder), dtype, folder.match)
     model.generation_config = read_generation(folder.folder)
     for name, shape in folder.shapes.items():
-        (num_values,), stored = folder.spec(f"{name}.values")
-        if stored == "I8" and not quantised:
+        (num_values,), stored = folder.spec(f"{name}.values")  # of codes of four bits, their bytes
+        if stored in QUANTISED and not quantised:
             raise UserError(f"{folder.folder}: {name} is quantised; it runs (sparse-train generate) but does not "
                             "train, so give the fp32 or bf16 folder here")
         bitmask = torch.empty(folder.spec(f"{name}.bitmask")[0], dtype=torch.uint8, device="meta")

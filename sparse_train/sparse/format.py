@@ -2,8 +2,10 @@
 
     sparse.safetensors (or sparse-00001-of-0000N.safetensors with sparse.safetensors.index.json)
         NAME.values    (nnz,)   kept entries, row-major: float32, bfloat16, float16 or int8
+                       (ceil(nnz / 2),) uint8: codes -8..7, two in a byte, the first in its low half
         NAME.bitmask   (R, 8 * ceil(C / 64)) uint8
         NAME.scale     (R,)     float32, with int8 values only: weight = value * scale of its row
+                       (R, ceil(C / 128)) bfloat16, with codes of four bits: weight = code * scale of its 128 columns
         every other tensor under its usual name
         header: "sparse_train" = {"version": 1, "shapes": {NAME: [R, C]}}
     model.safetensors (...) for a model without sparse weights: the usual Hugging Face layout
@@ -24,11 +26,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors import torch as safetensors
+from torch.nn import functional
 
 from sparse_train import kernels
 from sparse_train.errors import UserError
 from sparse_train.sparse.bitmask import BitmaskTensor
-from sparse_train.sparse.header import DENSE, HEADER, PARTS, SPARSE, VERSION, read_headers
+from sparse_train.sparse.header import DENSE, HEADER, INT4, PARTS, SPARSE, VERSION, read_headers
 
 _FILE_BYTES = 1_000_000_000
 _OURS = re.compile(rf"({SPARSE}|{DENSE})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
@@ -40,6 +43,18 @@ def save_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, 
     mode = file.stat().st_mode
     safetensors.save_file(tensors, file, metadata)
     file.chmod(mode)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes (nnz,) int8 in -8..7 -> (ceil(nnz / 2),) uint8."""
+    nibbles = functional.pad(codes & 15, (0, len(codes) % 2)).to(torch.uint8)
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
+def unpack_nibbles(packed: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """The inverse of pack_nibbles."""
+    packed = packed.view(torch.int8)
+    return torch.stack([packed << 4 >> 4, packed >> 4], 1).flatten()[:num_codes]
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
@@ -131,17 +146,26 @@ class TensorFolder:
         if kernels.unpack(bitmask[:, -8:], 64)[:, (num_columns - 1) % 64 + 1:].any():
             raise UserError(f"{self.folder}: {name}.bitmask has bits behind its {num_columns} columns; the file is "
                             "damaged")
-        num_kept = int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking
-        (num_values,) = self.spec(f"{name}.values")[0]
-        if num_kept != num_values:
+        num_kept, ((num_values,), dtype) = _num_kept(bitmask), self.spec(f"{name}.values")
+        if num_values != (-(-num_kept // 2) if dtype == INT4 else num_kept):
             raise UserError(f"{self.folder}: {name} keeps {num_kept} positions by its bits but has {num_values} "
-                            "values; the file is damaged")
+                            f"{'bytes of codes' if dtype == INT4 else 'values'}; the file is damaged")
         return bitmask
 
     def weight(self, name: str) -> BitmaskTensor:
-        """The sparse weight `name`, int8 codes without their scale."""
-        return BitmaskTensor(self.get(f"{name}.values"), self.bits(name), self.shapes[name])
+        """The sparse weight `name`, codes of eight and of four bits as int8 without their scale."""
+        values, bitmask = self.get(f"{name}.values"), self.bits(name)
+        if self.spec(f"{name}.values")[1] == INT4:
+            num_kept = _num_kept(bitmask)
+            if num_kept % 2 and values[-1] > 15:
+                raise UserError(f"{self.folder}: {name}.values has a code behind its {num_kept}; the file is damaged")
+            values = unpack_nibbles(values, num_kept)
+        return BitmaskTensor(values, bitmask, self.shapes[name])
 
     def scale(self, name: str) -> torch.Tensor | None:
-        """(R,) float32 for int8 values, else None."""
+        """(R,) float32 for int8 values, (R, ceil(C / 128)) bfloat16 for codes of four bits, else None."""
         return self.get(f"{name}.scale") if f"{name}.scale" in self else None
+
+
+def _num_kept(bitmask: torch.Tensor) -> int:
+    return int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking

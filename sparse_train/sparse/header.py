@@ -13,13 +13,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 
 from sparse_train.errors import UserError, describe_error
+from sparse_train.kernels import GROUP
 
 HEADER, VERSION = "sparse_train", 1
 SPARSE, DENSE = "sparse", "model"
 PARTS = ("values", "bitmask", "scale")
 NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per entry, for the dtypes that can be read."""
-_VALUES = ("F32", "BF16", "F16", "I8")
+INT4 = "U8"
+"""What values of four bits are stored as, two codes per byte."""
+QUANTISED = ("I8", INT4)
+_VALUES = ("F32", "BF16", "F16", *QUANTISED)
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
@@ -140,7 +144,8 @@ def _check_parts(folder: Path, name: str, shape: tuple[int, int], stored: dict[s
     values = stored[f"{name}.values"]
     needed = {"values": ((max((1, *values.shape[:1])),), values.dtype if values.dtype in _VALUES else "F32"),
               "bitmask": ((shape[0], 8 * -(-shape[1] // 64)), "U8"),
-              "scale": ((shape[0],), "F32") if values.dtype == "I8" else None}
+              "scale": {"I8": ((shape[0],), "F32"),
+                        INT4: ((shape[0], -(-shape[1] // GROUP)), "BF16")}.get(values.dtype)}
     for part, need in needed.items():
         tensor = stored.get(f"{name}.{part}")
         spec = tensor and (tensor.shape, tensor.dtype)

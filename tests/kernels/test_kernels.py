@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional
 
 from sparse_train import kernels
 from sparse_train.kernels import reference
@@ -27,8 +28,25 @@ def _weight(shape, density, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(shape, generator=generator) < density
     dense = torch.randn(shape, generator=generator)
-    dense = (dense * 40).round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else dense.to(dtype)
+    is_integer = dtype in (torch.int8, "int4")
+    dtype = torch.int8 if is_integer else dtype
+    dense = (dense * 40).round().clamp(-127, 127).to(dtype) if is_integer else dense.to(dtype)
     return torch.where(keep, dense, torch.zeros((), dtype=dtype)), keep
+
+
+def _packed(dense, keep, dtype):
+    """(PackedMatrix, the weight that it multiplies with, float64), of `dense` as a weight of _weight has it; "int4"
+    cuts int8 codes to four bits."""
+    generator, bits, (num_rows, num_columns) = torch.Generator().manual_seed(2), kernels.pack(keep), dense.shape
+    if dtype == "int4":
+        codes = (dense // 16).to(torch.int8)
+        scale = torch.randn(num_rows, -(-num_columns // kernels.GROUP), generator=generator).bfloat16()
+        weight = codes.double() * kernels.scale_of_columns(scale, num_columns)
+        return kernels.PackedMatrix(codes[keep], bits, num_columns, scale), weight
+    if dtype == torch.int8:
+        scale = torch.rand(num_rows, generator=generator) + 0.1
+        return kernels.PackedMatrix(dense[keep], bits, num_columns, scale), dense.double() * scale[:, None].double()
+    return kernels.PackedMatrix(dense[keep], bits, num_columns), dense.double()
 
 
 @pytest.mark.parametrize("shape", _SHAPES)
@@ -92,12 +110,10 @@ def test_float_matvec_is_exact_up_to_rounding(backend, shape, density, dtype, th
     assert ((y - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "int4"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 100), (130, 200)])
 def test_vectors_give_the_same_bits_together_and_alone(backend, shape, dtype):
-    dense, keep = _weight(shape, 0.4, dtype)
-    packed = kernels.PackedMatrix(dense[keep], kernels.pack(keep), shape[1],
-                                  torch.rand(shape[0]) if dtype == torch.int8 else None)
+    packed, _ = _packed(*_weight(shape, 0.4, dtype), dtype)
     x = torch.randn(19, shape[1], generator=torch.Generator().manual_seed(1))
     alone = torch.stack([packed.matvec(vector) for vector in x])
     for count in (*range(1, 10), 19):
@@ -117,21 +133,39 @@ def test_vectors_give_the_same_bits_together_and_alone(backend, shape, dtype):
 @pytest.mark.parametrize("shape", [*_SHAPES, (1024, 384)])
 def test_int8_matvec_is_the_integer_product(backend, shape, density):
     codes, keep = _weight(shape, density, torch.int8)
-    scale = torch.rand(shape[0]) + 0.1
     x = torch.randn(shape[1], generator=torch.Generator().manual_seed(1))
-    packed = kernels.PackedMatrix(codes[keep], kernels.pack(keep), shape[1], scale)
-    exact = _int8_product(codes, scale, x)
+    packed, weight = _packed(codes, keep, torch.int8)
+    exact = _product_of_codes(weight, x)
     torch.testing.assert_close(packed.matvec(x).double(), exact, rtol=_EPS, atol=0)  # rounded once
 
 
-def _int8_product(codes, scale, x):
-    """(R,) float64: x as 8-bit codes with a zero point, integer sums."""
+def _codes_of(x):
+    """(8-bit codes, zero point, step) of x in float64."""
     x = x.double()
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     inverse = 1 / ((high - low) / 255)
     zero = (-low * inverse).round()
-    x_codes = ((x * inverse).round() + zero).clamp(0, 255)
-    return scale.double() * ((high - low) / 255) * (codes.double() @ (x_codes - zero))
+    return ((x * inverse).round() + zero).clamp(0, 255), zero, (high - low) / 255
+
+
+def _product_of_codes(weight, x):
+    """(R,) float64: the weight times x as 8-bit codes."""
+    codes, zero, step = _codes_of(x)
+    return step * (weight.double() @ (codes - zero))
+
+
+@pytest.mark.parametrize("density", _DENSITIES)
+@pytest.mark.parametrize("shape", [*_SHAPES, (6, 129), (1024, 384), (9, 2100)])
+def test_int4_matvec_is_exact_in_each_group_and_sums_groups_as_floats(backend, shape, density):
+    packed, weight = _packed(*_weight(shape, density, "int4"), "int4")
+    x = torch.randn(8, shape[1], generator=torch.Generator().manual_seed(1))
+    for vector, found in zip(x, packed.matvec(x), strict=True):
+        codes, _, step = _codes_of(vector)
+        # Each group rounds at most twice on its way into a sum, the lanes of sums and the result a few times more.
+        groups = functional.pad(weight.abs() * codes, (0, -shape[1] % kernels.GROUP)).unflatten(1, (-1, kernels.GROUP))
+        bound = (2 * groups.shape[1] + 6) * _EPS / 2 * step * groups.sum((1, 2))
+        exact = _product_of_codes(weight, vector)
+        assert ((found - exact).abs() <= bound + _EPS / 2 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("factor", [1e-44, 1e-38, 1e-37, 1e-30, 1e30, 1e38])
@@ -141,7 +175,8 @@ def test_int8_matvec_scales_with_x_to_the_ends_of_float32(backend, factor):
     x = torch.linspace(-3, 3, 100).mul(factor)
     found = kernels.PackedMatrix(codes[keep], kernels.pack(keep), 100, scale).matvec(x)
     denormal = torch.finfo(torch.float32).smallest_normal * _EPS
-    torch.testing.assert_close(found.double(), _int8_product(codes, scale, x), rtol=_EPS, atol=denormal)
+    exact = _product_of_codes(codes.double() * scale[:, None].double(), x)
+    torch.testing.assert_close(found.double(), exact, rtol=_EPS, atol=denormal)
 
 
 @pytest.mark.parametrize("num_columns", [65_794, 530_000, 1_100_000])
@@ -155,25 +190,24 @@ def test_int8_sums_do_not_wrap(backend, num_columns):
         assert torch.equal(packed.matvec(torch.full((num_columns,), x)), exact.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "int4"])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("places", [[7], [99], range(100)])
 def test_what_is_not_finite_stays_so(backend, dtype, odd, places):
     """As in a dense product: Inf where the weight at an infinite x is kept, NaN where it is pruned."""
-    dense, keep = _weight((70, 100), 0.5, dtype)
+    packed, weight = _packed(*_weight((70, 100), 0.5, dtype), dtype)
     x = torch.linspace(-1, 1, 100)
     x[list(places)] = odd
-    packed = kernels.PackedMatrix(dense[keep], kernels.pack(keep), 100, torch.ones(70) if dtype == torch.int8 else None)
     found = packed.matvec(x)
     assert not found.isfinite().any()
-    torch.testing.assert_close(found, dense.float() @ x, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found, weight.float() @ x, rtol=0, atol=0, equal_nan=True)
 
 
-def test_to_dense_is_what_matvec_multiplies_with(backend):
-    codes, keep = _weight((40, 100), 0.3, torch.int8)
-    scale = torch.rand(40)
-    packed = kernels.PackedMatrix(codes[keep], kernels.pack(keep), 100, scale)
-    assert torch.equal(packed.to_dense(), codes * scale[:, None])
+@pytest.mark.parametrize("shape", [(40, 100), (150, 257)])
+@pytest.mark.parametrize("dtype", [torch.int8, "int4"])
+def test_to_dense_is_what_matvec_multiplies_with(backend, dtype, shape):
+    packed, weight = _packed(*_weight(shape, 0.3, dtype), dtype)
+    assert torch.equal(packed.to_dense(), weight.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,6 +216,22 @@ def test_bytes_are_values_and_bits(dtype):
     packed = kernels.PackedMatrix(dense[keep], kernels.pack(keep), 256)
     assert packed.num_bytes == dense.itemsize * int(keep.sum()) + 63 * 256 // 8
     assert torch.equal(packed.to_dense(), dense.float())
+
+
+def test_int4_takes_half_a_byte_a_bit_and_scales_of_two_bytes():
+    packed, _ = _packed(*_weight((63, 200), 0.25, "int4"), "int4")
+    num_values = round(packed.density * 63 * 200)
+    assert packed.num_bytes == -(-num_values // 2) + 63 * (256 // 8 + 2 * 2 + 8)  # 8: the row's sum
+    assert packed.precision == "int4"
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_int4_codes_that_all_lie_in_words_of_one_kind(backend, only):
+    keep = (torch.arange(600) // 64 % 2 == only).repeat(9, 1)
+    packed, weight = _packed(torch.full((9, 600), -77, dtype=torch.int8) * keep, keep, "int4")
+    assert torch.equal(packed.to_dense(), weight.float())
+    x = torch.arange(600.0) % 256  # codes of themselves
+    torch.testing.assert_close(packed.matvec(x).double(), weight @ x.double(), rtol=20 * _EPS, atol=0)
 
 
 def test_threads_agree_to_the_bit(backend):
@@ -205,7 +255,7 @@ def check():
     codes = torch.randint(-127, 128, keep.shape, generator=generator).mul(keep)
     x = torch.randint(-127, 128, (512,), generator=generator).float()
     x[:2] = torch.tensor([-127.0, 128.0])  # the step is 1, so both products are exact
-    bits, exact, poison = kernels.pack(keep), (codes @ x.long()).float(), float("nan")
+    bits, poison = kernels.pack(keep), float("nan")
     for name in kernels.backends():
         with kernels.use_backend(name):
             for dtype in (torch.float32, torch.bfloat16, torch.int8):
@@ -214,15 +264,17 @@ def check():
                 assert torch.equal(kernels.expand(dense[keep], bits, 512, out=out), dense), (name, dtype, "expand")
                 out = torch.full_like(dense[keep], 99)
                 assert torch.equal(kernels.compact(dense, bits, out=out), dense[keep]), (name, dtype, "compact")
-            for scale in (None, torch.ones(4096)):
-                values = codes[keep].to(torch.float32 if scale is None else torch.int8)
+            for kind, scale in (("fp32", None), ("int8", torch.ones(4096)), ("int4", torch.ones(4096, 4).bfloat16())):
+                dense = codes // 16 if kind == "int4" else codes
+                values = dense[keep].to(torch.float32 if scale is None else torch.int8)
+                exact = (dense @ x.long()).float()
                 packed = kernels.PackedMatrix(values, bits, 512, scale)
                 del values
                 torch.full((4096,), poison)  # what matvec's y and to_dense's weight are made from, freed again
-                assert torch.equal(packed.matvec(x), exact), (name, scale is None, "matvec")
-                assert torch.equal(packed.to_dense(), codes.float()), (name, scale is None, "to_dense")
+                assert torch.equal(packed.matvec(x), exact), (name, kind, "matvec")
+                assert torch.equal(packed.to_dense(), dense.float()), (name, kind, "to_dense")
                 torch.full((40, 4096), poison)
-                assert torch.equal(packed._skipping(x.expand(40, -1)), exact.expand(40, -1)), (name, scale, "matmul")
+                assert torch.equal(packed._skipping(x.expand(40, -1)), exact.expand(40, -1)), (name, kind, "matmul")
 
 torch.set_num_threads(4)
 check()
@@ -301,6 +353,7 @@ def _good():
     bits, dense = kernels.pack(keep), codes.float()
     weight = {"values": dense[keep], "bitmask": bits, "num_columns": 100}
     int8 = {**weight, "values": codes[keep], "scale": torch.ones(10)}
+    int4 = {**weight, "values": codes[keep] // 16, "scale": torch.ones(10, 1).bfloat16()}
     return {
         "pack": (kernels.pack, {"keep": keep}),
         "unpack": (kernels.unpack, {"bitmask": bits, "num_columns": 100}),
@@ -309,8 +362,10 @@ def _good():
                                       "out": torch.empty(int(keep.sum()))}),
         "PackedMatrix": (kernels.PackedMatrix, weight),
         "PackedMatrix int8": (kernels.PackedMatrix, int8),
+        "PackedMatrix int4": (kernels.PackedMatrix, int4),
         "matvec": (kernels.PackedMatrix(**weight).matvec, {"x": torch.ones(100)}),
         "matmul": (kernels.PackedMatrix(**weight).matmul, {"x": torch.ones(20, 100)}),
+        "matvec int4": (kernels.PackedMatrix(**int4).matvec, {"x": torch.ones(100)}),
         "matvec int8": (kernels.PackedMatrix(**int8).matvec, {"x": torch.ones(100)}),
         "read_bandwidth": (kernels.read_bandwidth, {"num_bytes": 1 << 16, "num_threads": 1, "repeats": 1}),
     }
@@ -321,7 +376,7 @@ def _bad(value):
         return [-1, -2**63, 2**62, 2**70, value + 0.5, str(value), torch.tensor(value)]
     return [
         value.to("meta"), value[:-1], torch.cat([value, value]), value.sum(), value.to_sparse(),
-        value.to(torch.complex64), value.numpy(), value.tolist(), "values",
+        value.to(torch.complex64), value.float().numpy(), value.tolist(), "values",
     ] + ([value.cuda()] if torch.cuda.is_available() else [])
 
 
@@ -361,3 +416,13 @@ def test_the_fastest_backend_comes_first_and_portable_last_and_an_unknown_one_is
 
 def test_read_bandwidth_is_bytes_per_second():
     assert 1e8 < kernels.read_bandwidth(1 << 24, 1, 3) < 1e13
+
+
+def test_codes_of_more_than_four_bits_and_scales_of_another_dtype_are_refused():
+    keep = torch.ones(3, 200, dtype=torch.bool)
+    codes, bits = torch.full((600,), 7, dtype=torch.int8), kernels.pack(keep)
+    codes[5] = 8
+    with pytest.raises(ValueError, match="values are 7 to 8; with a scale per group"):
+        kernels.PackedMatrix(codes, bits, 200, torch.ones(3, 2).bfloat16())
+    with pytest.raises(ValueError, match="one of: bfloat16"):
+        kernels.PackedMatrix(codes, bits, 200, torch.ones(3, 2))

@@ -23,13 +23,18 @@ def skips(monkeypatch):
     monkeypatch.setattr(packed, "break_even", lambda num_rows: 1.0)
 
 
-def _matrix(shape, density, is_int8=False):
-    """(PackedMatrix, its values as dense float32, scale per row)"""
+def _matrix(shape, density, precision="fp32"):
+    """(PackedMatrix, its values as dense float32, int4 with scales, scale per row)"""
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(shape, generator=generator) < density
     dense = torch.randn(shape, generator=generator) * keep
-    if not is_int8:
+    if precision == "fp32":
         return kernels.PackedMatrix(dense[keep], kernels.pack(keep), shape[1]), dense, torch.ones(shape[0])
+    if precision == "int4":
+        codes = (dense * 3).round().clamp(-8, 7).to(torch.int8)
+        scale = torch.randn(shape[0], -(-shape[1] // kernels.GROUP), generator=generator).bfloat16()
+        return (kernels.PackedMatrix(codes[keep], kernels.pack(keep), shape[1], scale),
+                codes * kernels.scale_of_columns(scale, shape[1]), torch.ones(shape[0]))
     codes, scale = (dense * 40).round().clamp(-128, 127).to(torch.int8), torch.rand(shape[0], generator=generator)
     return kernels.PackedMatrix(codes[keep], kernels.pack(keep), shape[1], scale), codes.float(), scale
 
@@ -39,15 +44,15 @@ def _rows(num_rows, num_columns):
 
 
 @pytest.mark.usefixtures("skips")
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize(("shape", "num_rows"), [
     ((1, 1), 1), ((3, 63), 2), ((17, 64), 16), ((5, 65), 17), ((64, 127), 70), ((130, 200), 129), ((2, 1000), 300),
     ((600, 70), 40), ((3, 65_700), 9)])
-def test_what_skips_zeros_is_exact_up_to_rounding(backend, shape, num_rows, density, is_int8):
-    matrix, dense, scale = _matrix(shape, density, is_int8)
+def test_what_skips_zeros_is_exact_up_to_rounding(backend, shape, num_rows, density, precision):
+    matrix, dense, scale = _matrix(shape, density, precision)
     x = _rows(num_rows, shape[1])
-    codes, step = kernels.reference.quantise(x) if is_int8 else (x, torch.ones(num_rows, 1))
+    codes, step = (x, torch.ones(num_rows, 1)) if precision == "fp32" else kernels.reference.quantise(x)
     factor = step.double() * scale
     exact = (codes.double() @ dense.double().T) * factor
     # n products err by at most n half rounding errors of the sum of their sizes; three for scales and their product.
@@ -64,9 +69,9 @@ def test_integer_sums_of_64_columns_are_exact(backend):
 
 
 @pytest.mark.usefixtures("skips")
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_threads(backend, is_int8):
-    matrix, _, _ = _matrix((600, 300), 0.3, is_int8)
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_threads(backend, precision):
+    matrix, _, _ = _matrix((600, 300), 0.3, precision)
     x, before = _rows(530, 300), torch.get_num_threads()
     whole = matrix.matmul(x)
     for first, last in ((0, 1), (3, 5), (100, 170), (255, 530)):
@@ -82,17 +87,17 @@ def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_th
 
 
 @pytest.mark.usefixtures("skips")
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
-def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(backend, odd, is_int8):
-    matrix, dense, _ = _matrix((70, 100), 0.5, is_int8)
+def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(backend, odd, precision):
+    matrix, dense, _ = _matrix((70, 100), 0.5, precision)
     x = _rows(40, 100)
     before = matrix.matmul(x)
     x[7, 3] = x[39, 99] = odd
     found, others = matrix.matmul(x), [i for i in range(40) if i not in (7, 39)]
     assert torch.equal(found[others], before[others])
     assert not found[[7, 39]].isfinite().any()
-    if not is_int8:
+    if precision == "fp32":
         torch.testing.assert_close(found[[7, 39]], functional.linear(x[[7, 39]], dense), rtol=0, atol=0, equal_nan=True)
 
 

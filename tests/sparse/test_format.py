@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_train.errors import UserError
-from sparse_train.sparse import BitmaskTensor, TensorFolder, write_tensors
+from sparse_train.sparse import BitmaskTensor, TensorFolder, pack_nibbles, write_tensors
 
 SHAPES = [(1, 1), (3, 5), (7, 63), (2, 64), (5, 65), (4, 128), (3, 200)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
@@ -54,15 +54,16 @@ def test_shapes_that_make_no_weight(dense, keep):
 
 
 def _stored(folder, dtype=torch.float32):
-    dense, keep = _weight((5, 70), dtype)
-    weight = BitmaskTensor.from_dense(dense, keep)
-    scale = {"a.scale": torch.ones(5)} if dtype == torch.int8 else {}
-    tensors = {"a.values": weight.values, "a.bitmask": weight.bitmask, "b.weight": torch.ones(3), **scale}
+    dense, keep = _weight((5, 70), torch.int8 if dtype == "int4" else dtype)
+    weight = BitmaskTensor.from_dense(dense // 16 if dtype == "int4" else dense, keep)
+    scale = {torch.int8: {"a.scale": torch.ones(5)}, "int4": {"a.scale": torch.ones(5, 1).bfloat16()}}.get(dtype, {})
+    values = pack_nibbles(weight.values) if dtype == "int4" else weight.values
+    tensors = {"a.values": values, "a.bitmask": weight.bitmask, "b.weight": torch.ones(3), **scale}
     write_tensors(folder, tensors.items(), {"a": weight.shape})
     return weight
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int4"], ids=str)
 def test_files_round_trip(dtype, tmp_path):
     weight = _stored(tmp_path, dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["sparse.safetensors"]
@@ -70,7 +71,7 @@ def test_files_round_trip(dtype, tmp_path):
     read = folder.weight("a")
     assert folder.names == ["b.weight"] and folder.shapes == {"a": (5, 70)}
     assert torch.equal(read.values, weight.values) and torch.equal(read.bitmask, weight.bitmask)
-    assert read.values.dtype == dtype and read.shape == (5, 70)
+    assert read.values.dtype == weight.dtype and read.shape == (5, 70)
 
 
 def test_another_model_in_the_same_folder_replaces_the_first(tmp_path, monkeypatch):
@@ -139,6 +140,36 @@ def test_a_damaged_file_is_named(change, told, tmp_path):
     _rewrite(tmp_path / "sparse.safetensors", change)
     with pytest.raises(UserError, match=told) as error:
         TensorFolder(tmp_path).weight("a")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_codes_of_four_bits_make_a_byte_the_first_in_its_low_half():
+    assert pack_nibbles(torch.tensor([-8, 7, -1], dtype=torch.int8)).tolist() == [0x78, 0x0f]
+    assert pack_nibbles(torch.zeros(0, dtype=torch.int8)).tolist() == []
+
+
+@pytest.mark.parametrize("change, told", [
+    (_put("a.values", lambda t: t[:-1]), "keeps 105 positions by its bits but has 52 bytes of codes"),
+    (_put("a.values", lambda t: torch.cat([t, t[:1]])), "has 54 bytes of codes"),
+    (_put("a.values", lambda t: _set(t, 52, 16)), "a code behind its 105"),
+    (_put("a.values", lambda t: t[:0]), r"a.values is U8 \(0,\)"),
+    (_put("a.values", lambda t: t[None]), r"a.values is U8 \(1, 53\)"),
+    (_put("a.values", lambda t: t.to(torch.int8)), r"a.scale is BF16 \(5, 1\); .* has F32 \(5,\)"),
+    (_put("a.scale", lambda t: t.float()), r"a.scale is F32 \(5, 1\); .* has BF16 \(5, 1\)"),
+    (_put("a.scale", lambda t: t[:, 0]), r"a.scale is BF16 \(5,\)"),
+    (_put("a.scale", lambda t: t.repeat(1, 2)), r"a.scale is BF16 \(5, 2\)"),
+    (_put("a.scale", lambda t: _set(t, (3, 0), float("inf"))), "a.scale holds values that are NaN or infinite"),
+    (lambda t, h: t.pop("a.scale"), "a.scale is not there"),
+    (_put("a.bitmask", lambda t: _set(t, (4, 15), 128)), "by its bits but has|bits behind its 70 columns"),
+    (_shapes([10**30, 10**30]), "the file is damaged"),
+    (_shapes([5, 700]), "the file is damaged"),
+])
+def test_a_damaged_file_of_codes_of_four_bits_is_named(change, told, tmp_path):
+    _stored(tmp_path, "int4")
+    _rewrite(tmp_path / "sparse.safetensors", change)
+    with pytest.raises(UserError, match=told) as error:
+        folder = TensorFolder(tmp_path)
+        folder.weight("a"), folder.scale("a")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "int4.h"
 #include "moves.h"
 
 namespace sparse_train {
@@ -169,6 +170,44 @@ struct Int8Avx2 : Int8Kernel<16, 8> {
                            _mm256_add_epi64(low, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum, 1))));
         return lanes[0] + lanes[1] + lanes[2] + lanes[3];
     }
+};
+
+// vpmaddubsw cannot saturate here, nor can the sums of a group: 8 products of 255 and 8 fit 16 bits.
+struct Int4Avx2 {
+    using Sum = __m256;
+    static constexpr int kMostVectors = 4;
+    struct Codes {
+        __m256i quarters[4];
+    };
+
+    static Codes expand(const uint8_t* bits, const uint8_t* second, const uint8_t* codes) {
+        const __m256i signs =  // of each nibble the code
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+        Codes expanded;
+#pragma GCC unroll 8
+        for (int k = 0; k < 4; ++k) {
+            const uint8_t* mine = k < 2 ? bits : second;
+            uint64_t word;
+            std::memcpy(&word, mine, 8);
+            const __m128i low = Lanes1Avx2::expand(k % 2 * 2, word, mine, codes);
+            const __m128i high = Lanes1Avx2::expand(k % 2 * 2 + 1, word, mine, codes);
+            const __m256i pairs = _mm256_set_m128i(high, low);
+            const __m256i nibbles = k < 2 ? pairs : _mm256_srli_epi16(pairs, 4);
+            expanded.quarters[k] = _mm256_shuffle_epi8(signs, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+        }
+        return expanded;
+    }
+
+    static Sum add(const Codes& codes, const uint8_t* x, float scale, Sum sum) {
+        __m256i group = _mm256_maddubs_epi16(load256(x), codes.quarters[0]);
+#pragma GCC unroll 8
+        for (int k = 1; k < 4; ++k)
+            group = _mm256_add_epi16(group, _mm256_maddubs_epi16(load256(x + 32 * k), codes.quarters[k]));
+        const __m256 products = _mm256_cvtepi32_ps(_mm256_madd_epi16(group, _mm256_set1_epi16(1)));
+        return _mm256_fmadd_ps(products, _mm256_set1_ps(scale), sum);
+    }
+
+    static float total(Sum sum) { return FloatAvx2::total(sum); }
 };
 
 inline bool has_avx2() {

@@ -28,6 +28,32 @@ struct Int8Avx512 : Int8Kernel<64, 4> {
     }
 };
 
+struct Int4Avx512 {
+    using Sum = __m512;
+    static constexpr int kMostVectors = 4;
+    struct Codes {  // times 16: in the upper halves of bytes they have their signs
+        __m512i first, second;
+    };
+
+    static Codes expand(const uint8_t* bits, const uint8_t* second, const uint8_t* codes) {
+        uint64_t words[2];
+        std::memcpy(words, bits, 8);
+        std::memcpy(words + 1, second, 8);
+        const __m512i pairs = load512(codes), upper = _mm512_set1_epi8(-16);
+        const __m512i low = _mm512_and_si512(_mm512_slli_epi16(pairs, 4), upper);
+        return {_mm512_mask_expand_epi8(fresh(), words[0], low),
+                _mm512_mask_expand_epi8(fresh(), words[1], _mm512_and_si512(pairs, upper))};
+    }
+
+    static Sum add(const Codes& codes, const uint8_t* x, float scale, Sum sum) {
+        const __m512i half = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), codes.first);
+        const __m512i group = _mm512_dpbusd_epi32(half, _mm512_loadu_si512(x + 64), codes.second);
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(group), _mm512_set1_ps(scale), sum);
+    }
+
+    static float total(Sum sum) { return _mm512_reduce_add_ps(sum) / 16; }
+};
+
 bool is_supported() {
     return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 }
@@ -35,9 +61,8 @@ bool is_supported() {
 }  // namespace
 
 const Tier avx512 = {"avx512", is_supported, matvec<Fp32Avx512>, matvec<Bf16Avx512>, matvec<Int8Avx512>,
-                     expand<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>,
-                     compact<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>, count, read, kMatmul<16>,
-                     kSteps<16>};
+                     matvec_int4<Int4Avx512>, expand<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>,
+                     compact<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>, count, read, kMatmul<16>, kSteps<16>};
 
 }  // namespace sparse_train
 #else

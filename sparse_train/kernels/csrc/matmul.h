@@ -20,12 +20,7 @@ namespace {
 
 struct Bf16 {
     uint16_t bits;
-    explicit operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float number;
-        std::memcpy(&number, &wide, 4);
-        return number;
-    }
+    explicit operator float() const { return from_bf16(bits); }
 };
 
 // What a row keeps of 64 columns. A type of this file alone, for vectors of it.
@@ -33,6 +28,7 @@ template <class Value>
 struct Part {
     const Value* values;
     uint64_t word;
+    float scale;
 };
 
 // The entries of a and b, one after the other, at these places.
@@ -113,31 +109,32 @@ struct MatmulOf {
     }
 
     // sums += the kept weights of one word times the columns of a tile of kCount registers.
-    template <int kCount, class Value>
-    static void add_word(uint64_t word, const Value* value, const float* columns, Register* sums) {
+    template <int kCount, bool kScaled, class Value>
+    static void add_word(const Part<Value>& part, const float* columns, Register* sums) {
         Register sum[kCount] = {};
-        for (; word; word &= word - 1, ++value) {
+        const Value* value = part.values;
+        for (uint64_t word = part.word; word; word &= word - 1, ++value) {
             const Register* column = (const Register*)(columns + size_t(__builtin_ctzll(word)) * (kCount * kLanes));
             const float weight = float(*value);
             for (int i = 0; i < kCount; ++i) sum[i] += weight * column[i];
         }
-        for (int i = 0; i < kCount; ++i) sums[i] += sum[i];
+        for (int i = 0; i < kCount; ++i) sums[i] += kScaled ? part.scale * sum[i] : sum[i];
     }
 
-    template <int kCount, class Value>
+    template <int kCount, bool kScaled, class Value>
     static void add_parts(const Part<Value>* parts, int64_t count, const float* columns, float* sums) {
         for (int64_t r = 0; r < count; ++r) {
             const char* later = (const char*)parts[std::min(r + kAhead, count - 1)].values;
             for (size_t byte = 0; byte < 48 * sizeof(Value); byte += 64) __builtin_prefetch(later + byte);
-            add_word<kCount>(parts[r].word, parts[r].values, columns, (Register*)sums + r * kCount);
+            add_word<kCount, kScaled>(parts[r], columns, (Register*)sums + r * kCount);
         }
     }
 
     // Writes rows first..last-1 of the weight times all x, y (num_x, num_rows). Each sum is of one order, whatever rows
     // of x it is computed with: column by column within 64, then 64 after 64.
-    template <class Value>
+    template <bool kScaled = false, class Value>
     static void multiply_as(const Rows& rows, const Value* values, const float* tiles, int64_t num_x, float* y,
-                            int64_t first, int64_t last) {
+                            int64_t first, int64_t last, const Int4* int4 = nullptr) {
         static thread_local std::vector<Line> lines;
         static thread_local std::vector<Part<Value>> parts;
         const int64_t count = last - first;
@@ -154,6 +151,7 @@ struct MatmulOf {
                 for (int64_t r = tile; r < end; ++r) {
                     std::memcpy(&parts[r].word, words + 8 * (r - tile), 8);
                     parts[r].values = next;
+                    if (kScaled) parts[r].scale = from_bf16(int4->scales_of(rows, first + tile, w)[r - tile]);
                     next += __builtin_popcountll(parts[r].word);
                 }
             }
@@ -163,7 +161,7 @@ struct MatmulOf {
                 switch (width / kLanes) {
 #define SPARSE_TRAIN_WIDTH(COUNT)                                                             \
     case COUNT:                                                                               \
-        add_parts<COUNT>(parts.data(), count, columns, sums + count * m);                     \
+        add_parts<COUNT, kScaled>(parts.data(), count, columns, sums + count * m);            \
         break;
                     SPARSE_TRAIN_WIDTH(1)
                     SPARSE_TRAIN_WIDTH(2)
@@ -187,7 +185,8 @@ struct MatmulOf {
     }
 
     static void multiply(const Rows& rows, int size, const void* values, const float* tiles, int64_t num_x, float* y,
-                         int64_t first, int64_t last) {
+                         int64_t first, int64_t last, const Int4* int4) {
+        if (int4) return multiply_as<true>(rows, (const int8_t*)values, tiles, num_x, y, first, last, int4);
         if (size == 1) multiply_as(rows, (const int8_t*)values, tiles, num_x, y, first, last);
         if (size == 2) multiply_as(rows, (const Bf16*)values, tiles, num_x, y, first, last);
         if (size == 4) multiply_as(rows, (const float*)values, tiles, num_x, y, first, last);

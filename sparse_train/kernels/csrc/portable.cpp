@@ -1,6 +1,4 @@
 // Any CPU: one kept position after the other.
-#include <vector>
-
 #include "decode.h"
 #include "matmul.h"
 #include "matvec.h"
@@ -40,11 +38,39 @@ void matvec_i8(const Rows& rows, const int8_t* values, Vectors<uint8_t> x, int64
     multiply<int64_t>(rows, values, x, y, first, last, [](int8_t value) { return int32_t(value); });
 }
 
+void matvec_i4(const Rows& rows, const Int4& int4, Vectors<uint8_t> x, float* y, int64_t first, int64_t last) {
+    std::vector<float> sums(x.count);
+    std::vector<int32_t> group(x.count);
+    for (; first < last; first += kTileRows)
+        for (int64_t r = first; r < std::min(first + kTileRows, last); ++r) {
+            const uint8_t* next = int4.codes + int4.starts[first / kTileRows];
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            for (int64_t w = 0; w < rows.num_words; w += Int4::kGroup)
+                for (int64_t i = first; i < first + kTileRows; ++i) {
+                    const uint64_t words[] = {rows.word(i, w), rows.word(i, w + 1)};
+                    std::fill(group.begin(), group.end(), 0);
+                    for (int64_t half = 0; i == r && half < Int4::kGroup; ++half) {
+                        const uint8_t* at = next;
+                        for (uint64_t word = words[half]; word; word &= word - 1) {
+                            const uint8_t* column = x.data + 64 * (w + half) + __builtin_ctzll(word);
+                            const int32_t code = int8_t(*at++ << (half ? 0 : 4)) >> 4;
+                            for (int64_t m = 0; m < x.count; ++m) group[m] += code * column[m * x.stride];
+                        }
+                    }
+                    next += Int4::num_bytes(words[0], words[1]);
+                    if (i != r) continue;
+                    const float scale = from_bf16(int4.scales_of(rows, first, w)[r - first]);
+                    for (int64_t m = 0; m < x.count; ++m) sums[m] += scale * float(group[m]);
+                }
+            for (int64_t m = 0; m < x.count; ++m) y[m * rows.num_rows + r] = sums[m];
+        }
+}
+
 template <class T>
 void expand_as(const Rows& rows, const T* values, T* dense, int64_t first, int64_t last) {
     for_each_word(rows, first, last, [&](int64_t r, int64_t w, uint64_t word, int64_t next) {
         T* to = dense + r * rows.num_columns + 64 * w;
-        std::memset(to, 0, std::min<int64_t>(64, rows.num_columns - 64 * w) * sizeof(T));
+        if (64 * w < rows.num_columns) std::memset(to, 0, std::min<int64_t>(64, rows.num_columns - 64 * w) * sizeof(T));
         for (; word; word &= word - 1) to[__builtin_ctzll(word)] = values[next++];
         return next;
     });
@@ -81,7 +107,7 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, expand, compact, count,
-                       read, kMatmul<4>, kSteps<4>};
+const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, matvec_i4, expand,
+                       compact, count, read, kMatmul<4>, kSteps<4>};
 
 }  // namespace sparse_train

@@ -28,6 +28,35 @@ struct Rows {
     }
 };
 
+constexpr int64_t kTileRows = 4;  // of the weights that matvec_* multiplies
+
+// Codes of four bits, -8..7, in tiles of kTileRows rows: group after group, and of each one row after the other. The
+// two words of a group share their bytes: the low nibbles are the codes of the first, the high ones those of the
+// second, and the longer of the two says how many bytes there are. So a code needs no more than a shift and a mask, and
+// no word begins in the middle of a byte. num_words is even.
+struct Int4 {
+    const uint8_t* codes;    // 64 readable bytes follow them
+    const int64_t* starts;   // of the tiles in `codes`
+    const uint16_t* scales;  // bfloat16; of each tile and group, those of its rows
+    static constexpr int64_t kGroup = 2;  // words, which share a scale in each row
+
+    // How many bytes the codes of a row and group are.
+    static int64_t num_bytes(uint64_t first, uint64_t second) {
+        return std::max(__builtin_popcountll(first), __builtin_popcountll(second));
+    }
+
+    const uint16_t* scales_of(const Rows& rows, int64_t first_row, int64_t word) const {
+        return scales + first_row * (rows.num_words / kGroup) + word / kGroup * kTileRows;
+    }
+};
+
+inline float from_bf16(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float number;
+    std::memcpy(&number, &wide, 4);
+    return number;
+}
+
 // Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as
 // the number of values before row `first`, which starts a tile.
 template <class Visit>

@@ -11,9 +11,9 @@ struct Matmul {
     // start at a multiple of 64 bytes; words first..last-1 of the columns.
     void (*pack)(const float* x, int64_t num_x, const Rows&, float* tiles, int64_t first, int64_t last);
     // y (num_x, num_rows) <- the values as they are, of `size` 4 (float), 2 (bfloat16) or 1 (int8) bytes, times the
-    // rows of x.
+    // rows of x. With `int4` the values are its codes, one byte each, and are multiplied by their scales as well.
     void (*multiply)(const Rows&, int size, const void* values, const float* tiles, int64_t num_x, float* y,
-                     int64_t first, int64_t last);
+                     int64_t first, int64_t last, const Int4* int4);
 };
 
 constexpr int64_t kKeyBlock = 16;  // tokens whose keys lie side by side, entry by entry
@@ -47,8 +47,6 @@ struct Steps {
     void (*activate)(int kind, const float* x, const float* factor, float* y, int64_t count);
 };
 
-constexpr int64_t kTileRows = 4;  // of the weights that matvec_* multiplies
-
 // A function works on rows first..last-1, whole tiles. Vectors have num_words * 64 readable entries, and product m is
 // row m of y (vectors, num_rows). The values that matvec_* reads are followed by 64 readable bytes, those of expand and
 // compact by none.
@@ -61,6 +59,8 @@ struct Tier {
     void (*matvec_bf16)(const Rows&, const uint16_t* values, Vectors<float> x, float* y, int64_t first, int64_t last);
     // Exact sums, of rows of any width.
     void (*matvec_i8)(const Rows&, const int8_t* values, Vectors<uint8_t> x, int64_t* y, int64_t first, int64_t last);
+    // Codes times their scales, summed as floats; exact within a group.
+    void (*matvec_i4)(const Rows&, const Int4&, Vectors<uint8_t> x, float* y, int64_t first, int64_t last);
     // dense (num_rows, num_columns) <- values, and back (tiles of one row); `size` is an element's bytes: 1, 2 or 4.
     void (*expand)(const Rows&, int size, const void* values, void* dense, int64_t first, int64_t last);
     void (*compact)(const Rows&, int size, const void* dense, void* values, int64_t first, int64_t last);
