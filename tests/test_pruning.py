@@ -23,7 +23,7 @@ METHODS = list(PRUNERS.entries)
 PATTERNS = [{"sparsity": 0.75}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:16"}]
 
 
-def _problem(rows=6, columns=48, tokens=200):
+def make_problem(rows=6, columns=48, tokens=200):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(rows, columns, generator=generator)
     # As activations are: a few strong directions under noise. Compensation has something to work with.
@@ -69,7 +69,7 @@ def _oracle(weight, hessian, spec):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_sparsegpt_is_its_definition(pattern, block_size):
-    weight, _, hessian = _problem()
+    weight, _, hessian = make_problem()
     spec = PruneConfig(block_size=block_size, **pattern)
     updated, keep = sparsegpt(weight, hessian, spec)
     expected, expected_keep = _oracle(weight, hessian, spec)
@@ -80,7 +80,7 @@ def test_sparsegpt_is_its_definition(pattern, block_size):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_sparsegpt_reconstructs_better_than_magnitude(pattern):
-    weight, inputs, hessian = _problem()
+    weight, inputs, hessian = make_problem()
     updated, keep = sparsegpt(weight, hessian, PruneConfig(**pattern))
     spec = PruneConfig(**pattern)
     plain = keep_groups(weight.abs(), spec.group) if spec.group else keep_largest(weight.abs(), int(keep.sum()))
@@ -89,14 +89,14 @@ def test_sparsegpt_reconstructs_better_than_magnitude(pattern):
 
 
 def test_a_column_that_never_fires_is_pruned_first():
-    weight, _, hessian = _problem()
+    weight, _, hessian = make_problem()
     hessian[5] = hessian[:, 5] = 0
     updated, _ = sparsegpt(weight * 100, hessian, PruneConfig(sparsity=0.5))
     assert not updated[:, 5].any() and torch.isfinite(updated).all()
 
 
 def test_a_failing_cholesky_is_tried_with_more_damping_then_named(caplog):
-    weight, _, _ = _problem()
+    weight, _, _ = make_problem()
     nearly = torch.ones(48, 48) * 1.0  # rank one; a tiny damping leaves fp32 no pivot
     nearly[0, 1] += 1e-3
     with caplog.at_level(logging.WARNING):

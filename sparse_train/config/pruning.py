@@ -29,7 +29,7 @@ class PruneConfig(Section):
     """Pattern of names -> the sparsity of the linears that it matches, in place of prune.sparsity. Of several patterns
     that match one linear the longest counts."""
     num_calibration: Positive = 128
-    """Training examples whose activations the method sees (sparsegpt, wanda)."""
+    """Training examples whose activations the method sees (all but magnitude)."""
     calibration: TaskConfig | None = None
     """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
@@ -39,7 +39,7 @@ class PruneConfig(Section):
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
     options: dict[str, Any] = {}  # noqa: RUF012
-    """Settings of a method that another package adds; the method's own schema checks them."""
+    """Settings of admm, or of a method that another package adds; the method's own schema checks them."""
 
     @property
     def levels(self) -> tuple["PruneLevel", ...]:

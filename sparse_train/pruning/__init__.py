@@ -1,12 +1,14 @@
 """Pruning: which weights of a model survive, and their new values.
 
-    blockwise.py                          a model, block by block
-    layers.py                             which linears are pruned, and how far
-    pruner.py                             the interface of a method
-    magnitude.py, sparsegpt.py, wanda.py  a method each
-    pattern.py                            bits from scores
-    statistics.py                         sums over calibration inputs
-    parameters.py                         counts of parameters before and after pruning
+    blockwise.py     a model, block by block
+    layers.py        which linears are pruned, and how far
+    pruner.py        the interface of a method
+    magnitude.py, wanda.py, sparsegpt.py, admm.py
+                     a method each
+    refit.py         the best values for given bits
+    pattern.py       bits from scores
+    statistics.py    sums over calibration inputs
+    parameters.py    counts of parameters before and after pruning
 
 The methods are the table PRUNERS of sparse_train/registry.py.
 """

@@ -1,0 +1,70 @@
+"""ADMM (Boza, arXiv 2401.02938): the sparse weight is found by alternating least squares and projection, not column by
+column; the survivors are then refitted.
+
+    minimise   tr((X - W) H (X - W)^T)   over sparse X; with inputs scaled so that H has a unit diagonal
+    Z = the largest |X + U|, as many as the iteration keeps        U = X + U - Z
+    X = (W H + rho (Z - U)) (H + rho I)^-1
+
+The sparsity of the first iterations rises with a cubic curve. One inverse serves all of them. Deviations from the
+paper: counts are exact over the layer, and refit.py ends the method.
+
+Letters: R rows (outputs), C columns (inputs).
+"""
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from sparse_train.config import Section
+from sparse_train.config.base import Positive
+from sparse_train.pruning.pattern import keep_best
+from sparse_train.pruning.pruner import Layer, Pruner
+from sparse_train.pruning.refit import refit
+from sparse_train.pruning.statistics import Hessian
+
+
+class AdmmOptions(Section):
+    """`prune.options` of prune.method=admm; the defaults of the numbers are the paper's."""
+
+    iterations: Positive = 20
+    ramp: Annotated[int, Field(ge=0)] = 15
+    """Iterations until the layer's whole sparsity is reached; of an N:M pattern it is at once."""
+    penalty: Annotated[float, Field(gt=0)] = 1.0
+    """rho: how strongly X is drawn to its sparse form Z."""
+    damping: Annotated[float, Field(gt=0)] = 0.1
+    """Added to the scaled Hessian's diagonal, which is 1."""
+    refit_iterations: Annotated[int, Field(ge=0)] = 20
+    """Of conjugate gradients, for the values of the weights that survive; 0 leaves those of the last Z."""
+
+
+class Admm(Pruner[Hessian]):
+    Statistics = Hessian
+    Options = AdmmOptions
+    options: AdmmOptions
+
+    def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
+        """The updated weight is fp32."""
+        layer.require_finite(statistics)
+        hessian, spec = statistics.mean(), layer.spec
+        dead = hessian.diagonal() == 0
+        hessian.diagonal()[dead] = 1
+        scale = hessian.diagonal().sqrt()
+        hessian /= scale[:, None] * scale
+        hessian.diagonal().add_(self.options.damping)
+        weight = (layer.weight.detach().float() * scale).masked_fill(dead, 0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(
+            hessian + self.options.penalty * torch.eye(len(hessian), device=hessian.device)))
+        target = weight @ hessian
+        x, u = weight, torch.zeros_like(weight)
+        for index in range(1, self.options.iterations + 1):
+            left = max(0.0, 1 - index / self.options.ramp) if self.options.ramp else 0.0
+            level = replace(layer, spec=spec.model_copy(update={"sparsity": spec.sparsity * (1 - left**3)}))
+            keep = keep_best((x + u).abs(), level)
+            z = (x + u) * keep
+            u += x - z
+            x = (target + self.options.penalty * (z - u)) @ inverse
+        keep = keep_best((x + u).abs(), layer)
+        values = refit(weight, (x + u) * keep, keep, hessian, self.options.refit_iterations)
+        return values / scale, keep
