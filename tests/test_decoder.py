@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from sparse_train.bench import decode_rows
+from sparse_train.compress import export_sparse
 from sparse_train.config import EvaluateConfig, PruneConfig
 from sparse_train.inference import Runtime, load
 from sparse_train.inference.decoder import PLANS, Decoder, can_decode
@@ -168,4 +169,15 @@ def test_a_sparse_folder_says_what_its_dense_form_says(family, tmp_path):
     runtime = load(tmp_path)
     assert runtime.is_sparse and can_decode(runtime.model, 64)
     expected = generate(model, processor, _EXAMPLES, EvaluateConfig(max_new_tokens=_LENGTH))
+    assert runtime.generate(_EXAMPLES, _LENGTH) == expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantised_folder_says_what_transformers_loop_says_of_its_products(precision, tmp_path):
+    model, processor = tiny_model("llama")
+    sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    export_sparse(model, processor, precision, tmp_path, int8_head=True)
+    runtime = load(tmp_path)
+    assert runtime.precision == precision and can_decode(runtime.model, 64)
+    expected = generate(runtime.model, processor, _EXAMPLES, EvaluateConfig(max_new_tokens=_LENGTH))
     assert runtime.generate(_EXAMPLES, _LENGTH) == expected

@@ -106,12 +106,16 @@ class PackedMatrix:
         return dense * self._scale[:, None] if self._scale is not None and self.precision == "int8" else dense
 
     def _expanded(self) -> torch.Tensor:
-        """(R, C) float32, int8 values without their scale."""
-        dense = torch.empty(self.shape, dtype=self._stored, device=CPU)
-        self._packed.expand(dense.data_ptr(), torch.get_num_threads())
+        """(R, C) float32, int8 values without their scale, INT4 with it."""
+        stored = torch.empty(self.shape, dtype=self._stored, device=CPU)
+        self._packed.expand(stored.data_ptr(), torch.get_num_threads())
+        dense = stored.float()
         if self._scale is not None and self.precision == "int4":
-            return dense * reference.scale_of_columns(self._scale, self.shape[1])
-        return dense.float()
+            num_whole = self.shape[1] // reference.GROUP
+            groups, rest = dense.tensor_split([num_whole * reference.GROUP], 1)
+            groups.unflatten(1, (num_whole, reference.GROUP)).mul_(self._scale[:, :num_whole, None])
+            rest.mul_(self._scale[:, num_whole:])
+        return dense
 
     def _matvec(self, x: torch.Tensor) -> torch.Tensor:
         x = consecutive(x)

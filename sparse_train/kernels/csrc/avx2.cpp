@@ -20,7 +20,7 @@ uint64_t read(const void* data, int64_t num_bytes) {
 }  // namespace
 
 const Tier avx2 = {"avx2", has_avx2, matvec<Fp32Avx2>, matvec<Bf16Avx2>, matvec<Int8Avx2>,
-                   matvec_int4<Int4Avx2>, expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>,
+                   matvec_int4<Int4Avx2>, unpack_int4, expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>,
                    compact<Lanes1Avx2, Lanes2Avx2, Lanes4Avx2>, count, read, kMatmul<8>, kSteps<8>};
 
 }  // namespace sparse_train

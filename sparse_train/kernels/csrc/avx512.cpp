@@ -61,7 +61,7 @@ bool is_supported() {
 }  // namespace
 
 const Tier avx512 = {"avx512", is_supported, matvec<Fp32Avx512>, matvec<Bf16Avx512>, matvec<Int8Avx512>,
-                     matvec_int4<Int4Avx512>, expand<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>,
+                     matvec_int4<Int4Avx512>, unpack_int4, expand<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>,
                      compact<Lanes1Avx512, Lanes2Avx512, Lanes4Avx512>, count, read, kMatmul<16>, kSteps<16>};
 
 }  // namespace sparse_train

@@ -8,7 +8,7 @@
 namespace sparse_train {
 
 const Tier avx512f = {"avx512f", has_avx512f, matvec<Fp32Avx512>, matvec<Bf16Avx512>, matvec<Int8Avx2>,
-                      matvec_int4<Int4Avx2>, expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx512>,
+                      matvec_int4<Int4Avx2>, unpack_int4, expand<Lanes1Avx2, Lanes2Avx2, Lanes4Avx512>,
                       compact<Lanes1Avx2, Lanes2Avx2, Lanes4Avx512>, count, read, kMatmul<16>, kSteps<16>};
 
 }  // namespace sparse_train

@@ -3,19 +3,18 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <iterator>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "buffer.h"
+#include "int4_codes.h"
 #include "tiers.h"
 
 namespace nb = nanobind;
@@ -40,21 +39,6 @@ constexpr int64_t kAttendedPerThread = 1 << 17;  // nor fewer of attention
 template <class T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-struct Freed {
-    void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<uint8_t, Freed>;
-
-Buffer allocate(int64_t num_bytes) {
-    constexpr int64_t kPage = 2 << 20;
-    const bool is_large = num_bytes >= 4 * kPage;
-    const int64_t alignment = is_large ? kPage : 64;
-    void* memory = std::aligned_alloc(alignment, (num_bytes + alignment - 1) / alignment * alignment);
-    if (!memory) throw std::bad_alloc();
-    if (is_large) madvise(memory, num_bytes, MADV_HUGEPAGE);  // fewer page walks; a refusal costs only that
-    return Buffer((uint8_t*)memory);
 }
 
 // work(first row, last row) on each part of the rows, whole tiles; the values, not the rows, are divided evenly. OpenMP
@@ -154,20 +138,17 @@ public:
         : counted_(bits, num_rows, num_columns, num_values, num_threads), size_(size) {
         const Rows from = counted_.rows;
         Rows& rows = counted_.rows;
-        const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-        if (is_int4) rows.num_words += rows.num_words % Int4::kGroup;
+        const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows, value_bytes = is_int4 ? 0 : num_values * size;
+        if (is_int4) pack_int4(from, at<const int8_t>(values), at<const uint16_t>(scale), num_threads);
+        else if (size == 1) pack_int8(at<const int8_t>(values), at<const float>(scale));
+        values_ = allocate(value_bytes + 64);  // spare bytes: the last load is a whole register
         bits_ = allocate(8 * num_tiles * kTileRows * rows.num_words);
+        std::memset(values_.get() + value_bytes, 0, 64);
+#pragma omp parallel for num_threads(num_threads) if (num_values * size > kBytesPerThread)
+        for (int64_t tile = 0; tile < num_tiles; ++tile) pack_tile(from, at<const uint8_t>(values), kTileRows * tile);
         rows.bits = bits_.get();
         rows.tile = kTileRows;
-        int64_t value_bytes = num_values * size;
-        if (is_int4) value_bytes = count_nibbles(from);
-        values_ = allocate(value_bytes + 64);  // spare bytes: the last load is a whole register
-        std::memset(values_.get() + value_bytes, 0, 64);
-        if (is_int4) pack_int4(from, at<const int8_t>(values), at<const uint16_t>(scale));
-        else if (size == 1) pack_int8(at<const int8_t>(values), at<const float>(scale));
-#pragma omp parallel for num_threads(num_threads) if (value_bytes > kBytesPerThread)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) pack_tile(from, at<const uint8_t>(values), kTileRows * tile);
-        num_bytes_ += (is_int4 ? (num_values + 1) / 2 : value_bytes) + 8 * num_rows * from.num_words;
+        num_bytes_ += value_bytes + 8 * num_rows * from.num_words;
     }
 
     // y (num_vectors, num_rows) from x (num_vectors, num_columns). False, and y is not written, where x is not finite.
@@ -203,7 +184,7 @@ public:
                 for (int64_t r = 0; r < rows.num_rows; r += part) {
                     const int64_t end = std::min(r + part, rows.num_rows);
                     tier->matmul.multiply(rows, size_, values_of(r, end), (const float*)tiles.get(), count,
-                                          at<float>(y) + m * rows.num_rows, r, end, is_int4() ? &int4_ : nullptr);
+                                          at<float>(y) + m * rows.num_rows, r, end, int4_ ? &int4_->view() : nullptr);
                 }
             }
         }
@@ -214,7 +195,7 @@ public:
         constexpr int64_t kPart = 64;  // rows whose codes of four bits are bytes for a while
         over_rows(counted_.rows, num_threads, size_, [&](int64_t first, int64_t last) {
             for (int64_t end; first < last; first = end) {
-                end = is_int4() ? std::min(first + kPart, last) : last;
+                end = int4_ ? std::min(first + kPart, last) : last;
                 tier->expand(counted_.rows, size_, values_of(first, end), at<void>(dense), first, end);
             }
         });
@@ -223,96 +204,44 @@ public:
     int64_t num_bytes() const { return num_bytes_; }
 
 private:
-    bool is_int4() const { return !starts_.empty(); }
-
     // From rows one after the other to a tile.
     void pack_tile(const Rows& from, const uint8_t* values, int64_t first) {
         const Rows& rows = counted_.rows;
-        uint8_t* bits = bits_.get() + 8 * first * rows.num_words;
-        uint8_t* to = values_.get() + (is_int4() ? starts_[first / kTileRows] : size_ * rows.offsets[first]);
-        if (is_int4()) std::memset(to, 0, starts_[first / kTileRows + 1] - starts_[first / kTileRows]);
+        uint8_t *to = values_.get() + size_ * rows.offsets[first], *bits = bits_.get() + 8 * first * rows.num_words;
         int64_t next[kTileRows];
         for (int64_t i = 0; i < kTileRows; ++i) next[i] = rows.offsets[std::min(first + i, rows.num_rows)];
         for (int64_t w = 0; w < rows.num_words; ++w)
             for (int64_t i = 0; i < kTileRows; ++i, bits += 8) {
-                const uint64_t word = word_of(from, first + i, w);
+                const uint64_t word = from.word_or_none(first + i, w);
                 const int64_t kept = __builtin_popcountll(word);
                 std::memcpy(bits, &word, 8);
-                if (!is_int4()) to = std::copy_n(values + size_ * next[i], size_ * kept, to);  // memcpy takes no null
-                else if (w % 2 == 0) to = pack_nibbles(values + next[i], word, word_of(from, first + i, w + 1), to);
+                if (int4_) continue;
+                to = std::copy_n(values + size_ * next[i], size_ * kept, to);  // memcpy may not copy nothing from null
                 next[i] += kept;
             }
     }
 
-    // The codes of the two words of a group; returns what follows them.
-    static uint8_t* pack_nibbles(const uint8_t* codes, uint64_t first, uint64_t second, uint8_t* to) {
-        const int64_t counts[] = {__builtin_popcountll(first), __builtin_popcountll(second)};
-        for (int64_t k = 0; k < counts[0]; ++k) to[k] = codes[k] & 15;
-        for (int64_t k = 0; k < counts[1]; ++k) to[k] |= codes[counts[0] + k] << 4;
-        return to + Int4::num_bytes(first, second);
-    }
-
-    static uint64_t word_of(const Rows& from, int64_t row, int64_t index) {
-        return row < from.num_rows && index < from.num_words ? from.word(row, index) : 0;
-    }
-
-    // Where each tile's codes of four bits start, and how many bytes they are.
-    int64_t count_nibbles(const Rows& from) {
-        starts_ = {0};
-        for (int64_t first = 0; first < from.num_rows; first += kTileRows) {
-            int64_t num_bytes = 0;
-            for (int64_t r = first; r < std::min(first + kTileRows, from.num_rows); ++r)
-                for (int64_t w = 0; w < from.num_words; w += Int4::kGroup)
-                    num_bytes += Int4::num_bytes(from.word(r, w), word_of(from, r, w + 1));
-            starts_.push_back(starts_.back() + num_bytes);
-        }
-        return starts_.back();
-    }
-
-    void pack_int4(const Rows& from, const int8_t* values, const uint16_t* scale) {
-        const Rows& rows = counted_.rows;
-        const int64_t num_groups = rows.num_words / Int4::kGroup;
-        group_scales_.assign((starts_.size() - 1) * kTileRows * num_groups, 0);
-        int4_ = {values_.get(), starts_.data(), group_scales_.data()};
-        row_sums_.assign(rows.num_rows, 0);
-        for (int64_t r = 0; r < rows.num_rows; ++r, scale += num_groups) {
-            const int8_t* next = values + rows.offsets[r];
-            for (int64_t w = 0; w < from.num_words; ++w) {
-                const uint16_t group = scale[w / Int4::kGroup];
-                group_scales_[int4_.scales_of(rows, r & -kTileRows, w) - int4_.scales + r % kTileRows] = group;
-                int64_t sum = 0;
-                for (int64_t kept = __builtin_popcountll(from.word(r, w)); kept; --kept) sum += *next++;
-                row_sums_[r] += double(from_bf16(group)) * double(sum);
-            }
-        }
+    void pack_int4(const Rows& from, const int8_t* codes, const uint16_t* scale, int num_threads) {
+        int4_ = std::make_unique<const Int4Codes>(from, codes, scale, num_threads);
+        Rows& rows = counted_.rows;
+        rows.num_words += rows.num_words % Int4::kGroup;
         scale_.assign(rows.num_rows, 1.0f);
-        num_bytes_ = int64_t(sizeof(double) + sizeof(uint16_t) * num_groups) * rows.num_rows;
+        row_sums_ = int4_->row_sums();
+        const int64_t num_groups = rows.num_words / Int4::kGroup;
+        num_bytes_ = (from.offsets[from.num_rows] + 1) / 2 +
+                     int64_t(sizeof(double) + sizeof(uint16_t) * num_groups) * rows.num_rows;
     }
 
     // The values, to be read at the offsets of rows first..last-1. Codes of four bits become bytes, which the next call
     // in this thread replaces.
     const void* values_of(int64_t first, int64_t last) const {
-        constexpr int64_t kSpare = 256;  // registers that are read reach less far past the last value
+        constexpr int64_t kSpare = 256;  // what is read and written at once reaches less far past the last value
         static thread_local std::vector<int8_t> codes;
-        if (!is_int4()) return values_.get();
-        const Rows& rows = counted_.rows;
-        codes.resize(rows.offsets[last] - rows.offsets[first] + kSpare);
-        int8_t* to = codes.data();
-        for (int64_t tile = first; tile < last; tile += kTileRows) {
-            const uint8_t* next = int4_.codes + starts_[tile / kTileRows];
-            for (int64_t w = 0; w < rows.num_words; ++w) {
-                const uint8_t* bytes = next;
-                for (int64_t i = tile; i < tile + kTileRows; ++i) {
-                    // A whole word's, of which what follows is written over: loops of a known length are vectorised.
-                    if (w % 2) for (int k = 0; k < 64; ++k) to[k] = int8_t(bytes[k]) >> 4;
-                    else for (int k = 0; k < 64; ++k) to[k] = int8_t(bytes[k] << 4) >> 4;
-                    to += __builtin_popcountll(rows.word(i, w));
-                    bytes += Int4::num_bytes(rows.word(i, w & -2), rows.word(i, w | 1));
-                }
-                if (w % 2) next = bytes;
-            }
-        }
-        return codes.data() - rows.offsets[first];
+        if (!int4_) return values_.get();
+        const int64_t* offsets = counted_.rows.offsets;
+        codes.resize(offsets[last] - offsets[first] + kSpare);
+        tier->unpack_i4(counted_.rows, int4_->view(), codes.data(), first, last);
+        return codes.data() - offsets[first];
     }
 
     void pack_int8(const int8_t* values, const float* scale) {
@@ -383,11 +312,11 @@ private:
         const Quantised* of = scales.data();
         int64_t* output = sums.data();
         over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
-            if (is_int4()) tier->matvec_i4(rows, int4_, x, y, first, last);
+            if (int4_) tier->matvec_i4(rows, int4_->view(), x, y, first, last);
             else tier->matvec_i8(rows, (const int8_t*)values_.get(), x, output, first, last);
             for (int64_t m = 0; m < num_vectors; ++m)
                 for (int64_t i = m * rows.num_rows, r = first; r < last; ++r) {
-                    const double sum = is_int4() ? double(y[i + r]) : double(output[i + r]);
+                    const double sum = int4_ ? double(y[i + r]) : double(output[i + r]);
                     y[i + r] = float(scale_[r] * of[m].step * (sum - of[m].zero * row_sums_[r]));
                 }
         });
@@ -398,9 +327,7 @@ private:
     Buffer values_, bits_;
     std::vector<float> scale_;      // of rows
     std::vector<double> row_sums_;  // of the values, for int4 times the scales of their groups
-    Int4 int4_{};
-    std::vector<int64_t> starts_;  // none but for int4
-    std::vector<uint16_t> group_scales_;
+    std::unique_ptr<const Int4Codes> int4_;  // instead of `values_`
     int64_t num_bytes_ = 0;
 };
 

@@ -1,5 +1,6 @@
 // Any CPU: one kept position after the other.
 #include "decode.h"
+#include "int4.h"
 #include "matmul.h"
 #include "matvec.h"
 
@@ -107,7 +108,7 @@ uint64_t read(const void* data, int64_t num_bytes) {
 
 }  // namespace
 
-const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, matvec_i4, expand,
-                       compact, count, read, kMatmul<4>, kSteps<4>};
+const Tier portable = {"portable", [] { return true; }, matvec_f32, matvec_bf16, matvec_i8, matvec_i4, unpack_int4,
+                       expand, compact, count, read, kMatmul<4>, kSteps<4>};
 
 }  // namespace sparse_train

@@ -22,6 +22,11 @@ struct Rows {
         return word;
     }
 
+    // No bits past the last row and the last word.
+    uint64_t word_or_none(int64_t row, int64_t index) const {
+        return row < num_rows && index < num_words ? word(row, index) : 0;
+    }
+
     // The words of all rows of the tile that starts with `first_row`.
     const uint8_t* words(int64_t first_row, int64_t index) const {
         return bits + 8 * (first_row * num_words + index * tile);

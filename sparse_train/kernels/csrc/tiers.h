@@ -61,6 +61,8 @@ struct Tier {
     void (*matvec_i8)(const Rows&, const int8_t* values, Vectors<uint8_t> x, int64_t* y, int64_t first, int64_t last);
     // Codes times their scales, summed as floats; exact within a group.
     void (*matvec_i4)(const Rows&, const Int4&, Vectors<uint8_t> x, float* y, int64_t first, int64_t last);
+    // Codes of four bits to bytes in the order of Rows; up to 63 bytes behind them are written as well.
+    void (*unpack_i4)(const Rows&, const Int4&, int8_t* codes, int64_t first, int64_t last);
     // dense (num_rows, num_columns) <- values, and back (tiles of one row); `size` is an element's bytes: 1, 2 or 4.
     void (*expand)(const Rows&, int size, const void* values, void* dense, int64_t first, int64_t last);
     void (*compact)(const Rows&, int size, const void* dense, void* values, int64_t first, int64_t last);
