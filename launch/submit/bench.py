@@ -23,12 +23,22 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     layers.add_argument("--repeats", type=_positive, default=15)
     layers.set_defaults(command=_layers)
 
-    decode = kinds.add_parser("decode", help="tokens per second of model folders, at batch 1")
-    decode.add_argument("--model", metavar="FOLDER", nargs="+", required=True,
+    decode = kinds.add_parser("decode", help="tokens per second of models and of other engines, at batch 1")
+    models = decode.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", metavar="FOLDER", nargs="+",
                         help="dense or sparse; the others are compared with the first")
-    decode.add_argument("--prompt-tokens", type=_positive, default=128)
+    models.add_argument("--shape", metavar="NAME", help="random weights of this size, dense and sparse in every "
+                        "precision: mpt-506m, or one block: mpt-7b-block, llama-8b-block")
+    decode.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75], help="of --shape")
+    decode.add_argument("--peers", type=lambda names: names.split(","), default=[], metavar="NAME,...",
+                        help="other engines, on the first model, which is dense: all, or some of torch-bf16, "
+                        "llama.cpp, ik_llama.cpp, openvino, onnxruntime; each is installed once, in an environment of "
+                        "its own")
+    decode.add_argument("--threads", type=_positive, nargs="+", help="one measurement for each (default: all CPUs)")
+    decode.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128], help="one measurement for each")
     decode.add_argument("--new-tokens", type=_positive, default=64)
     decode.add_argument("--repeats", type=_positive, default=7)
+    decode.add_argument("--json", action="store_true", help="only the last line")
     decode.set_defaults(command=_decode)
 
     moves = kinds.add_parser("moves", help="expanding and compacting a 4096 x 4096 weight against copying it")
@@ -111,26 +121,25 @@ def _decode(options, console: Console) -> None:
     import torch
 
     from sparse_train import kernels
-    from sparse_train.bench.decode import decode_rows
+    from sparse_train.bench.compare import compare
     from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
-    from sparse_train.cpus import set_threads
-    from sparse_train.inference import load
-    from sparse_train.tasks import Example
+    from sparse_train.cpus import cpu_name, set_threads
 
     set_threads()
-    runtimes = {(folder, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity): runtime
-                for folder, runtime in ((folder, load(folder)) for folder in options.model)}
-    tokenizer = next(iter(runtimes.values())).processor.tokenizer
-    text = str(tokenizer.decode(tokenizer.encode("Tom has 3 boxes of 4 eggs. " * options.prompt_tokens,
-                                                 add_special_tokens=False)[:options.prompt_tokens]))
-    bandwidth = kernels.read_bandwidth()
-    rows = decode_rows(runtimes, Example(text, ""), options.new_tokens, options.repeats, bandwidth)
-    print_measured(console, (*SPEED_HEADER, "tokens/s", "outside", "first ms"), [
-        [*speed_cells(row), f"{row['tokens_per_second']:.1f}",
-         "-" if row["outside_products"] is None else f"{row['outside_products']:.0%}",
-         f"{row['first_token_milliseconds']:.0f}"] for row in rows], [kernels.backend()], num_left=3)
-    print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
-                      "prompt_tokens": options.prompt_tokens, "rows": rows}))
+    rows = []
+    for run in compare(options.model or [], options.shape, options.sparsity, options.peers,
+                       options.threads or [torch.get_num_threads()], options.prompt_tokens, options.new_tokens,
+                       options.repeats):
+        rows += run
+        if not options.json:
+            console.print("{threads} threads, {prompt_tokens} prompt tokens".format(**run[0]), highlight=False)
+            print_measured(console, (*SPEED_HEADER, "tokens/s", "outside", "first ms", "MB", "off"), [
+                [*speed_cells(row), f"{row['tokens_per_second']:.1f}",
+                 "-" if row["outside_products"] is None else f"{row['outside_products']:.0%}",
+                 f"{row['first_token_milliseconds']:.0f}", f"{row['bytes'] / 1e6:.0f}",
+                 "-" if row["logit_error"] is None else f"{row['logit_error']:.3f}"] for row in run],
+                [kernels.backend()], num_left=3)
+    print(json.dumps({"backend": kernels.backend(), "device": cpu_name(), "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:

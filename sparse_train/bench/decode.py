@@ -1,9 +1,10 @@
 """Tokens per second of whole models at batch 1, as `generate` decodes them, and the time to the first token."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 
@@ -16,38 +17,57 @@ from sparse_train.tasks.batch import encode_prompt
 
 _PROMPT_CHARACTERS = 64
 
+Key = tuple[str, str, str, float]
+"""Name of the model, engine, precision, sparsity."""
 
-def decode_rows(runtimes: dict[tuple[str, str, str, float], Runtime], example: Example, new_tokens: int, repeats: int,
-                bandwidth: float,
-                progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """One row per runtime; milliseconds are medians per token after the first, which has its own.
 
-    `runtimes`: (name, engine, precision, sparsity) -> model, the dense one first. `new_tokens`: at least 2 are decoded.
-    `bandwidth`: bytes per second; the byte bound counts every weight once per token, tied embeddings once. A text
-    without a prompt is prompted with its first characters. `outside_products` is the share of a token's time in which
-    no weight is multiplied, None where the model has no Decoder.
+class Peer(Protocol):
+    """Another engine, with its own model."""
+
+    num_bytes: int
+    """Of the weights that a token reads."""
+
+    def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        """Seconds until the first new token, and from there to the last."""
+
+
+def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int, repeats: int, bandwidth: float,
+                progress: Callable[[int, int], None] | None = None,
+                peers: Mapping[Key, Peer] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """One row per runtime and peer; milliseconds are medians per token after the first, which has its own.
+
+    `runtimes`: the dense one first. `new_tokens`: at least 2 are decoded. `bandwidth`: bytes per second; the byte bound
+    counts every weight once per token, an embedding only as the head that it is tied to. A text without a prompt is
+    prompted with its first characters. `outside_products` is the share of a token's time in which no weight is
+    multiplied, None where the model has no Decoder.
     """
     if not example.prompt and example.sound is None:
         example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
     new_tokens = max(2, new_tokens)
-    seconds: dict[Any, list[tuple[float, float]]] = {key: [] for key in runtimes}  # of the first token, of each later
+    prompt = encode_prompt(example, next(iter(runtimes.values())).processor) if peers else []
+    seconds: dict[Any, list[tuple[float, float]]] = {key: [] for key in (*runtimes, *peers)}  # first token, each later
 
     def decode(key: Any) -> None:
-        clock = _decode(runtimes[key], example, new_tokens)
-        seconds[key].append((clock.first_seconds, clock.later_seconds / (new_tokens - 1)))
+        if key in peers:
+            first, later = peers[key].decode(prompt, new_tokens)
+        else:
+            clock = _decode(runtimes[key], example, new_tokens)
+            first, later = clock.first_seconds, clock.later_seconds
+        seconds[key].append((first, later / (new_tokens - 1)))
 
-    candidates: dict[Any, Callable[[], object]] = {key: functools.partial(decode, key) for key in runtimes}
+    candidates: dict[Any, Callable[[], object]] = {key: functools.partial(decode, key) for key in seconds}
     candidates |= {("products", key): functools.partial(_products, Decoder(runtime.model, 1, new_tokens), new_tokens)
                    for key, runtime in runtimes.items()
                    if can_decode(runtime.model, len(encode_prompt(example, runtime.processor)) + new_tokens)}
     with torch.no_grad():
         products = interleave(candidates, repeats, progress)
     rows, dense = [], None
-    for key, runtime in runtimes.items():
+    for key in seconds:
         name, engine, precision, sparsity = key
         first, later = (Timing(tuple(of)) for of in zip(*seconds[key][1:], strict=True))  # one round is not measured
         dense = dense or later.median
-        num_bytes, alone = _bytes_per_token(runtime, example), products.get(("products", key))
+        num_bytes = peers[key].num_bytes if key in peers else _bytes_per_token(runtimes[key], example)
+        alone = products.get(("products", key))
         rows.append({
             "model": name, "what": "decode", "engine": engine, "precision": precision, "sparsity": round(sparsity, 4),
             "milliseconds": 1e3 * later.median, "low": 1e3 * later.low, "high": 1e3 * later.high, "bytes": num_bytes,
@@ -71,7 +91,8 @@ def _products(decoder: Decoder, num_tokens: int) -> None:
 
 
 def _bytes_per_token(runtime: Runtime, example: Example) -> int:
-    """Bytes of the modules that run for each token; an encoder, and the projections of its states, run only once."""
+    """Bytes of the modules that run for each token; an encoder, and the projections of its states, run only once, and
+    of an embedding a token reads a row. One that is tied to the head counts as the head."""
     num_runs: dict[torch.nn.Module, int] = {}
 
     def count(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -83,7 +104,7 @@ def _bytes_per_token(runtime: Runtime, example: Example) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    modules = [module for module, runs in num_runs.items() if runs > 1]
+    modules = [module for module, runs in num_runs.items() if runs > 1 and not isinstance(module, torch.nn.Embedding)]
     packed = sum(module.weight.num_bytes for module in modules if isinstance(module, PackedLinear))
     num_bytes = {id(p): p.nbytes for module in modules for p in module.parameters(recurse=False)}
     return packed + sum(num_bytes.values())

@@ -1,0 +1,99 @@
+"""What a user chooses between, measured in one run: dense torch, our sparse models and other engines."""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_train import kernels
+from sparse_train.bench.decode import Key, decode_rows
+from sparse_train.bench.peers import PEERS, prepare_peers, started
+from sparse_train.bench.peers.engine import Engine
+from sparse_train.bench.shapes import SHAPES, build_dense, sparse_runtimes
+from sparse_train.cpus import available_cpus
+from sparse_train.errors import UserError
+from sparse_train.inference import Runtime, load
+from sparse_train.models import load_model
+from sparse_train.tasks import Example
+from sparse_train.tasks.batch import encode_prompt
+
+log = logging.getLogger(__name__)
+
+_TORCH_BF16 = "torch-bf16"
+_MOST_ERROR = 0.5
+"""Of logits. Rounding to four bits makes 0.1 to 0.3; heads or rows in the wrong order about 1."""
+_TEXT = "Tom has 3 boxes of 4 eggs. "
+
+
+def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[float], peers: Sequence[str],
+            threads: Iterable[int], prompt_tokens: Iterable[int], new_tokens: int,
+            repeats: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of decode_rows for each number of threads and prompt, each with `threads`, `prompt_tokens`, `bandwidth`
+    (bytes per second), and `logit_error`: of what computes the same model as the first, |logits - its| / |its| behind
+    the prompt.
+
+    Raises UserError for what cannot be measured.
+    """
+    known, threads = (_TORCH_BF16, *PEERS), list(threads)
+    for name in peers:
+        if name not in ("all", *known):
+            raise UserError(f"--peers {name}: there is no such peer; give all, or some of {','.join(known)}")
+    names = [name for name in known if name in peers or "all" in peers]
+    if shape is not None and shape not in SHAPES:
+        raise UserError(f"--shape {shape}: there is no such shape; give one of {', '.join(SHAPES)}")
+    if max(threads) > available_cpus():
+        raise UserError(f"--threads {max(threads)}: this process may use {available_cpus()} CPUs; give at most as many")
+    with tempfile.TemporaryDirectory() as work:
+        dense = folders[0] if shape is None else f"{work}/{shape}"
+        if shape is not None:
+            build_dense(shape, Path(dense))
+        runtimes = {_key(folder, runtime): runtime
+                    for folder, runtime in ((folder, load(folder)) for folder in folders or [dense])}
+        first = next(iter(runtimes.values()))
+        if names and (first.is_sparse or first.model.config.is_encoder_decoder):
+            raise UserError(f"{dense}: other engines run dense decoders; give the folder of one first, or leave out "
+                            "--peers")
+        models = prepare_peers([name for name in names if name in PEERS], dense, Path(work))
+        if shape is not None:
+            runtimes |= {_key(dense, runtime): runtime for runtime in sparse_runtimes(Path(dense), sparsities)}
+        if _TORCH_BF16 in names:
+            runtimes[dense, "torch", "bf16", 0.0] = Runtime(load_model(dense, torch.bfloat16), first.processor, "bf16")
+        examples = [_example(first, length) for length in prompt_tokens]
+        capacity = max(len(encode_prompt(example, first.processor)) for example in examples) + new_tokens
+        for num_threads in threads:
+            torch.set_num_threads(num_threads)
+            bandwidth = kernels.read_bandwidth()
+            with started(models, num_threads, capacity) as engines:
+                for example in examples:
+                    prompt = encode_prompt(example, first.processor)
+                    rows = decode_rows(runtimes, example, new_tokens, repeats, bandwidth, peers=engines)
+                    errors = _logit_errors(runtimes, engines, prompt) if names else {}
+                    yield [row | {"model": shape or row["model"], "threads": num_threads, "prompt_tokens": len(prompt),
+                                  "bandwidth": bandwidth, "logit_error": errors.get(key)}
+                           for row, key in zip(rows, (*runtimes, *engines), strict=True)]
+
+
+def _key(folder: str, runtime: Runtime) -> Key:
+    return folder, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity
+
+
+def _example(runtime: Runtime, num_tokens: int) -> Example:
+    tokenizer = runtime.processor.tokenizer
+    tokens = tokenizer.encode(_TEXT * num_tokens, add_special_tokens=False)[:num_tokens]
+    return Example(str(tokenizer.decode(tokens)), "")
+
+
+@torch.no_grad()
+def _logit_errors(runtimes: dict[Key, Runtime], engines: dict[Key, Engine], prompt: list[int]) -> dict[Key, float]:
+    logits = {key: runtime.model(torch.tensor([prompt])).logits[0, -1].float() for key, runtime in runtimes.items()
+              if not runtime.is_sparse} | {key: engine.logits(prompt) for key, engine in engines.items()}
+    expected = logits[next(iter(runtimes))]
+    errors = {key: float((found - expected).norm() / expected.norm()) for key, found in logits.items()}
+    for (_, engine, precision, _), error in errors.items():
+        if not error < _MOST_ERROR:
+            log.warning("%s %s: its logits differ from those of dense torch by %.2f of their norm, which is more than "
+                        "rounding: it does not compute this model", engine, precision, error)
+    return errors

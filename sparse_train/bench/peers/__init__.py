@@ -1,0 +1,86 @@
+"""Engines that a user would pick instead: what each needs to be installed, and to be given a model.
+
+    gguf_file.py     the weights of a dense folder as a GGUF file
+    environment.py   an environment of its own per peer: their dependencies are none of ours
+    engine.py        a process of that environment, which runs worker.py and waits between its turns
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_train.bench.decode import Key
+from sparse_train.bench.peers.engine import Engine
+from sparse_train.bench.peers.environment import make_environment
+from sparse_train.bench.peers.gguf_file import write_gguf
+from sparse_train.models import read_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """worker.py has its engine under the same name."""
+
+    install: tuple[str, ...]
+    """Arguments of pip install."""
+    precisions: tuple[str, ...]
+    families: tuple[str, ...]
+    """transformers' model_type of the models that it decodes."""
+    prepare: Callable[[str | Path, str, Path], int] = write_gguf
+    """Writes a dense folder at a precision to a file; returns the bytes that a token reads."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of pip's environment."""
+
+
+_NATIVE = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}  # wheels are built for older CPUs
+
+PEERS = {
+    "llama.cpp": Peer(("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"), ("Q4_0", "Q4_1", "Q8_0"),
+                      ("llama", "mpt"), variables=_NATIVE),
+    "ik_llama.cpp": Peer(("--no-binary=ik-llama-cpp-python", "ik-llama-cpp-python==0.1.5"), ("Q4_0", "Q4_1", "Q8_0"),
+                         ("llama",), variables=_NATIVE),
+}
+
+
+@dataclass(frozen=True)
+class PeerModel:
+    """A model that is ready for a peer."""
+
+    key: Key
+    python: Path
+    file: Path
+    num_bytes: int
+
+
+def prepare_peers(names: Iterable[str], dense: str, work: Path) -> list[PeerModel]:
+    """Install the peers and write the model of the folder `dense` for them, into the folder `work`.
+
+    A peer that decodes no such model is named in a warning. Raises UserError.
+    """
+    models, written, family = [], {}, read_config(dense).model_type
+    for name in names:
+        peer = PEERS[name]
+        if family not in peer.families:
+            log.warning("%s is left out: it decodes no %s model here", name, family)
+            continue
+        python = make_environment(name, peer.install, peer.variables)
+        for precision in peer.precisions:
+            if (peer.prepare, precision) not in written:
+                file = work / f"{len(written)}.gguf"
+                written[peer.prepare, precision] = file, peer.prepare(dense, precision, file)
+            models.append(PeerModel((dense, name, precision, 0.0), python, *written[peer.prepare, precision]))
+    return models
+
+
+@contextmanager
+def started(models: Iterable[PeerModel], threads: int, capacity: int) -> Iterator[dict[Key, Engine]]:
+    """Their processes, for texts of at most `capacity` tokens; they are ended at the end."""
+    with ExitStack() as stack:
+        engines = {}
+        for model in models:
+            engines[model.key] = Engine(model.python, model.key[1], model.file, model.num_bytes, threads, capacity)
+            stack.callback(engines[model.key].close)
+        yield engines
