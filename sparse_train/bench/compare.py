@@ -23,8 +23,8 @@ from sparse_train.tasks.batch import encode_prompt
 log = logging.getLogger(__name__)
 
 _TORCH_BF16 = "torch-bf16"
-_MOST_ERROR = 0.5
-"""Of logits. Rounding to four bits makes 0.1 to 0.3; heads or rows in the wrong order about 1."""
+_MOST_ERROR = 0.9
+"""Of logits. Unrelated ones are off by 1.4; rounding to four bits has been 0.2 to 0.5."""
 _TEXT = "Tom has 3 boxes of 4 eggs. "
 
 
@@ -33,7 +33,7 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
             repeats: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of decode_rows for each number of threads and prompt, each with `threads`, `prompt_tokens`, `bandwidth`
     (bytes per second), and `logit_error`: of what computes the same model as the first, |logits - its| / |its| behind
-    the prompt.
+    the prompt, both without their mean, which no token's probability depends on.
 
     Raises UserError for what cannot be measured.
     """
@@ -89,9 +89,11 @@ def _example(runtime: Runtime, num_tokens: int) -> Example:
 @torch.no_grad()
 def _logit_errors(runtimes: dict[Key, Runtime], engines: dict[Key, Engine], prompt: list[int]) -> dict[Key, float]:
     logits = {key: runtime.model(torch.tensor([prompt])).logits[0, -1].float() for key, runtime in runtimes.items()
-              if not runtime.is_sparse} | {key: engine.logits(prompt) for key, engine in engines.items()}
-    expected = logits[next(iter(runtimes))]
-    errors = {key: float((found - expected).norm() / expected.norm()) for key, found in logits.items()}
+              if not runtime.is_sparse} | {key: engine.logits(prompt) for key, engine in engines.items()
+                                           if engine.what == "decode"}
+    centred = {key: found - found.mean() for key, found in logits.items()}
+    expected = next(iter(centred.values()))
+    errors = {key: float((found - expected).norm() / expected.norm()) for key, found in centred.items()}
     for (_, engine, precision, _), error in errors.items():
         if not error < _MOST_ERROR:
             log.warning("%s %s: its logits differ from those of dense torch by %.2f of their norm, which is more than "

@@ -26,6 +26,8 @@ class Peer(Protocol):
 
     num_bytes: int
     """Of the weights that a token reads."""
+    what: str
+    """`decode`; another name where it does less than that."""
 
     def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
         """Seconds until the first new token, and from there to the last."""
@@ -69,7 +71,8 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
         num_bytes = peers[key].num_bytes if key in peers else _bytes_per_token(runtimes[key], example)
         alone = products.get(("products", key))
         rows.append({
-            "model": name, "what": "decode", "engine": engine, "precision": precision, "sparsity": round(sparsity, 4),
+            "model": name, "what": peers[key].what if key in peers else "decode", "engine": engine,
+            "precision": precision, "sparsity": round(sparsity, 4),
             "milliseconds": 1e3 * later.median, "low": 1e3 * later.low, "high": 1e3 * later.high, "bytes": num_bytes,
             "first_token_milliseconds": 1e3 * first.median, "tokens_per_second": 1 / later.median,
             "speedup": dense / later.median,

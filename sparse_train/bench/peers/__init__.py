@@ -1,6 +1,7 @@
 """Engines that a user would pick instead: what each needs to be installed, and to be given a model.
 
     gguf_file.py     the weights of a dense folder as a GGUF file
+    linears.py       the shapes of its linears
     environment.py   an environment of its own per peer: their dependencies are none of ours
     engine.py        a process of that environment, which runs worker.py and waits between its turns
 """
@@ -15,6 +16,7 @@ from sparse_train.bench.decode import Key
 from sparse_train.bench.peers.engine import Engine
 from sparse_train.bench.peers.environment import make_environment
 from sparse_train.bench.peers.gguf_file import write_gguf
+from sparse_train.bench.peers.linears import write_linears
 from sparse_train.models import read_config
 
 log = logging.getLogger(__name__)
@@ -27,12 +29,14 @@ class Peer:
     install: tuple[str, ...]
     """Arguments of pip install."""
     precisions: tuple[str, ...]
-    families: tuple[str, ...]
-    """transformers' model_type of the models that it decodes."""
+    families: tuple[str, ...] | None = None
+    """transformers' model_type of the models that it decodes; None: any."""
     prepare: Callable[[str | Path, str, Path], int] = write_gguf
     """Writes a dense folder at a precision to a file; returns the bytes that a token reads."""
     variables: dict[str, str] = field(default_factory=dict)
     """Of pip's environment."""
+    what: str = "decode"
+    """linears: the products of a token alone."""
 
 
 _NATIVE = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}  # wheels are built for older CPUs
@@ -42,6 +46,9 @@ PEERS = {
                       ("llama", "mpt"), variables=_NATIVE),
     "ik_llama.cpp": Peer(("--no-binary=ik-llama-cpp-python", "ik-llama-cpp-python==0.1.5"), ("Q4_0", "Q4_1", "Q8_0"),
                          ("llama",), variables=_NATIVE),
+    "openvino": Peer(("openvino-genai==2026.4.1.0",), ("Q4_0", "Q8_0"), ("llama",)),
+    "onnxruntime": Peer(("onnxruntime==1.32.0", "onnx==1.23.2"), ("int4", "int8"), prepare=write_linears,
+                        what="linears"),
 }
 
 
@@ -63,13 +70,13 @@ def prepare_peers(names: Iterable[str], dense: str, work: Path) -> list[PeerMode
     models, written, family = [], {}, read_config(dense).model_type
     for name in names:
         peer = PEERS[name]
-        if family not in peer.families:
+        if peer.families and family not in peer.families:
             log.warning("%s is left out: it decodes no %s model here", name, family)
             continue
         python = make_environment(name, peer.install, peer.variables)
         for precision in peer.precisions:
             if (peer.prepare, precision) not in written:
-                file = work / f"{len(written)}.gguf"
+                file = work / f"model-{len(written)}"
                 written[peer.prepare, precision] = file, peer.prepare(dense, precision, file)
             models.append(PeerModel((dense, name, precision, 0.0), python, *written[peer.prepare, precision]))
     return models
@@ -81,6 +88,8 @@ def started(models: Iterable[PeerModel], threads: int, capacity: int) -> Iterato
     with ExitStack() as stack:
         engines = {}
         for model in models:
-            engines[model.key] = Engine(model.python, model.key[1], model.file, model.num_bytes, threads, capacity)
+            name = model.key[1]
+            engines[model.key] = Engine(model.python, name, model.file, model.num_bytes, threads, capacity,
+                                        PEERS[name].what)
             stack.callback(engines[model.key].close)
         yield engines

@@ -19,9 +19,10 @@ _WORKER = Path(__file__).with_name("worker.py")
 class Engine:
     """A model that worker.py decodes; `num_bytes`: of the weights that a token reads."""
 
-    def __init__(self, python: Path, name: str, model: Path, num_bytes: int, threads: int, capacity: int):
+    def __init__(self, python: Path, name: str, model: Path, num_bytes: int, threads: int, capacity: int,
+                 what: str = "decode"):
         """Wait until the model is loaded. Raises UserError where it cannot be."""
-        self.num_bytes, self._name, self._log = num_bytes, name, model.with_suffix(f".{threads}.log")
+        self.num_bytes, self.what, self._name, self._log = num_bytes, what, name, model.with_suffix(f".{threads}.log")
         spec = {"engine": name, "model": str(model), "threads": threads, "capacity": capacity}
         with self._log.open("w") as log:  # -P: the modules beside worker.py are not the engines
             self._process = subprocess.Popen(

@@ -23,7 +23,15 @@ def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
     least eight bits, vectors are fp32. Raises UserError for a model that is not written here.
     """
     require("gguf")
-    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quantize
+    from gguf import (
+        GGML_QUANT_VERSION,
+        MODEL_ARCH,
+        GGMLQuantizationType,
+        GGUFWriter,
+        LlamaFileType,
+        get_tensor_name_map,
+        quantize,
+    )
 
     model, tensors = open_model(folder)
     config, name = model.config, model.config.model_type
@@ -31,6 +39,8 @@ def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
         raise UserError(f"{folder}: {name} models are not written as GGUF; give one of {', '.join(WRITERS)}")
     writer = GGUFWriter(file, name)
     heads = WRITERS[name](writer, config, str(folder))
+    writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_tokenizer(writer, folder, config.vocab_size)
     names = get_tensor_name_map({"llama": MODEL_ARCH.LLAMA, "mpt": MODEL_ARCH.MPT}[name], config.num_hidden_layers)
     num_bytes = 0
@@ -116,4 +126,5 @@ def _add_tokenizer(writer: Any, folder: str | Path, vocab_size: int) -> None:
     writer.add_token_list([names.get(token, f"<unused {token}>") for token in range(vocab_size)])
     writer.add_token_types([1] * vocab_size)
     writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(tokenizer.eos_token_id)

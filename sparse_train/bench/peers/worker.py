@@ -9,10 +9,12 @@ An engine is a function of the argument that returns feed(tokens, start): the lo
 positions `start`, ...; 0 begins another text.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +63,76 @@ def _llama(api: Any, spec: dict[str, Any], clear: Callable[[Any], None]) -> Feed
     return feed
 
 
-ENGINES: dict[str, Callable[[dict[str, Any]], Feed]] = {"llama.cpp": llama_cpp, "ik_llama.cpp": ik_llama_cpp}
+def openvino(spec: dict[str, Any]) -> Feed:
+    """The graph that openvino-genai makes of a GGUF file, run by OpenVINO itself, so that all engines share a loop."""
+    import openvino as api
+    import openvino_genai
+
+    core, file = api.Core(), spec["model"]
+    threads = {"INFERENCE_NUM_THREADS": spec["threads"]}
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(file)) as folder:
+        link = os.path.join(folder, "model.gguf")
+        os.symlink(file, link)
+        with contextlib.suppress(RuntimeError):  # it saves the graph, and may then fail to compile it in memory
+            openvino_genai.LLMPipeline(link, "CPU", enable_save_ov_model=True, **threads)
+        request = core.compile_model(os.path.join(folder, "openvino_model.xml"), "CPU", threads).create_infer_request()
+
+    def feed(tokens: list[int], start: int) -> np.ndarray:
+        if not start:
+            request.reset_state()
+        stop = start + len(tokens)
+        request.infer({"input_ids": np.array([tokens]), "attention_mask": np.ones((1, stop), np.int64),
+                       "position_ids": np.arange(start, stop)[None], "beam_idx": np.zeros(1, np.int32)})
+        return request.get_tensor("logits").data[0, -1]
+
+    return feed
+
+
+def onnxruntime(spec: dict[str, Any]) -> Feed:
+    """The linears of the JSON file alone, with random weights, each of ones: INT8 as ONNX Runtime's own dynamic
+    quantisation makes it, INT4 in blocks of 32 that share a scale. The last one, the head, takes one row."""
+    import onnxruntime as api
+    from onnx import TensorProto, helper, numpy_helper
+
+    with open(spec["model"]) as file:
+        precision, shapes = json.load(file)
+    random, nodes, weights, inputs, outputs = np.random.default_rng(0), [], [], {}, []
+    for i, (rows, columns) in enumerate(shapes):
+        x = "head" if i == len(shapes) - 1 else f"x{columns}"
+        inputs[x] = columns
+        outputs.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [None, rows]))
+        if precision == "int4":
+            num_blocks = columns // 32
+            weights += [(f"w{i}", random.integers(0, 256, (rows, num_blocks, 16), np.uint8)),
+                        (f"s{i}", random.random(rows * num_blocks, np.float32))]
+            nodes.append(helper.make_node("MatMulNBits", [x, f"w{i}", f"s{i}"], [f"y{i}"], domain="com.microsoft",
+                                          K=columns, N=rows, bits=4, block_size=32, accuracy_level=4))
+        else:
+            weights.append((f"w{i}", random.integers(-127, 128, (columns, rows), np.int8)))
+            nodes += [helper.make_node("DynamicQuantizeLinear", [x], [f"q{i}", f"s{i}", f"z{i}"]),
+                      helper.make_node("MatMulInteger", [f"q{i}", f"w{i}", f"z{i}"], [f"i{i}"]),
+                      helper.make_node("Cast", [f"i{i}"], [f"f{i}"], to=TensorProto.FLOAT),
+                      helper.make_node("Mul", [f"f{i}", f"s{i}"], [f"y{i}"])]
+    graph = helper.make_graph(
+        nodes, "linears", [helper.make_tensor_value_info(x, TensorProto.FLOAT, [None, columns])
+                           for x, columns in inputs.items()],
+        outputs, [numpy_helper.from_array(array, name) for name, array in weights])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[
+        helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    options = api.SessionOptions()
+    options.intra_op_num_threads = spec["threads"]
+    session = api.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def feed(tokens: list[int], start: int) -> np.ndarray:
+        session.run(None, {x: np.ones((1 if x == "head" else len(tokens), columns), np.float32)
+                           for x, columns in inputs.items()})
+        return np.zeros(1)
+
+    return feed
+
+
+ENGINES: dict[str, Callable[[dict[str, Any]], Feed]] = {
+    "llama.cpp": llama_cpp, "ik_llama.cpp": ik_llama_cpp, "openvino": openvino, "onnxruntime": onnxruntime}
 
 
 def answer(feed: Feed, prompt: list[int], new_tokens: int) -> dict[str, Any]:
