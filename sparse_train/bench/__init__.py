@@ -1,6 +1,7 @@
 """Timings, with the candidates in turns: layers, decoding, moves of weights, and training steps; gradients of losses.
 
     layers.py, decode.py   batch-1 products and tokens, compared with dense torch and with the memory's bandwidth
+    compare.py, peers/     models, shapes (shapes.py) and other engines in one run
     moves.py, train.py     expanding and compacting weights; a training step
     gpu.py                 layers and decoding on a GPU
     losses.py              what each loss makes of a student's gradient

@@ -11,7 +11,7 @@ from sparse_train.compress import export_sparse
 from sparse_train.config import ModelConfig, TaskConfig
 from sparse_train.config.run import CompressConfig
 from sparse_train.inference import Runtime, load
-from sparse_train.models import describe, family_of, load_model, save_model
+from sparse_train.models import describe, family_of, load_model, load_processor, save_model
 from sparse_train.models.empty import from_config
 from sparse_train.sparse import BitmaskTensor, sparsify
 from sparse_train.tasks import build_task, build_tokenizer
@@ -38,11 +38,11 @@ def sparse_runtimes(dense: Path, sparsities: Iterable[float]) -> Iterator[Runtim
     for sparsity in sparsities:
         model = load_model(dense)
         generator = torch.Generator().manual_seed(1)
+        weights = {name: model.get_parameter(f"{name}.weight").detach()
+                   for name in family_of(model).prunable_linears(model)}
         sparsify(model, {name: BitmaskTensor.from_dense(
-            linear.weight.detach(), torch.rand(linear.weight.shape, generator=generator) >= sparsity)
-            for name, linear in family_of(model).prunable_linears(model).items()})
-        tokenizer = build_tokenizer(build_task(TaskConfig()), 300)
+            weight, torch.rand(weight.shape, generator=generator) >= sparsity) for name, weight in weights.items()})
         for precision in PRECISIONS:
             with tempfile.TemporaryDirectory(dir=dense.parent) as folder:
-                export_sparse(model, tokenizer, precision, Path(folder), int8_head=True)
+                export_sparse(model, load_processor(dense), precision, Path(folder), int8_head=True)
                 yield load(folder)

@@ -67,7 +67,8 @@ def prepare_peers(names: Iterable[str], dense: str, work: Path) -> list[PeerMode
 
     A peer that decodes no such model is named in a warning. Raises UserError.
     """
-    models, written, family = [], {}, read_config(dense).model_type
+    models, family = [], read_config(dense).model_type
+    written: dict[object, tuple[Path, int]] = {}
     for name in names:
         peer = PEERS[name]
         if peer.families and family not in peer.families:
