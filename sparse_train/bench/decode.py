@@ -107,7 +107,10 @@ def _bytes_per_token(runtime: Runtime, example: Example) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    modules = [module for module, runs in num_runs.items() if runs > 1 and not isinstance(module, torch.nn.Embedding)]
+    modules = [module for module, runs in num_runs.items() if runs > 1]
     packed = sum(module.weight.num_bytes for module in modules if isinstance(module, PackedLinear))
     num_bytes = {id(p): p.nbytes for module in modules for p in module.parameters(recurse=False)}
+    embedding, head = runtime.model.get_input_embeddings(), runtime.model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        num_bytes.pop(id(embedding.weight), None)
     return packed + sum(num_bytes.values())
