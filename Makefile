@@ -2,6 +2,7 @@
 # make real   a pretrained model, SmolLM2-135M, made sparse on GSM8K with a small budget
 # make test   all tests
 # make test-slow      further cases of the same checks, minutes each
+# make test-sanitize  the tests of native code, built with AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
 # make lint   ruff, mypy and the width of lines of C++; make types is mypy alone
 # Each makes the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo real test test-slow test-cluster lint types setup clean
+.PHONY: demo real test test-slow test-sanitize test-cluster lint types setup clean
 
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
@@ -32,6 +33,18 @@ test: setup
 
 test-slow: setup
 	.venv/bin/python -m pytest -m slow
+
+# Python was built without the sanitizer, so its library is loaded before all others, and C++'s with it, whose exceptions
+# it looks for. Python frees little at its end, and the tests ask for more memory than there is. A test that starts a
+# process of its own ("openmp") would find the usual module there. An abort makes pytest print the test.
+test-sanitize: setup
+	PATH=$$PWD/.venv/bin:$$PATH cmake -S sparse_train/kernels -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DSPARSE_TRAIN_SANITIZE=ON -DPython_EXECUTABLE=$$PWD/.venv/bin/python --log-level=WARNING
+	PATH=$$PWD/.venv/bin:$$PATH cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 .venv/bin/python -m pytest --capture=sys \
+	  -m "sanitize and not slow" -k "not openmp" -p tests.kernels.sanitized tests/kernels
 
 test-cluster: setup
 	slurm/cluster/stop.sh; trap slurm/cluster/stop.sh EXIT; slurm/cluster/start.sh && REQUIRE_CLUSTER=1 .venv/bin/python -m pytest tests/cluster

@@ -128,8 +128,10 @@ class PackedMatrix:
         return torch.stack([self._matvec(vector) for vector in x.view(-1, self.shape[1])]).view(y.shape)
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = x.numel() // max(1, self.shape[1])
-        multiply = self._skipping if num_rows and self.density <= break_even(num_rows) else self._expanding
+        if not x.numel():
+            return x.new_zeros(*x.shape[:-1], self.shape[0])
+        is_sparse = self.density <= break_even(x.numel() // self.shape[1])
+        multiply = self._skipping if is_sparse else self._expanding
         if self._scale is None:
             return multiply(x)
         codes, step = reference.quantise(x)

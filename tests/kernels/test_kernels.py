@@ -13,15 +13,11 @@ from torch.nn import functional
 from sparse_train import kernels
 from sparse_train.kernels import reference
 
+pytestmark = pytest.mark.sanitize
+
 _SHAPES = [(1, 1), (3, 63), (17, 64), (5, 65), (64, 127), (130, 200), (2, 1000), (257, 512)]
 _EPS = torch.finfo(torch.float32).eps
 _DENSITIES = [0.0, 0.1, 0.5, 1.0]
-
-
-@pytest.fixture(params=reversed(kernels.backends()))
-def backend(request):
-    with kernels.use_backend(request.param):
-        yield request.param
 
 
 def _weight(shape, density, dtype=torch.float32, seed=0):

@@ -8,19 +8,9 @@ from sparse_train import kernels
 from sparse_train.kernels import packed
 from tests.kernels.test_kernels import page_before_a_crash
 
+pytestmark = pytest.mark.sanitize
+
 _EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=kernels.backends())
-def backend(request):
-    with kernels.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def skips(monkeypatch):
-    """Zeros are skipped whatever the density."""
-    monkeypatch.setattr(packed, "break_even", lambda num_rows: 1.0)
 
 
 def _matrix(shape, density, precision="fp32"):

@@ -9,15 +9,11 @@ from sparse_train.kernels import ACTIVATIONS, Steps
 from sparse_train.sparse import BitmaskTensor
 from tests.training.plain import assert_as_exact
 
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("backend")]
+
 
 def _random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(params=kernels.backends(), autouse=True)
-def backend(request):
-    with kernels.use_backend(request.param):
-        yield request.param
 
 
 def _check(found, reference, *inputs, sizes=None):
