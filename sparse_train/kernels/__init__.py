@@ -9,7 +9,8 @@
     key_cache, put_keys      the keys that its attention reads
     read_bandwidth           of the memory, in bytes per second, for the byte bound
     GROUP, scale_of_columns  columns that share a scale in INT4
-    backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI), avx512f, avx2, portable
+    backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI), avx512f, avx2, neon_dotprod, neon,
+                             portable
     PORTABLE_NOTE            the warning printed where the portable kernels run
 
 The products and moves are operators of torch (`ops.py`, `packed.py`). A tensor's device (the table KERNELS of

@@ -16,8 +16,8 @@ except ImportError as error:
     raise ImportError("the native kernels are not built; run `make setup`, or pip install --no-build-isolation -e . "
                       f"in the repository ({error})") from error
 
-PORTABLE_NOTE = ("portable kernels: without AVX2 or AVX-512 sparse products are computed one value after the other; "
-                 "dense torch may be faster")
+PORTABLE_NOTE = ("portable kernels: without AVX2, AVX-512 or NEON sparse products are computed one value after the "
+                 "other; dense torch may be faster")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_THREADS = 4096
 

@@ -1,67 +1,13 @@
-// What AVX2 does with the bits of a weight: a table says, for each byte of bits, where each of 8 positions has its
-// value among those that come next, and a shuffle moves them there.
+// What AVX2 does with the bits of a weight: a shuffle by tables (byte_tables.h).
 #pragma once
 #include <immintrin.h>
 
+#include "byte_tables.h"
 #include "int4.h"
 #include "moves.h"
 
 namespace sparse_train {
 namespace {
-
-template <class T, int kWidth>
-struct ByteTable {
-    alignas(64) T entries[256][kWidth];
-    const T* operator[](uint8_t byte) const { return entries[byte]; }
-};
-
-// The entries are entry(byte, lane).
-template <class T, int kWidth, class Entry>
-constexpr ByteTable<T, kWidth> byte_table(Entry entry) {
-    ByteTable<T, kWidth> table{};
-    for (int byte = 0; byte < 256; ++byte)
-        for (int lane = 0; lane < kWidth; ++lane) table.entries[byte][lane] = T(entry(byte, lane));
-    return table;
-}
-
-constexpr bool is_kept(int byte, int position) { return byte >> position & 1; }
-
-constexpr int num_kept(int byte, int before = 8) {
-    int count = 0;
-    for (int position = 0; position < before; ++position) count += is_kept(byte, position);
-    return count;
-}
-
-// The place of the kept position with so many before it; 8 where there is none.
-constexpr int place_of(int byte, int rank) {
-    int position = 0;
-    while (position < 8 && !(is_kept(byte, position) && num_kept(byte, position) == rank)) ++position;
-    return position;
-}
-
-constexpr int kZero = 0x80;  // as an index of bytes: a byte of zeros; as an index of floats: its sign
-
-constexpr auto kExpand4 = byte_table<uint8_t, 8>([](int byte, int at) {
-    return is_kept(byte, at) ? num_kept(byte, at) : kZero;
-});
-constexpr auto kCompress4 = byte_table<uint8_t, 8>([](int byte, int at) { return place_of(byte, at); });
-constexpr auto kExpand2 = byte_table<uint8_t, 16>([](int byte, int at) {
-    return is_kept(byte, at / 2) ? 2 * num_kept(byte, at / 2) + at % 2 : kZero;
-});
-constexpr auto kCompress2 = byte_table<uint8_t, 16>([](int byte, int at) {
-    return at / 2 < num_kept(byte) ? 2 * place_of(byte, at / 2) + at % 2 : kZero;
-});
-// BF16 to FP32: to the upper halves of the lanes.
-constexpr auto kWiden2 = byte_table<uint8_t, 32>([](int byte, int at) {
-    return is_kept(byte, at / 4) && at % 4 >= 2 ? 2 * num_kept(byte, at / 4) + at % 2 : kZero;
-});
-// Of 16 positions: the sum of the first byte's entry in the one table and the second byte's in the other.
-constexpr auto kExpandFirst1 = byte_table<uint8_t, 16>([](int byte, int at) {
-    return at >= 8 ? num_kept(byte) : is_kept(byte, at) ? num_kept(byte, at) : kZero;
-});
-constexpr auto kExpandSecond1 = byte_table<uint8_t, 16>([](int byte, int at) {
-    return at < 8 ? 0 : is_kept(byte, at - 8) ? num_kept(byte, at - 8) : kZero;
-});
 
 inline __m256i load256(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline __m128i load128(const void* from) { return _mm_loadu_si128((const __m128i*)from); }
@@ -74,6 +20,7 @@ struct HalfRegister {
     static constexpr int kLanes = 16 / sizeof(Type);
     static void store(Type* to, __m128i v) { _mm_storeu_si128((__m128i*)to, v); }
     static void stream(Type* to, __m128i v) { _mm_stream_si128((__m128i*)to, v); }
+    static void fence() { _mm_sfence(); }
 };
 
 struct Lanes1Avx2 : HalfRegister<uint8_t> {
@@ -120,6 +67,7 @@ struct Lanes4Avx2 {
 
     static void store(Type* to, __m256i v) { _mm256_storeu_si256((__m256i*)to, v); }
     static void stream(Type* to, __m256i v) { _mm256_stream_si256((__m256i*)to, v); }
+    static void fence() { _mm_sfence(); }
 };
 
 struct FloatAvx2 : FloatKernel<8, 2> {

@@ -32,6 +32,7 @@ inline __m512i load512(const void* from) {
         }                                                                                                              \
         static void store(Type* to, __m512i v) { _mm512_storeu_si512(to, v); }                                         \
         static void stream(Type* to, __m512i v) { _mm512_stream_si512((__m512i*)to, v); }                              \
+        static void fence() { _mm_sfence(); }                                                                          \
     };
 SPARSE_TRAIN_LANES(4, uint32_t, __mmask16, 32)
 #ifdef __AVX512VBMI2__

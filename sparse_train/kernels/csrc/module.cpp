@@ -314,11 +314,13 @@ private:
         over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
             if (int4_) tier->matvec_i4(rows, int4_->view(), x, y, first, last);
             else tier->matvec_i8(rows, (const int8_t*)values_.get(), x, output, first, last);
-            for (int64_t m = 0; m < num_vectors; ++m)
+            for (int64_t m = 0; m < num_vectors; ++m) {
+                const int zero = of[m].zero - (int4_ ? 0 : tier->x_offset);
                 for (int64_t i = m * rows.num_rows, r = first; r < last; ++r) {
                     const double sum = int4_ ? double(y[i + r]) : double(output[i + r]);
-                    y[i + r] = float(scale_[r] * of[m].step * (sum - of[m].zero * row_sums_[r]));
+                    y[i + r] = float(scale_[r] * of[m].step * (sum - zero * row_sums_[r]));
                 }
+            }
         });
     }
 

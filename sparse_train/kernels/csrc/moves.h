@@ -4,11 +4,10 @@
 //   expand(k, word, bits, values)   as a Kernel of matvec.h
 //   compress(k, word, bits, dense)  the kept elements of the k-th register of a word come first
 //   store, stream(to, register)     the second past the caches, to an aligned place
+//   fence()                         what was streamed comes before all that is stored from now on
 //
 // In an unnamed namespace as matvec.h is.
 #pragma once
-#include <immintrin.h>
-
 #include "matvec.h"
 
 namespace sparse_train {
@@ -45,7 +44,7 @@ void expand_with(const Rows& rows, const void* values, void* dense, int64_t firs
     if (uintptr_t(dense) % 64 || row_bytes % 64 || rows.num_rows * row_bytes < kStreamed)
         return expand_as<Lanes, false>(rows, (const Type*)values, (Type*)dense, first, last);
     expand_as<Lanes, true>(rows, (const Type*)values, (Type*)dense, first, last);
-    _mm_sfence();
+    Lanes::fence();
 }
 
 template <class Lanes>

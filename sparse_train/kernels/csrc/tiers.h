@@ -57,7 +57,7 @@ struct Tier {
 
     void (*matvec_f32)(const Rows&, const float* values, Vectors<float> x, float* y, int64_t first, int64_t last);
     void (*matvec_bf16)(const Rows&, const uint16_t* values, Vectors<float> x, float* y, int64_t first, int64_t last);
-    // Exact sums, of rows of any width.
+    // Exact sums, of rows of any width, with x less x_offset.
     void (*matvec_i8)(const Rows&, const int8_t* values, Vectors<uint8_t> x, int64_t* y, int64_t first, int64_t last);
     // Codes times their scales, summed as floats; exact within a group.
     void (*matvec_i4)(const Rows&, const Int4&, Vectors<uint8_t> x, float* y, int64_t first, int64_t last);
@@ -72,11 +72,12 @@ struct Tier {
     uint64_t (*read)(const void* data, int64_t num_bytes);
     Matmul matmul;
     Steps steps;
+    int x_offset = 0;  // what matvec_i8 takes away from x: 128 where it multiplies signed bytes
 };
 
-extern const Tier avx512, avx512f, avx2, portable;
+extern const Tier avx512, avx512f, avx2, neon_dotprod, neon, portable;
 
 // Fastest first. The first that this CPU supports is used unless Python chooses another.
-inline const Tier* const kTiers[] = {&avx512, &avx512f, &avx2, &portable};
+inline const Tier* const kTiers[] = {&avx512, &avx512f, &avx2, &neon_dotprod, &neon, &portable};
 
 }  // namespace sparse_train
