@@ -55,7 +55,7 @@ private:
                 const int64_t num_bytes = Int4::num_bytes(words[0], words[1]);
                 std::fill_n(to, num_bytes, uint8_t(0));
                 for (int64_t k = 0; k < counts[0]; ++k) to[k] = *next[i]++ & 15;
-                for (int64_t k = 0; k < counts[1]; ++k) to[k] |= *next[i]++ << 4;
+                for (int64_t k = 0; k < counts[1]; ++k) to[k] |= uint8_t(*next[i]++) << 4;
                 to += num_bytes;
                 const uint16_t scale = scales[(first + i) * num_groups_ + group];
                 const int64_t sum = std::accumulate(next[i] - counts[0] - counts[1], next[i], int64_t(0));
