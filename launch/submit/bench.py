@@ -132,7 +132,9 @@ def _decode(options, console: Console) -> None:
                        options.repeats):
         rows += run
         if not options.json:
-            console.print("{threads} threads, {prompt_tokens} prompt tokens".format(**run[0]), highlight=False)
+            first = run[0]
+            console.print(f"threads: {first['threads']}; {first['prompt_tokens']} prompt tokens; memory is read at "
+                          f"{first['bandwidth'] / 1e9:.1f} GB/s", highlight=False)
             print_measured(console, (*SPEED_HEADER, "tokens/s", "outside", "first ms", "MB", "off"), [
                 [*speed_cells(row), f"{row['tokens_per_second']:.1f}",
                  "-" if row["outside_products"] is None else f"{row['outside_products']:.0%}",
