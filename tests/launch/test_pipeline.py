@@ -110,7 +110,7 @@ def test_the_report_has_every_row_and_opens_offline(run):
     assert all(set(row) >= {"model", "loss", "sparsity", "metric", "value"} for row in data["scores"])
     assert {row["sparsity"] for row in data["scores"] if row["loss"] != "dense"} == {0.75}
     assert {(row["engine"], row["precision"]) for row in data["speed"]} == \
-        {("torch", "fp32"), ("sparse", "fp32"), ("sparse", "bf16"), ("sparse", "int8")}
+        {("torch", "fp32"), *(("sparse", precision) for precision in ("fp32", "bf16", "int8", "int4"))}
     assert all(row["milliseconds"] > 0 and row["fraction_of_byte_bound"] > 0 for row in data["speed"])
     on_texts = {metric: [row["value"] for row in data["scores"] if row["metric"] == f"prose/{metric}"]
                 for metric in ("perplexity", "kl", "num_tokens")}

@@ -16,7 +16,7 @@ using Buffer = std::unique_ptr<uint8_t, Freed>;
 
 inline Buffer allocate(int64_t num_bytes) {
     constexpr int64_t kPage = 2 << 20;
-    const bool is_large = num_bytes >= 4 * kPage;
+    const bool is_large = num_bytes >= kPage;
     const int64_t alignment = is_large ? kPage : 64;
     void* memory = std::aligned_alloc(alignment, (num_bytes + alignment - 1) / alignment * alignment);
     if (!memory) throw std::bad_alloc();

@@ -26,20 +26,23 @@ inline void dot_int4(const Rows& rows, const Int4& int4, Vectors<uint8_t> x, flo
         const int64_t count = std::min(kScales, num_scales - done);
         for (int64_t i = 0; i < count; ++i) scale[i] = from_bf16(scales[done + i]);
         for (int64_t at = 0; at < count; at += kTileRows, bits += 8 * Int4::kGroup * kTileRows) {
-            const uint8_t* entries = x.data + 64 * Int4::kGroup * ((done + at) / kTileRows);
+            typename Kernel::Codes codes[kTileRows];
 #pragma GCC unroll 8
             for (int i = 0; i < kTileRows; ++i) {
                 const uint8_t *first = bits + 8 * i, *second = first + 8 * kTileRows;
                 uint64_t words[Int4::kGroup];
                 std::memcpy(words, first, 8);
                 std::memcpy(words + 1, second, 8);
-                const typename Kernel::Codes codes = Kernel::expand(first, second, next);
+                codes[i] = Kernel::expand(first, second, next);
                 __builtin_prefetch(next + kAhead);
                 next += Int4::num_bytes(words[0], words[1]);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m)
-                    sums[i][m] = Kernel::add(codes, entries + m * x.stride, scale[at + i], sums[i][m]);
             }
+            const uint8_t* entries = x.data + 64 * Int4::kGroup * ((done + at) / kTileRows);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+                for (int i = 0; i < kTileRows; ++i)
+                    sums[i][m] = Kernel::add(codes[i], entries + m * x.stride, scale[at + i], sums[i][m]);
         }
     }
     for (int64_t i = 0; i < std::min(kTileRows, rows.num_rows - row); ++i)
