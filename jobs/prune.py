@@ -9,11 +9,9 @@ from sparse_train import dist
 from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor, save_model
-from sparse_train.pruning import prune
+from sparse_train.pruning import calibration_batches, prune
 from sparse_train.registry import PRUNERS
 from sparse_train.sparse import densify, sparse_linears, sparsify
-from sparse_train.tasks import build_task, training_examples
-from sparse_train.tasks.batch import encode
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -22,13 +20,8 @@ def run(job: Job) -> dict[str, Any]:
     processor, model = load_processor(source.path, job.config.task.language), load_model(source.path)
     earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
     model = to_device(densify(model), dist.device())
-    task = build_task(spec.calibration or job.config.task)
     calibrates = PRUNERS.entries[spec.method].calibrates
-    examples = list(training_examples(task, processor, spec.num_calibration)[0]) if calibrates else []
-    examples.sort(key=lambda example: sum(map(len, encode(example, processor))))  # less padding
-    batches = (task.batch([examples[i] for i in range(start, min(start + spec.batch_size, len(examples)))],
-                          processor).to(dist.device())
-               for start in range(0, len(examples), spec.batch_size))
+    batches = calibration_batches(spec, job.config.task, processor) if calibrates else ()
     weights = prune(model, batches, spec, job.progress, earlier)
     save_model(job.out, sparsify(model, weights), processor)
     num_kept = sum(weight.values.numel() for weight in weights.values())

@@ -5,15 +5,18 @@
     pruner.py        the interface of a method
     magnitude.py, wanda.py, sparsegpt.py, admm.py
                      a method each
+    compensation.py  columns that take over the errors of those before them
     refit.py         the best values for given bits
     pattern.py       bits from scores
-    statistics.py    sums over calibration inputs
+    calibration.py, statistics.py
+                     calibration batches; sums over what they make of a linear's inputs
     parameters.py    counts of parameters before and after pruning
 
 The methods are the table PRUNERS of sparse_train/registry.py.
 """
 
-from sparse_train.pruning.blockwise import prune
+from sparse_train.pruning.blockwise import prune, prune_layers
+from sparse_train.pruning.calibration import calibration_batches
 from sparse_train.pruning.pruner import Layer, Pruner, build_pruner
 
-__all__ = ["Layer", "Pruner", "build_pruner", "prune"]
+__all__ = ["Layer", "Pruner", "build_pruner", "calibration_batches", "prune", "prune_layers"]

@@ -10,7 +10,7 @@ are recorded after the encoder is pruned, so its cross-attention learns from pru
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +24,12 @@ from sparse_train.errors import UserError
 from sparse_train.models import block_output, family_of
 from sparse_train.pruning.layers import choose_layers
 from sparse_train.pruning.pruner import Layer, Pruner, Statistics, build_pruner
-from sparse_train.registry import PRUNERS
 from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks import Batch
 
 Progress = Callable[[int, int, str], None]
 
 
-@torch.no_grad()
 def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, progress: Progress | None = None,
           earlier: Mapping[str, torch.Tensor] | None = None) -> dict[str, BitmaskTensor]:
     """The sparse weight of every linear that is pruned, by module name. The model's weights become the pruned ones.
@@ -41,17 +39,23 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, p
     model's linears (see choose_layers), and where a method that prunes by inputs gets no token.
     """
     (level,) = spec.levels  # those of a chain are pruned one by one
-    pruner = build_pruner(level)
     linears = family_of(model).dense_linears(model)
     specs = choose_layers({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, level)
-    layers = {name: Layer(name, linears[name].weight, layer, (earlier or {}).get(name))
-              for name, layer in specs.items()}
+    return prune_layers(model, build_pruner(level), [
+        Layer(name, linears[name].weight, layer, (earlier or {}).get(name)) for name, layer in specs.items()
+    ], batches, progress)
+
+
+@torch.no_grad()
+def prune_layers(model: PreTrainedModel, pruner: Pruner, layers: Sequence[Layer], batches: Iterable[Batch],
+                 progress: Progress | None = None) -> dict[str, BitmaskTensor]:
+    """As `prune`, with a method and layers of the caller's."""
     was_training = model.training
     model.eval()
     try:
         if pruner.Statistics is None:
-            return {name: _apply(layer, pruner.prune(layer, None)) for name, layer in layers.items()}
-        return _prune_blocks(model, pruner, layers, list(batches), progress)
+            return {layer.name: _apply(layer, pruner.prune(layer, None)) for layer in layers}
+        return _prune_blocks(model, pruner, {layer.name: layer for layer in layers}, list(batches), progress)
     finally:
         model.train(was_training)
 
@@ -98,7 +102,7 @@ def _prune_blocks(model: PreTrainedModel, pruner: Pruner, layers: dict[str, Laye
             calls = [record[index].with_hidden(states) for record, states in zip(records, hidden, strict=True)]
             linears = {name: linear for name, linear in all_linears.items() if name.startswith(f"{prefix}.")}
             for name, statistics in _collect(pruner, block, linears, calls, batches, stack.side).items():
-                _require_tokens(name, statistics, layers[name].spec.method)
+                _require_tokens(name, statistics, pruner)
                 weights[name] = _apply(layers[name], pruner.prune(layers[name], statistics))
             hidden = [block_output(block(*call.args, **call.kwargs)) for call in calls]
             if progress:
@@ -107,15 +111,10 @@ def _prune_blocks(model: PreTrainedModel, pruner: Pruner, layers: dict[str, Laye
     return weights
 
 
-def _require_tokens(name: str, statistics: Statistics, method: str) -> None:
+def _require_tokens(name: str, statistics: Statistics, pruner: Pruner) -> None:
     if not statistics.num_tokens:
-        raise UserError(f"no calibration token reached {name}, and prune.method={method} prunes by its inputs; give "
-                        f"more or shorter examples (prune.num_calibration, task.max_length), or {_without_inputs()}")
-
-
-def _without_inputs() -> str:
-    methods = [name for name, entry in PRUNERS.entries.items() if not entry.calibrates]
-    return f"use prune.method={' or '.join(methods)}"
+        raise UserError(f"no calibration token reached {name}, whose inputs decide; give more or shorter examples "
+                        f"(prune.num_calibration, task.max_length), or {pruner.without_inputs}")
 
 
 def _record_calls(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch]) -> list[list[_Call]]:
@@ -198,7 +197,7 @@ class _Collector:
     batch: Batch
 
     def __init__(self, pruner: Pruner, linears: dict[str, nn.Linear], side: str):
-        kind = pruner.Statistics
+        self._pruner, kind = pruner, pruner.Statistics
         assert kind is not None  # or nothing would be collected
         shared = functools.cache(kind)
         self.statistics: dict[str, Statistics] = {
@@ -236,7 +235,7 @@ class _Collector:
         is_real = self.batch.attends["encoder" if is_foreign else self._side]
         if inputs[..., 0].numel() != is_real.numel():
             raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
-                            f"{is_real.numel()}, so padding cannot be left out; {_without_inputs()}")
+                            f"{is_real.numel()}, so padding cannot be left out; {self._pruner.without_inputs}")
         return inputs.reshape(-1, inputs.shape[-1])[is_real.flatten()]
 
 

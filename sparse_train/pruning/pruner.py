@@ -58,6 +58,12 @@ class Pruner(ABC, Generic[S]):
         """`options`: an instance of the class's Options; None: its defaults."""
         self.options = options or self.Options()
 
+    @property
+    def without_inputs(self) -> str:
+        """The remedy where a layer's inputs cannot be used."""
+        methods = [name for name, entry in PRUNERS.entries.items() if not entry.calibrates]
+        return f"use prune.method={' or '.join(methods)}"
+
     @abstractmethod
     def prune(self, layer: Layer, statistics: S) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight (R, C) with zeros where pruned, keep (R, C) bool). `layer.weight` is not changed."""
