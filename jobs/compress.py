@@ -4,13 +4,25 @@
     dense/              Hugging Face's layout with zeros for pruned weights, for other tools
 """
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
-from sparse_train import artifacts
-from sparse_train.compress import export_dense, export_sparse, unpruned_zeros
+from sparse_train import artifacts, dist
+from sparse_train.compat.transformers import to_device
+from sparse_train.compress import (
+    QUANTISERS,
+    Codes,
+    export_dense,
+    export_sparse,
+    round_compensated,
+    unpruned_zeros,
+)
 from sparse_train.inference import load
 from sparse_train.jobs.job import Job
-from sparse_train.models import load_model, load_processor
+from sparse_train.models import Processor, load_model, load_processor
+from sparse_train.pruning import calibration_batches
 from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, scored_examples
 
@@ -23,12 +35,16 @@ def run(job: Job) -> dict[str, Any]:
     task = build_task(config.task)
     examples, num_left_out = scored_examples(task, processor, config.evaluate)
     scores = {}
-    for index, precision in enumerate(config.compress.precisions):
+    compensated = [precision for precision in config.compress.precisions
+                   if config.compress.rounding == "compensated" and precision in QUANTISERS]
+    num_parts = len(config.compress.precisions) + len(compensated)
+    parts = (functools.partial(job.progress_of_part, part, num_parts) for part in itertools.count())
+    for precision in config.compress.precisions:
+        rounded = _round(job, processor, precision, next(parts)) if precision in compensated else None
         folder = job.out / f"sparse-{precision}"
-        export_sparse(model, processor, precision, folder, config.compress.int8_head)
+        export_sparse(model, processor, precision, folder, config.compress.int8_head, rounded)
         # On the kernels and the quantised weights of `generate`, in transformers' loop, whatever the batch.
-        score = task.score(load(folder).model, processor, examples, config.evaluate,
-                           job.progress_of_part(index, len(config.compress.precisions), precision))
+        score = task.score(load(folder).model, processor, examples, config.evaluate, next(parts)(precision))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}
     export_dense(model, processor, job.out / "dense")
     if names := unpruned_zeros(job.out / "dense", weights):
@@ -36,6 +52,15 @@ def run(job: Job) -> dict[str, Any]:
     metrics = {"loss": source.stage.model_name, "scores": scores, "num_bytes": _num_bytes(job)}
     artifacts.write_json(job.out / "scores.json", metrics)
     return metrics
+
+
+def _round(job: Job, processor: Processor, precision: str,
+           part: Callable[[str], Callable[[int, int], None]]) -> dict[str, Codes]:
+    """The codes of a copy of the model, compensated for what calibration shows of its inputs."""
+    spec = job.config.prune
+    return round_compensated(to_device(load_model(job.inputs[0].path), dist.device()),
+                             calibration_batches(spec, job.config.task, processor), precision, spec.damping,
+                             part(f"rounding to {precision}"))
 
 
 def _num_bytes(job: Job) -> dict[str, int]:

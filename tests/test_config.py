@@ -90,6 +90,8 @@ def test_an_override_that_is_null_drops_a_loss_and_a_sweep():
     ("evaluate.texts.books.pth=x", "did you mean evaluate.texts.books.path?"),
     ("finetune.losses={kd: {logit_weight: 1}}", "compress.loss=squarehead is none of finetune.losses: kd"),
     ("compress={loss: null}", "compress.loss is missing: finetune.losses has ce, squarehead; give the one"),
+    ("compress.rounding=best", "compress.rounding=best: "),
+    ("compress={loss: ce, precisions: [bf16], rounding: compensated}", "rounding=compensated is for int8 and int4"),
     ("dense.steps=0", "dense.steps=0: input should be greater than 0"),
     ("dense.steps=true", "dense.steps=true: give a whole number"),
     ("dense.steps=1.5", "dense.steps=1.5: give a whole number"),

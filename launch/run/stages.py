@@ -15,6 +15,9 @@ from sparse_train.errors import UserError
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.registry import PRUNERS, TASKS
 
+_CALIBRATION = ("prune.num_calibration", "prune.calibration", "prune.batch_size", "prune.damping")
+"""The keys that rounding with calibration reads."""
+
 
 def build_stages(config: RunConfig) -> list[Stage]:
     """In the order in which they run."""
@@ -29,8 +32,9 @@ def build_stages(config: RunConfig) -> list[Stage]:
     data = _of(TaskConfig, "task", "max_bad_share")
     evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
     answers = _of(EvaluateConfig, "evaluate", "precision", "texts", "num_texts")
-    compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions",
-                                                   "compress.int8_head"), (last,))
+    rounding = ("compress.rounding", *(_CALIBRATION if config.compress.rounding == "compensated" else ()))
+    compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions", "compress.int8_head",
+                                                 *rounding), (last,))
     devices = config.benchmark.devices
     benchmarks = [Stage(Kind.BENCHMARK, f"benchmark/{device}" if len(devices) > 1 else "benchmark",
                         ("name", *data, "benchmark", "prune.sparsity", "compress.precisions"),

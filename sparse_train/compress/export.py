@@ -5,7 +5,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,29 +13,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train import artifacts
-from sparse_train.compress.quantise import quantise_groups, quantise_rows
+from sparse_train.compress.quantise import QUANTISERS, Codes, quantise_rows
 from sparse_train.errors import UserError
 from sparse_train.models import DTYPES, Processor, open_model, own_tensors, save_model
 from sparse_train.sparse import BitmaskTensor, densify, pack_nibbles, replace_module, sparse_linears, sparsify
 
 
 def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, folder: Path,
-                  int8_head: bool = False) -> None:
+                  int8_head: bool = False, rounded: Mapping[str, Codes] | None = None) -> None:
     """Write `model` (with SparseLinears) at `precision`; int8 and int4 quantise the sparse weights and leave the rest
     fp32.
 
     `int8_head`: they quantise the output head as well, to int8, as a weight that keeps every position; the embedding
-    that may be tied to it stays. Raises UserError where the model has no head that is a linear.
+    that may be tied to it stays. `rounded`: codes and scales of the sparse weights by module name, as from
+    round_compensated, in place of rounding to nearest. Raises UserError where the model has no head that is a linear.
     """
-    is_quantised = precision in ("int8", "int4")
-    pruned = sparse_linears(model)
+    is_quantised = precision in QUANTISERS
+    if is_quantised and rounded is None:
+        rounded = {name: QUANTISERS[precision].nearest(linear.weight)
+                   for name, linear in sparse_linears(model).items()}
     with _with_whole_head(model) if int8_head and is_quantised else contextlib.nullcontext():
         tensors = dict(own_tensors(model))
-        if is_quantised:
+        if rounded is not None:
             for name, linear in sparse_linears(model).items():
-                is_int4 = precision == "int4" and name in pruned
-                codes, tensors[f"{name}.scale"] = (quantise_groups if is_int4 else quantise_rows)(linear.weight)
-                tensors[f"{name}.values"] = pack_nibbles(codes.values) if is_int4 else codes.values
+                codes, scale = rounded.get(name) or quantise_rows(linear.weight)  # the head is in no table of codes
+                tensors[f"{name}.scale"] = scale
+                tensors[f"{name}.values"] = codes.values if scale.ndim == 1 else pack_nibbles(codes.values)
         else:
             tensors = {name: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
                        for name, tensor in tensors.items()}

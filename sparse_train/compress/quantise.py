@@ -1,14 +1,20 @@
 """INT8 values with a scale per row, INT4 values with a scale per row and group: weight = code * scale. Pruned positions
 have no code."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
 from sparse_train import kernels
 from sparse_train.sparse import BitmaskTensor
 
+Codes = tuple[BitmaskTensor, torch.Tensor]
+"""(int8 codes of the kept weights, scale): (R,) float32 for int8, (R, ceil(C / GROUP)) bfloat16 for int4."""
 
-def quantise_rows(weight: BitmaskTensor) -> tuple[BitmaskTensor, torch.Tensor]:
+
+def quantise_rows(weight: BitmaskTensor) -> Codes:
     """(codes in -127..127 as int8 values, scale (R,) float32). A row without kept values has scale 1."""
     rows = _part_of_each_value(weight, weight.shape[1])
     values = weight.values.float()
@@ -18,7 +24,7 @@ def quantise_rows(weight: BitmaskTensor) -> tuple[BitmaskTensor, torch.Tensor]:
     return BitmaskTensor(codes, weight.bitmask, weight.shape), scale
 
 
-def quantise_groups(weight: BitmaskTensor) -> tuple[BitmaskTensor, torch.Tensor]:
+def quantise_groups(weight: BitmaskTensor) -> Codes:
     """(codes in -8..7 as int8 values, scale (R, ceil(C / GROUP)) bfloat16), rounded to nearest.
 
     The largest value of a group has the code -8, so its scale has the opposite sign: all 16 codes are used, and the
@@ -41,3 +47,14 @@ def _part_of_each_value(weight: BitmaskTensor, width: int) -> torch.Tensor:
     keep = functional.pad(weight.keep, (0, -weight.shape[1] % width))
     counts = keep.view(-1, width).sum(1)
     return torch.repeat_interleave(torch.arange(len(counts)), counts)
+
+
+class Quantiser(NamedTuple):
+    nearest: Callable[[BitmaskTensor], Codes]
+    """Rounds to nearest."""
+    lowest: int
+    highest: int
+
+
+QUANTISERS = {"int8": Quantiser(quantise_rows, -127, 127), "int4": Quantiser(quantise_groups, -8, 7)}
+"""The precisions that have codes and scales."""

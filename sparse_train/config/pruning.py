@@ -29,13 +29,13 @@ class PruneConfig(Section):
     """Pattern of names -> the sparsity of the linears that it matches, in place of prune.sparsity. Of several patterns
     that match one linear the longest counts."""
     num_calibration: Positive = 128
-    """Training examples whose activations the method sees (all but magnitude)."""
+    """Training examples whose activations the method sees (all but magnitude), and compress.rounding=compensated."""
     calibration: TaskConfig | None = None
     """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
     """Calibration examples per forward pass."""
     damping: Annotated[float, Field(gt=0)] = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt)."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt, compress.rounding=compensated)."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
     options: dict[str, Any] = {}  # noqa: RUF012

@@ -77,6 +77,17 @@ class CompressConfig(Section):
     int8_head: bool = False
     """Whether int8 and int4 quantise the output head to int8 as well. In a model with a large vocabulary the head in
     fp32 takes more of a token's time than everything else. An embedding that is tied to it stays as it is."""
+    rounding: Literal["nearest", "compensated"] = "nearest"
+    """compensated: what rounding to int8 or int4 changes in one column of a sparse weight is made up for in the others,
+    so that a layer's outputs change little. It calibrates as pruning does, with prune.num_calibration, .calibration,
+    .batch_size and .damping. An output head that becomes int8 is rounded to nearest."""
+
+    @model_validator(mode="after")
+    def _something_is_rounded(self) -> Self:
+        if self.rounding == "compensated" and not {"int8", "int4"} & set(self.precisions):
+            raise ValueError(f"rounding=compensated is for int8 and int4, and precisions={list(self.precisions)} has "
+                             "neither; add one, or leave rounding out")
+        return self
 
 
 class BenchmarkConfig(Section):

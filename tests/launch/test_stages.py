@@ -42,6 +42,8 @@ READERS = {
     "dense.path": "",  # another graph, whose stages have another input
     "dense.*": "dense",
     "prune.sparsity": "prune benchmark report",
+    **dict.fromkeys(("prune.num_calibration", "prune.calibration", "prune.batch_size", "prune.damping"),
+                    "prune compress report"),  # compress.rounding=compensated
     "prune.*": "prune report",
     "finetune.teacher.precision": "finetune",
     "finetune.teacher.*": "",
@@ -53,6 +55,7 @@ READERS = {
     "evaluate.*": "evaluate compress",
     "compress.precisions": "compress benchmark",
     "compress.int8_head": "compress",
+    "compress.rounding": "compress",
     "compress.loss": "compress benchmark report",  # takes another input
     "benchmark.*": "benchmark",
     "folder": "", "tracking.*": "", "sweep": "",
@@ -126,6 +129,12 @@ def test_a_changed_key_makes_those_stages_stale_that_read_it(tmp_path):
         if found != set(expected.split()):
             wrong[key] = f"{sorted(found)}, not {expected}"
     assert not wrong
+
+
+def test_compressing_reads_calibration_data_only_where_it_rounds_by_them(tmp_path):
+    for rounding, count in (("nearest", 0), ("compensated", 4)):
+        stage = find_stage(_config(tmp_path, f"compress.rounding={rounding}"), "compress")
+        assert sum(key.startswith("prune.") for key in stage.reads) == count
 
 
 def test_keys_of_a_newer_release_make_nothing_stale_unless_they_are_set(tmp_path):
