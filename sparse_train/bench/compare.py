@@ -69,7 +69,7 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
             with started(models, num_threads, capacity) as engines:
                 for example in examples:
                     prompt = encode_prompt(example, first.processor)
-                    rows = decode_rows(runtimes, example, new_tokens, repeats, bandwidth, peers=engines)
+                    rows = decode_rows(runtimes, example, new_tokens, repeats, bandwidth, engines=engines)
                     errors = _logit_errors(runtimes, engines, prompt) if names else {}
                     yield [row | {"model": shape or row["model"], "threads": num_threads, "prompt_tokens": len(prompt),
                                   "bandwidth": bandwidth, "logit_error": errors.get(key)}

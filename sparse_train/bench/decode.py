@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,28 +15,19 @@ from sparse_train.inference.streaming import Clock
 from sparse_train.tasks import Example, generate
 from sparse_train.tasks.batch import encode_prompt
 
+if TYPE_CHECKING:  # that package imports this module
+    from sparse_train.bench.peers.engine import Engine
+
 _PROMPT_CHARACTERS = 64
 
 Key = tuple[str, str, str, float]
 """Name of the model, engine, precision, sparsity."""
 
 
-class Peer(Protocol):
-    """Another engine, with its own model."""
-
-    num_bytes: int
-    """Of the weights that a token reads."""
-    what: str
-    """`decode`; another name where it does less than that."""
-
-    def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        """Seconds until the first new token, and from there to the last."""
-
-
 def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int, repeats: int, bandwidth: float,
                 progress: Callable[[int, int], None] | None = None,
-                peers: Mapping[Key, Peer] = MappingProxyType({})) -> list[dict[str, Any]]:
-    """One row per runtime and peer; milliseconds are medians per token after the first, which has its own.
+                engines: "Mapping[Key, Engine]" = MappingProxyType({})) -> list[dict[str, Any]]:
+    """One row per runtime and engine; milliseconds are medians per token after the first, which has its own.
 
     `runtimes`: the dense one first. `new_tokens`: at least 2 are decoded. `bandwidth`: bytes per second; the byte bound
     counts every weight once per token, an embedding only as the head that it is tied to. A text without a prompt is
@@ -46,12 +37,13 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
     if not example.prompt and example.sound is None:
         example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
     new_tokens = max(2, new_tokens)
-    prompt = encode_prompt(example, next(iter(runtimes.values())).processor) if peers else []
-    seconds: dict[Any, list[tuple[float, float]]] = {key: [] for key in (*runtimes, *peers)}  # first token, each later
+    prompt = encode_prompt(example, next(iter(runtimes.values())).processor) if engines else []
+    # Of the first token, and of each later one.
+    seconds: dict[Any, list[tuple[float, float]]] = {key: [] for key in (*runtimes, *engines)}
 
     def decode(key: Any) -> None:
-        if key in peers:
-            first, later = peers[key].decode(prompt, new_tokens)
+        if key in engines:
+            first, later = engines[key].decode(prompt, new_tokens)
         else:
             clock = _decode(runtimes[key], example, new_tokens)
             first, later = clock.first_seconds, clock.later_seconds
@@ -68,10 +60,10 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
         name, engine, precision, sparsity = key
         first, later = (Timing(tuple(of)) for of in zip(*seconds[key][1:], strict=True))  # one round is not measured
         dense = dense or later.median
-        num_bytes = peers[key].num_bytes if key in peers else _bytes_per_token(runtimes[key], example)
+        num_bytes = engines[key].num_bytes if key in engines else _bytes_per_token(runtimes[key], example)
         alone = products.get(("products", key))
         rows.append({
-            "model": name, "what": peers[key].what if key in peers else "decode", "engine": engine,
+            "model": name, "what": engines[key].what if key in engines else "decode", "engine": engine,
             "precision": precision, "sparsity": round(sparsity, 4),
             "milliseconds": 1e3 * later.median, "low": 1e3 * later.low, "high": 1e3 * later.high, "bytes": num_bytes,
             "first_token_milliseconds": 1e3 * first.median, "tokens_per_second": 1 / later.median,

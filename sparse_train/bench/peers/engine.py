@@ -17,7 +17,8 @@ _WORKER = Path(__file__).with_name("worker.py")
 
 
 class Engine:
-    """A model that worker.py decodes; `num_bytes`: of the weights that a token reads."""
+    """A model that worker.py decodes. `num_bytes`: of the weights that a token reads; `what`: decode, another name
+    where it does less than that."""
 
     def __init__(self, python: Path, name: str, model: Path, num_bytes: int, threads: int, capacity: int,
                  what: str = "decode"):
