@@ -196,6 +196,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, monkeypatch, caps
     for arguments, told in (
             (["--shape", "mpt-1t"], "there is no such shape; give one of mpt-506m,"),
             (["--model", tmp_path / "dense", "--peers", "vllm"], "--peers vllm: there is no such peer; give all, or"),
+            (["--model", tmp_path / "dense", "--sparsity", "0.5"], "--sparsity is of --shape's random weights, and a"),
             (["--model", tmp_path / "dense", "--threads", "4000"], "--threads 4000: this process may use"),
             (["--model", tmp_path / "sparse", "--peers", "torch-bf16"], "other engines run dense decoders; give"),
             (["--model", tmp_path / "dense", "--peers", "llama.cpp"], "llama.cpp cannot be installed: no output;")):

@@ -29,7 +29,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
                         help="dense or sparse; the others are compared with the first")
     models.add_argument("--shape", metavar="NAME", help="random weights of this size, dense and sparse in every "
                         "precision: mpt-506m, or one block: mpt-7b-block, llama-8b-block")
-    decode.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75], help="of --shape")
+    decode.add_argument("--sparsity", type=_sparsity, nargs="+", help="of --shape (default: 0.5 0.75)")
     decode.add_argument("--peers", type=lambda names: names.split(","), default=[], metavar="NAME,...",
                         help="other engines, on the first model, which is dense: all, or some of torch-bf16, "
                         "llama.cpp, ik_llama.cpp, openvino, onnxruntime; each is installed once, in an environment of "
@@ -125,9 +125,11 @@ def _decode(options, console: Console) -> None:
     from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
     from sparse_train.cpus import cpu_name, set_threads
 
+    if options.sparsity and options.model:
+        raise UserError("--sparsity is of --shape's random weights, and a folder has its own; leave out --sparsity")
     set_threads()
     rows = []
-    for run in compare(options.model or [], options.shape, options.sparsity, options.peers,
+    for run in compare(options.model or [], options.shape, options.sparsity or [0.5, 0.75], options.peers,
                        options.threads or [torch.get_num_threads()], options.prompt_tokens, options.new_tokens,
                        options.repeats):
         rows += run
