@@ -13,7 +13,7 @@ from sparse_train.bench import peers
 from sparse_train.bench.peers import engine, environment
 from sparse_train.bench.peers.engine import Engine, parse_reply
 from sparse_train.bench.peers.environment import make_environment
-from sparse_train.bench.peers.gguf_file import write_gguf
+from sparse_train.bench.peers.gguf_file import NotWritten, write_gguf
 from sparse_train.bench.peers.worker import answer
 from sparse_train.bench.shapes import PRECISIONS, SHAPES
 from sparse_train.compress import export_sparse
@@ -35,8 +35,8 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "read_bandwidth", lambda: 1e10)
 
 
-def _dense(folder, family):
-    model, processor = tiny_model(family, **_FAMILIES[family])
+def _dense(folder, family, **size):
+    model, processor = tiny_model(family, **_FAMILIES.get(family, {}), **size)
     save_model(folder, model, processor)
     return model
 
@@ -84,7 +84,7 @@ def test_a_model_that_is_not_written_is_named(tmp_path):
     for family, size, told in (("opt", {}, "opt models are not written as GGUF; give one of llama, mpt"),
                                ("llama", {"d_ff": 80}, "has 80 columns, and a block of GGUF has 32")):
         save_model(tmp_path / told[:6], *tiny_model(family, **size))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(NotWritten, match=told):
             write_gguf(tmp_path / told[:6], "Q8_0", tmp_path / "model.gguf")
 
 
@@ -174,6 +174,38 @@ def test_peers_are_rows_beside_ours(tmp_path, fake, family, capsys, caplog):
         assert is_told == (family not in (peer.families or (family,)))
     assert main([*command[:-7], "torch-bf16", *_SHORT]) == 0
     assert "9 prompt tokens" in capsys.readouterr().out
+
+
+def test_logits_are_compared_with_those_of_the_same_model_alone(tmp_path, fake, capsys, caplog):
+    """Other dense folders have another vocabulary, or need an encoder's input."""
+    _dense(tmp_path / "dense", "mpt")
+    _dense(tmp_path / "other", "mpt", vocab_size=640)
+    _dense(tmp_path / "t5", "t5")
+    folders = [str(tmp_path / name) for name in ("dense", "other", "t5")]
+    assert main(["bench", "decode", "--model", *folders, "--peers", "torch-bf16", *_SHORT, "--json"]) == 0
+    errors = {(row["model"], row["precision"]): row["logit_error"]
+              for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert 0 < errors.pop((folders[0], "bf16")) < 0.1
+    assert errors == {(folders[0], "fp32"): 0, (folders[1], "fp32"): None, (folders[2], "fp32"): None}
+    assert "does not compute this model" not in caplog.text
+
+
+@pytest.mark.parametrize(("size", "changes", "told"), [
+    ({}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "are scaled (linear)"),
+    ({"d_ff": 80}, {}, "has 80 columns")])
+def test_peers_whose_file_cannot_hold_the_model_are_left_out(tmp_path, fake, monkeypatch, size, changes, told, capsys,
+                                                             caplog):
+    """Before they are installed; the others are measured."""
+    installed = []
+    monkeypatch.setattr(peers, "make_environment", lambda name, *rest: installed.append(name) or sys.executable)
+    _dense(tmp_path / "dense", "llama", **size)
+    config = tmp_path / "dense" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert main(["bench", "decode", "--model", str(tmp_path / "dense"), "--peers", "all", *_SHORT, "--json"]) == 0
+    assert {row["engine"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"torch", "onnxruntime"}
+    assert installed == ["onnxruntime"]
+    for name in ("llama.cpp", "ik_llama.cpp", "openvino"):
+        assert any(message.startswith(f"{name} is left out") and told in message for message in caplog.messages)
 
 
 def test_a_shape_is_measured_dense_and_sparse(monkeypatch, capsys):

@@ -32,8 +32,8 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
             threads: Iterable[int], prompt_tokens: Iterable[int], new_tokens: int,
             repeats: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of decode_rows for each number of threads and prompt, each with `threads`, `prompt_tokens`, `bandwidth`
-    (bytes per second), and `logit_error`: of what computes the same model as the first, |logits - its| / |its| behind
-    the prompt, both without their mean, which no token's probability depends on.
+    (bytes per second), and `logit_error`: of what computes the first model, |logits - its| / |its| behind the prompt,
+    both without their mean, which no token's probability depends on.
 
     Raises UserError for what cannot be measured.
     """
@@ -88,9 +88,10 @@ def _example(runtime: Runtime, num_tokens: int) -> Example:
 
 @torch.no_grad()
 def _logit_errors(runtimes: dict[Key, Runtime], engines: dict[Key, Engine], prompt: list[int]) -> dict[Key, float]:
+    dense = next(iter(runtimes))[0]
     logits = {key: runtime.model(torch.tensor([prompt])).logits[0, -1].float() for key, runtime in runtimes.items()
-              if not runtime.is_sparse} | {key: engine.logits(prompt) for key, engine in engines.items()
-                                           if engine.what == "decode"}
+              if key[0] == dense and not runtime.is_sparse}
+    logits |= {key: engine.logits(prompt) for key, engine in engines.items() if engine.what == "decode"}
     centred = {key: found - found.mean() for key, found in logits.items()}
     expected = next(iter(centred.values()))
     errors = {key: float((found - expected).norm() / expected.norm()) for key, found in centred.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from sparse_train.bench.decode import Key
 from sparse_train.bench.peers.engine import Engine
 from sparse_train.bench.peers.environment import make_environment
-from sparse_train.bench.peers.gguf_file import write_gguf
+from sparse_train.bench.peers.gguf_file import NotWritten, write_gguf
 from sparse_train.bench.peers.linears import write_linears
 from sparse_train.models import read_config
 
@@ -63,9 +63,9 @@ class PeerModel:
 
 
 def prepare_peers(names: Iterable[str], dense: str, work: Path) -> list[PeerModel]:
-    """Install the peers and write the model of the folder `dense` for them, into the folder `work`.
+    """Write the model of the folder `dense` for the peers, into the folder `work`, and install them.
 
-    A peer that decodes no such model is named in a warning. Raises UserError.
+    A peer that decodes no such model, or whose file cannot hold it, is named in a warning. Raises UserError.
     """
     models, family = [], read_config(dense).model_type
     written: dict[object, tuple[Path, int]] = {}
@@ -74,12 +74,17 @@ def prepare_peers(names: Iterable[str], dense: str, work: Path) -> list[PeerMode
         if peer.families and family not in peer.families:
             log.warning("%s is left out: it decodes no %s model here", name, family)
             continue
+        try:  # before the installation, which may take many minutes
+            for precision in peer.precisions:
+                if (peer.prepare, precision) not in written:
+                    file = work / f"model-{len(written)}"
+                    written[peer.prepare, precision] = file, peer.prepare(dense, precision, file)
+        except NotWritten as error:
+            log.warning("%s is left out: %s", name, error)
+            continue
         python = make_environment(name, peer.install, peer.variables)
-        for precision in peer.precisions:
-            if (peer.prepare, precision) not in written:
-                file = work / f"model-{len(written)}"
-                written[peer.prepare, precision] = file, peer.prepare(dense, precision, file)
-            models.append(PeerModel((dense, name, precision, 0.0), python, *written[peer.prepare, precision]))
+        models += [PeerModel((dense, name, precision, 0.0), python, *written[peer.prepare, precision])
+                   for precision in peer.precisions]
     return models
 
 

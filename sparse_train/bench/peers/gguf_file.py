@@ -16,11 +16,15 @@ _BLOCK = 32
 """Columns that share a scale in Q4_0, Q4_1 and Q8_0."""
 
 
+class NotWritten(UserError):
+    """There is no GGUF file of this model here."""
+
+
 def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
     """Write `folder` to `file` and return the bytes of the weights that a token reads.
 
     `kind`: of the blocks' matrices, F32, Q4_0, Q4_1 or Q8_0, as the gguf package quantises; embedding and head have at
-    least eight bits, vectors are fp32. Raises UserError for a model that is not written here.
+    least eight bits, vectors are fp32. Raises NotWritten.
     """
     require("gguf")
     from gguf import (
@@ -36,7 +40,7 @@ def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
     model, tensors = open_model(folder)
     config, name = model.config, model.config.model_type
     if name not in WRITERS:
-        raise UserError(f"{folder}: {name} models are not written as GGUF; give one of {', '.join(WRITERS)}")
+        raise NotWritten(f"{folder}: {name} models are not written as GGUF; give one of {', '.join(WRITERS)}")
     writer = GGUFWriter(file, name)
     heads = WRITERS[name](writer, config, str(folder))
     writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
@@ -47,13 +51,13 @@ def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
     for ours in own_tensors(model):
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         if theirs is None:
-            raise UserError(f"{folder}: llama.cpp has no name for its tensor {ours}; leave the peers out")
+            raise NotWritten(f"{folder}: llama.cpp has no name for its tensor {ours}")
         weight = tensors.get(ours).float()
         if theirs.split(".")[-2] in heads:
             weight = weight[_rotary_order(len(weight), heads[theirs.split(".")[-2]])]
         if weight.ndim > 1 and weight.shape[1] % _BLOCK:
-            raise UserError(f"{folder}: {ours} has {weight.shape[1]} columns, and a block of GGUF has {_BLOCK}; give a "
-                            f"model whose widths are multiples of {_BLOCK}")
+            raise NotWritten(f"{folder}: {ours} has {weight.shape[1]} columns, and a block of GGUF has {_BLOCK}; give "
+                             f"a model whose widths are multiples of {_BLOCK}")
         dtype = GGMLQuantizationType[_kind(kind, theirs, weight.ndim)]
         stored = quantize(np.ascontiguousarray(weight.numpy()), dtype)
         writer.add_tensor(theirs, stored, raw_dtype=dtype)
@@ -76,8 +80,8 @@ def _llama(writer: Any, config: Any, folder: str) -> dict[str, int]:
     """Writes the sizes; returns the number of heads of each tensor whose rows are in another order there."""
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{folder}: its rotary frequencies are scaled ({rope['rope_type']}), which is not written as "
-                        "GGUF; leave the peers out")
+        raise NotWritten(f"{folder}: its rotary frequencies are scaled ({rope['rope_type']}), which is not written as "
+                         "GGUF")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
