@@ -59,7 +59,7 @@ def _rows(tensors: "TensorFolder") -> Iterator[_Row]:
         dense_bytes = num_weights * NUM_BYTES[dtype]
         num_bytes = sum(math.prod(part_shape) * NUM_BYTES[part_dtype] for part_shape, part_dtype in parts)
         if dtype == INT4:  # only the bits tell how many codes there are
-            num_kept, dtype, dense_bytes = len(tensors.weight(name).values), "I4", num_weights // 2
+            num_kept, dtype, dense_bytes = tensors.num_kept(name), "I4", num_weights // 2
         yield _Row(name, shape, dtype, 1 - num_kept / num_weights, num_bytes, dense_bytes)
     for name in tensors.names:
         dense_shape, dtype = tensors.spec(name)

@@ -32,11 +32,11 @@ def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, 
     if is_quantised and rounded is None:
         rounded = {name: QUANTISERS[precision].nearest(linear.weight)
                    for name, linear in sparse_linears(model).items()}
-    with _with_whole_head(model) if int8_head and is_quantised else contextlib.nullcontext():
+    with _with_whole_head(model) if int8_head and is_quantised else contextlib.nullcontext() as head:
         tensors = dict(own_tensors(model))
         if rounded is not None:
             for name, linear in sparse_linears(model).items():
-                codes, scale = rounded.get(name) or quantise_rows(linear.weight)  # the head is in no table of codes
+                codes, scale = quantise_rows(linear.weight) if name == head else rounded[name]
                 tensors[f"{name}.scale"] = scale
                 tensors[f"{name}.values"] = codes.values if scale.ndim == 1 else pack_nibbles(codes.values)
         else:
@@ -49,8 +49,8 @@ def export_sparse(model: PreTrainedModel, processor: Processor, precision: str, 
 
 
 @contextlib.contextmanager
-def _with_whole_head(model: PreTrainedModel) -> Iterator[None]:
-    """The output head is a SparseLinear without a zero, meanwhile."""
+def _with_whole_head(model: PreTrainedModel) -> Iterator[str]:
+    """The output head, whose name this gives, is a SparseLinear without a zero, meanwhile."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"compress.int8_head=true: a {model.config.model_type} model has no output head that is a "
@@ -59,7 +59,7 @@ def _with_whole_head(model: PreTrainedModel) -> Iterator[None]:
     weight = head.weight.detach()
     sparsify(model, {name: BitmaskTensor.from_dense(weight, torch.ones_like(weight, dtype=torch.bool))})
     try:
-        yield
+        yield name
     finally:
         replace_module(model, name, head)
 

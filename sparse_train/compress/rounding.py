@@ -58,7 +58,10 @@ class Rounding(CompensatingPruner):
 
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         assert layer.earlier is not None
-        hessian, upper, _ = self.factor(layer, statistics)
+        damping, upper, dead = self.factor(layer, statistics)
+        hessian = statistics.mean()
+        hessian.diagonal()[dead] = 1
+        hessian.diagonal().add_(damping)
         nearest, scale = self.quantiser.nearest(BitmaskTensor.from_dense(layer.weight.cpu(), layer.earlier.cpu()))
         weight = layer.weight.float().T.contiguous()
         keep = layer.earlier.T.contiguous()

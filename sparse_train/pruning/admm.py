@@ -33,7 +33,7 @@ class AdmmOptions(Section):
     """Iterations until the layer's whole sparsity is reached; of an N:M pattern it is at once."""
     penalty: Annotated[float, Field(gt=0)] = 1.0
     """rho: how strongly X is drawn to its sparse form Z."""
-    damping: Annotated[float, Field(gt=0)] = 0.1
+    ridge: Annotated[float, Field(gt=0)] = 0.1
     """Added to the scaled Hessian's diagonal, which is 1."""
     refit_iterations: Annotated[int, Field(ge=0)] = 20
     """Of conjugate gradients, for the values of the weights that survive; 0 leaves those of the last Z."""
@@ -52,7 +52,7 @@ class Admm(Pruner[Hessian]):
         hessian.diagonal()[dead] = 1
         scale = hessian.diagonal().sqrt()
         hessian /= scale[:, None] * scale
-        hessian.diagonal().add_(self.options.damping)
+        hessian.diagonal().add_(self.options.ridge)
         weight = (layer.weight.detach().float() * scale).masked_fill(dead, 0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(
             hessian + self.options.penalty * torch.eye(len(hessian), device=hessian.device)))

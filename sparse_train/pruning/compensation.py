@@ -23,10 +23,10 @@ _NARROW = 16  # columns that are updated one by one
 
 
 class Factor(NamedTuple):
-    hessian: torch.Tensor
-    """H (C, C), damped; 1 on the diagonal of a column that never fires."""
+    damping: torch.Tensor
+    """What was added to the diagonal of H, which is 1 for a column that never fires; a scalar."""
     upper: torch.Tensor
-    """U (C, C) of it."""
+    """U (C, C) of that."""
     dead: torch.Tensor
     """(C,): the columns that never fire."""
 
@@ -50,15 +50,15 @@ class CompensatingPruner(Pruner[Hessian]):
         return self._last[1]
 
     def _damp_and_factorise(self, hessian: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H with damping, U of it)."""
+        """(what was added to the diagonal, U of the sum)."""
         mean, damping = hessian.diagonal().mean(), layer.spec.damping
         for attempt in range(_CHOLESKY_ATTEMPTS):
-            damped = hessian + torch.diag(torch.full_like(hessian.diagonal(), damping * 10**attempt) * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            added = damping * 10**attempt * mean
+            lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag(torch.ones_like(hessian.diagonal()) * added))
             if not failed:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
                 if not failed:
-                    return damped, upper
+                    return added, upper
             log.warning("%s: Cholesky failed with damping %g; trying ten times as much", layer.name,
                         damping * 10**attempt)
         raise UserError(f"{layer.name}: its Hessian is singular even with damping "

@@ -142,21 +142,28 @@ class TensorFolder:
 
     def bits(self, name: str) -> torch.Tensor:
         """The bitmask of the sparse weight `name`, checked against its shape and the number of its values."""
+        return self._counted_bits(name)[0]
+
+    def num_kept(self, name: str) -> int:
+        """Values of the sparse weight `name`, counted by its bits, which are checked."""
+        return self._counted_bits(name)[1]
+
+    def _counted_bits(self, name: str) -> tuple[torch.Tensor, int]:
         bitmask, num_columns = self.get(f"{name}.bitmask"), self.shapes[name][1]
         if kernels.unpack(bitmask[:, -8:], 64)[:, (num_columns - 1) % 64 + 1:].any():
             raise UserError(f"{self.folder}: {name}.bitmask has bits behind its {num_columns} columns; the file is "
                             "damaged")
-        num_kept, ((num_values,), dtype) = _num_kept(bitmask), self.spec(f"{name}.values")
+        num_kept = int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking
+        (num_values,), dtype = self.spec(f"{name}.values")
         if num_values != (-(-num_kept // 2) if dtype == INT4 else num_kept):
             raise UserError(f"{self.folder}: {name} keeps {num_kept} positions by its bits but has {num_values} "
                             f"{'bytes of codes' if dtype == INT4 else 'values'}; the file is damaged")
-        return bitmask
+        return bitmask, num_kept
 
     def weight(self, name: str) -> BitmaskTensor:
         """The sparse weight `name`, codes of eight and of four bits as int8 without their scale."""
-        values, bitmask = self.get(f"{name}.values"), self.bits(name)
+        values, (bitmask, num_kept) = self.get(f"{name}.values"), self._counted_bits(name)
         if self.spec(f"{name}.values")[1] == INT4:
-            num_kept = _num_kept(bitmask)
             if num_kept % 2 and values[-1] > 15:
                 raise UserError(f"{self.folder}: {name}.values has a code behind its {num_kept}; the file is damaged")
             values = unpack_nibbles(values, num_kept)
@@ -165,7 +172,3 @@ class TensorFolder:
     def scale(self, name: str) -> torch.Tensor | None:
         """(R,) float32 for int8 values, (R, ceil(C / 128)) bfloat16 for codes of four bits, else None."""
         return self.get(f"{name}.scale") if f"{name}.scale" in self else None
-
-
-def _num_kept(bitmask: torch.Tensor) -> int:
-    return int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking
