@@ -40,7 +40,9 @@ def _int8(keep, chance):
 
 def _int4(keep, chance):
     codes = torch.randint(-8, 8, (int(keep.sum()),), generator=chance.generator, dtype=torch.int8)
-    scale = torch.randn(len(keep), -(-keep.shape[1] // kernels.GROUP), generator=chance.generator).bfloat16()
+    num_groups = -(-keep.shape[1] // kernels.GROUP)
+    size = chance.choice([1.0, 1e-38, 3e33 * max(1, num_groups) ** -0.5])  # sums of the last nearly overflow
+    scale = (torch.randn(len(keep), num_groups, generator=chance.generator) * size).bfloat16()
     given = {"values": _placed(codes, chance), "scale": _placed(scale, chance)}
     return given, kernels.scale_of_columns(scale, keep.shape[1])
 
@@ -163,7 +165,8 @@ def _check_products(keep, precision, chance, threads):
 
 def product(x, dense, keep, rounds_x):
     """(exact product, how far a result may be from it): in whatever order they are added, n products err by at most n
-    half rounding errors of the sum of their sizes; two more for scales, one for their product."""
+    half rounding errors of the sum of their sizes; two more for scales, one for their product. Below the normal numbers
+    errors do not shrink."""
     if not x.numel():
         return torch.zeros(len(x), len(keep)), torch.zeros(len(x), len(keep))
     codes, step = reference.quantise(x) if rounds_x else (x, torch.ones(1))
@@ -171,5 +174,5 @@ def product(x, dense, keep, rounds_x):
     sizes = codes.abs()
     if rounds_x:  # products may be of codes from 0 to 255, from whose sum the zero point's share is taken
         sizes = sizes.maximum(codes - codes.amin(1, keepdim=True).clamp(max=0))
-    bound = (keep.sum(1) + 3) * _EPS / 2 * (sizes @ dense.abs().T) * step
+    bound = (keep.sum(1) + 3) * _EPS / 2 * (sizes @ dense.abs().T) * step + torch.finfo(torch.float32).tiny * _EPS
     return codes @ dense.T * step, bound

@@ -123,7 +123,7 @@ struct Int8Avx2 : Int8Kernel<16, 8> {
 // vpmaddubsw cannot saturate here, nor can the sums of a group: 8 products of 255 and 8 fit 16 bits.
 struct Int4Avx2 {
     using Sum = __m256;
-    static constexpr int kMostVectors = 4;
+    static constexpr int kMostVectors = 4, kFactor = 1;
     struct Codes {
         __m256i quarters[4];
     };

@@ -30,8 +30,8 @@ struct Int8Avx512 : Int8Kernel<64, 4> {
 
 struct Int4Avx512 {
     using Sum = __m512;
-    static constexpr int kMostVectors = 4;
-    struct Codes {  // times 16: in the upper halves of bytes they have their signs
+    static constexpr int kMostVectors = 4, kFactor = 16;
+    struct Codes {  // in the upper halves of bytes they have their signs
         __m512i first, second;
     };
 
@@ -51,7 +51,7 @@ struct Int4Avx512 {
         return _mm512_fmadd_ps(_mm512_cvtepi32_ps(group), _mm512_set1_ps(scale), sum);
     }
 
-    static float total(Sum sum) { return _mm512_reduce_add_ps(sum) / 16; }
+    static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 };
 
 bool is_supported() {

@@ -4,6 +4,7 @@
 //   expand(bits, second, codes)    of the words at `bits` and `second`, whose kept codes are the halves of `codes`
 //   Sum, add(codes, x, scale, sum) a register of sums, and the same with scale times the products with 128 entries of x
 //   total(sum)                     over its lanes
+//   kFactor                        what Codes are times the codes: 16 in the upper halves of bytes
 //   kMostVectors                   for so many the codes are used at once
 //
 // In an unnamed namespace as matvec.h is.
@@ -24,7 +25,8 @@ inline void dot_int4(const Rows& rows, const Int4& int4, Vectors<uint8_t> x, flo
     for (int64_t done = 0; done < num_scales; done += kScales) {
         alignas(64) float scale[kScales];
         const int64_t count = std::min(kScales, num_scales - done);
-        for (int64_t i = 0; i < count; ++i) scale[i] = from_bf16(scales[done + i]);
+        // Exact, even of subnormal scales, and so no sum is larger than it has to be.
+        for (int64_t i = 0; i < count; ++i) scale[i] = from_bf16(scales[done + i]) / Kernel::kFactor;
         for (int64_t at = 0; at < count; at += kTileRows, bits += 8 * Int4::kGroup * kTileRows) {
             typename Kernel::Codes codes[kTileRows];
 #pragma GCC unroll 8

@@ -134,11 +134,11 @@ struct BytesNeon : Int8Kernel<16, 16> {
     static int64_t total(Sum sum) { return vaddlvq_s32(sum); }
 };
 
-// With the products of an Int8 kernel. Codes lie in the upper halves of bytes, which have their signs: times 16.
+// With the products of an Int8 kernel. Codes lie in the upper halves of bytes, which have their signs.
 template <class Int8>
 struct Int4Neon {
     using Sum = float32x4_t;
-    static constexpr int kMostVectors = 4;
+    static constexpr int kMostVectors = 4, kFactor = 16;
     struct Codes {
         int8x16_t parts[8];
         int32x4_t start;  // kOffset times the codes, which their products with x less that lack
@@ -167,7 +167,7 @@ struct Int4Neon {
         return vfmaq_n_f32(sum, vcvtq_f32_s32(group), scale);
     }
 
-    static float total(Sum sum) { return vaddvq_f32(sum) / 16; }
+    static float total(Sum sum) { return vaddvq_f32(sum); }
 };
 
 inline uint64_t read(const void* data, int64_t num_bytes) {
