@@ -10,27 +10,24 @@ namespace sparse_train {
 
 class Int4Codes {
 public:
-    // `codes` in the order of `from`, whose rows follow one another; `scales` (num_rows, groups) bfloat16.
-    Int4Codes(const Rows& from, const int8_t* codes, const uint16_t* scales, int num_threads)
+    // `codes` in the order of `from`, whose rows follow one another; `scales` (num_rows, groups) bfloat16. To row_sums
+    // (num_rows,) is added, of each row, the sum of its codes times the scales of their groups.
+    Int4Codes(const Rows& from, const int8_t* codes, const uint16_t* scales, double* row_sums, int num_threads)
         : num_groups_((from.num_words + Int4::kGroup - 1) / Int4::kGroup) {
         const int64_t num_tiles = (from.num_rows + kTileRows - 1) / kTileRows;
         starts_.resize(num_tiles + 1);
         scales_.resize(num_tiles * kTileRows * num_groups_);
-        row_sums_.resize(from.num_rows);
 #pragma omp parallel for num_threads(num_threads)
         for (int64_t tile = 0; tile < num_tiles; ++tile) starts_[tile + 1] = count(from, kTileRows * tile);
         std::partial_sum(starts_.begin(), starts_.end(), starts_.begin());
         codes_ = allocate(starts_.back() + 64);
         std::memset(codes_.get() + starts_.back(), 0, 64);
 #pragma omp parallel for num_threads(num_threads)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) pack(from, codes, scales, kTileRows * tile);
+        for (int64_t tile = 0; tile < num_tiles; ++tile) pack(from, codes, scales, row_sums, kTileRows * tile);
         view_ = {codes_.get(), starts_.data(), scales_.data()};
     }
 
     const Int4& view() const { return view_; }
-
-    // Of each row, its codes times the scales of their groups.
-    const std::vector<double>& row_sums() const { return row_sums_; }
 
 private:
     // Bytes of the tile that starts with row `first`.
@@ -42,7 +39,7 @@ private:
         return num_bytes;
     }
 
-    void pack(const Rows& from, const int8_t* codes, const uint16_t* scales, int64_t first) {
+    void pack(const Rows& from, const int8_t* codes, const uint16_t* scales, double* row_sums, int64_t first) {
         const int64_t num_rows = std::min(kTileRows, from.num_rows - first);
         uint8_t* to = codes_.get() + starts_[first / kTileRows];
         const int8_t* next[kTileRows];
@@ -60,7 +57,7 @@ private:
                 const uint16_t scale = scales[(first + i) * num_groups_ + group];
                 const int64_t sum = std::accumulate(next[i] - counts[0] - counts[1], next[i], int64_t(0));
                 scales_[first * num_groups_ + group * kTileRows + i] = scale;
-                row_sums_[first + i] += double(from_bf16(scale)) * double(sum);
+                row_sums[first + i] += double(from_bf16(scale)) * double(sum);
             }
     }
 
@@ -68,7 +65,6 @@ private:
     Buffer codes_;
     std::vector<int64_t> starts_;
     std::vector<uint16_t> scales_;
-    std::vector<double> row_sums_;
     Int4 view_{};
 };
 

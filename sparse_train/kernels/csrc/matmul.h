@@ -147,7 +147,7 @@ struct MatmulOf {
                 const uint8_t* words = rows.words(first + tile, w);
                 __builtin_prefetch(rows.words(first + tile + kAhead * rows.tile, w));
                 const Value* next = w ? parts[end - 1].values + __builtin_popcountll(parts[end - 1].word)
-                                      : values + rows.offsets[first + tile];
+                                      : values + rows.start(first + tile);
                 for (int64_t r = tile; r < end; ++r) {
                     std::memcpy(&parts[r].word, words + 8 * (r - tile), 8);
                     parts[r].values = next;

@@ -57,7 +57,7 @@ template <class Kernel, int kRows, int M>
 inline void dot(const Rows& rows, const typename Kernel::Value* values, Vectors<typename Kernel::X> x,
                 typename Kernel::Y* y, int64_t row, int part) {
     constexpr int kTile = int(kTileRows);
-    const typename Kernel::Value* next = values + rows.offsets[row];
+    const typename Kernel::Value* next = values + rows.start(row);
     const uint8_t* bits = rows.bits + 8 * row * rows.num_words;
     for (int64_t first = 0; first == 0 || first < rows.num_words; first += Kernel::kWordsPerSum) {
         const int64_t last = std::min(first + Kernel::kWordsPerSum, rows.num_words);

@@ -183,7 +183,8 @@ public:
 #pragma omp for schedule(dynamic)
                 for (int64_t r = 0; r < rows.num_rows; r += part) {
                     const int64_t end = std::min(r + part, rows.num_rows);
-                    tier->matmul.multiply(rows, size_, values_of(r, end), (const float*)tiles.get(), count,
+                    const AtHand these = at_hand(r, end);
+                    tier->matmul.multiply(these.rows, size_, these.values, (const float*)tiles.get(), count,
                                           at<float>(y) + m * rows.num_rows, r, end, int4_ ? &int4_->view() : nullptr);
                 }
             }
@@ -196,7 +197,8 @@ public:
         over_rows(counted_.rows, num_threads, size_, [&](int64_t first, int64_t last) {
             for (int64_t end; first < last; first = end) {
                 end = int4_ ? std::min(first + kPart, last) : last;
-                tier->expand(counted_.rows, size_, values_of(first, end), at<void>(dense), first, end);
+                const AtHand these = at_hand(first, end);
+                tier->expand(these.rows, size_, these.values, at<void>(dense), first, end);
             }
         });
     }
@@ -207,7 +209,8 @@ private:
     // From rows one after the other to a tile.
     void pack_tile(const Rows& from, const uint8_t* values, int64_t first) {
         const Rows& rows = counted_.rows;
-        uint8_t *to = values_.get() + size_ * rows.offsets[first], *bits = bits_.get() + 8 * first * rows.num_words;
+        uint8_t* to = int4_ ? nullptr : values_.get() + size_ * rows.offsets[first];
+        uint8_t* bits = bits_.get() + 8 * first * rows.num_words;
         int64_t next[kTileRows];
         for (int64_t i = 0; i < kTileRows; ++i) next[i] = rows.offsets[std::min(first + i, rows.num_rows)];
         for (int64_t w = 0; w < rows.num_words; ++w)
@@ -222,26 +225,33 @@ private:
     }
 
     void pack_int4(const Rows& from, const int8_t* codes, const uint16_t* scale, int num_threads) {
-        int4_ = std::make_unique<const Int4Codes>(from, codes, scale, num_threads);
         Rows& rows = counted_.rows;
+        row_sums_.assign(rows.num_rows, 0);
+        int4_ = std::make_unique<const Int4Codes>(from, codes, scale, row_sums_.data(),
+                                                  from.offsets[from.num_rows] > kBytesPerThread ? num_threads : 1);
         rows.num_words += rows.num_words % Int4::kGroup;
         scale_.assign(rows.num_rows, 1.0f);
-        row_sums_ = int4_->row_sums();
         const int64_t num_groups = rows.num_words / Int4::kGroup;
         num_bytes_ = (from.offsets[from.num_rows] + 1) / 2 +
                      int64_t(sizeof(double) + sizeof(uint16_t) * num_groups) * rows.num_rows;
     }
 
-    // The values, to be read at the offsets of rows first..last-1. Codes of four bits become bytes, which the next call
-    // in this thread replaces.
-    const void* values_of(int64_t first, int64_t last) const {
-        constexpr int64_t kSpare = 256;  // what is read and written at once reaches less far past the last value
+    struct AtHand {
+        Rows rows;
+        const void* values;
+    };
+
+    // The values of rows first..last-1, or of all. Codes of four bits become bytes, which the next call in this thread
+    // replaces.
+    AtHand at_hand(int64_t first, int64_t last) const {
+        constexpr int64_t kSpare = 64;  // so far past the last value unpack_i4 writes and expand reads
         static thread_local std::vector<int8_t> codes;
-        if (!int4_) return values_.get();
-        const int64_t* offsets = counted_.rows.offsets;
-        codes.resize(offsets[last] - offsets[first] + kSpare);
-        tier->unpack_i4(counted_.rows, int4_->view(), codes.data(), first, last);
-        return codes.data() - offsets[first];
+        Rows rows = counted_.rows;
+        if (!int4_) return {rows, values_.get()};
+        rows.skipped = rows.offsets[first];
+        codes.resize(rows.start(last) + kSpare);
+        tier->unpack_i4(rows, int4_->view(), codes.data(), first, last);
+        return {rows, codes.data()};
     }
 
     void pack_int8(const int8_t* values, const float* scale) {

@@ -19,7 +19,7 @@ constexpr int64_t kSpare = 128;          // elements; registers that are read or
 template <class Lanes, bool kStream>
 void expand_as(const Rows& rows, const typename Lanes::Type* values, typename Lanes::Type* dense, int64_t first,
                int64_t last) {
-    const int64_t end = rows.offsets[rows.num_rows];
+    const int64_t end = rows.start(rows.num_rows);
     for_each_word(rows, first, last, [&](int64_t r, int64_t w, uint64_t word, int64_t next) {
         auto* to = dense + r * rows.num_columns + 64 * w;
         const int64_t left = rows.num_columns - 64 * w, kept = __builtin_popcountll(word);
@@ -54,7 +54,7 @@ void compact_with(const Rows& rows, const void* dense, void* values, int64_t fir
     for_each_word(rows, first, last, [&](int64_t r, int64_t w, uint64_t word, int64_t next) {
         const auto* from = (const Type*)dense + r * rows.num_columns + 64 * w;
         // Whole registers may be stored while what they spill over is still this thread's to write.
-        if (rows.num_columns - 64 * w < 64 || rows.offsets[last] - next < kSpare) {
+        if (rows.num_columns - 64 * w < 64 || rows.start(last) - next < kSpare) {
             for (; word; word &= word - 1) to[next++] = from[__builtin_ctzll(word)];
             return next;
         }

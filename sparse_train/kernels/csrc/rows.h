@@ -15,6 +15,10 @@ struct Rows {
     const int64_t* offsets;  // num_rows + 1: values before each row, in tiles before the first row of each
     int64_t num_rows, num_columns, num_words;
     int64_t tile = 1;
+    int64_t skipped = 0;  // values before the first one at hand, where those of some rows are
+
+    // Where the values of a row, of a tile's first row, start among those at hand.
+    int64_t start(int64_t row) const { return offsets[row] - skipped; }
 
     uint64_t word(int64_t row, int64_t index) const {
         uint64_t word;
@@ -63,10 +67,10 @@ inline float from_bf16(uint16_t bits) {
 }
 
 // Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as
-// the number of values before row `first`, which starts a tile.
+// start(first), and row `first` starts a tile.
 template <class Visit>
 void for_each_word(const Rows& rows, int64_t first, int64_t last, Visit visit) {
-    for (int64_t next = rows.offsets[first]; first < last; first += rows.tile)
+    for (int64_t next = rows.start(first); first < last; first += rows.tile)
         for (int64_t w = 0; w < rows.num_words; ++w)
             for (int64_t r = first; r < std::min(first + rows.tile, last); ++r)
                 next = visit(r, w, rows.word(r, w), next);

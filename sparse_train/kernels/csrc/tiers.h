@@ -48,8 +48,8 @@ struct Steps {
 };
 
 // A function works on rows first..last-1, whole tiles. Vectors have num_words * 64 readable entries, and product m is
-// row m of y (vectors, num_rows). The values that matvec_* reads are followed by 64 readable bytes, those of expand and
-// compact by none.
+// row m of y (vectors, num_rows). The values that matvec_* reads are followed by 64 readable bytes, those of some rows
+// (Rows::skipped) as well; otherwise those of expand and compact by none.
 struct Tier {
     const char* name;
     // Whether this CPU has the instructions; false as well where the compiler had no flags for its kind of processor.
@@ -61,7 +61,7 @@ struct Tier {
     void (*matvec_i8)(const Rows&, const int8_t* values, Vectors<uint8_t> x, int64_t* y, int64_t first, int64_t last);
     // Codes times their scales, summed as floats; exact within a group.
     void (*matvec_i4)(const Rows&, const Int4&, Vectors<uint8_t> x, float* y, int64_t first, int64_t last);
-    // Codes of four bits to bytes in the order of Rows; up to 63 bytes behind them are written as well.
+    // Codes of four bits to bytes in the order of Rows; up to 64 bytes behind them are written as well.
     void (*unpack_i4)(const Rows&, const Int4&, int8_t* codes, int64_t first, int64_t last);
     // dense (num_rows, num_columns) <- values, and back (tiles of one row); `size` is an element's bytes: 1, 2 or 4.
     void (*expand)(const Rows&, int size, const void* values, void* dense, int64_t first, int64_t last);
