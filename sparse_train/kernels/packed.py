@@ -64,7 +64,8 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that one matvec must read: values and bits, of integers scales and row sums."""
+        """Bytes that one matvec must read: values and bits, of integers scales and row sums. Half a byte per INT4 value:
+        what a layout wastes is not counted."""
         return self._packed.num_bytes
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,6 +112,7 @@ class PackedMatrix:
         self._packed.expand(stored.data_ptr(), torch.get_num_threads())
         dense = stored.float()
         if self._scale is not None and self.precision == "int4":
+            # In place: `scale_of_columns` would take as much memory as the weight does here.
             num_whole = self.shape[1] // reference.GROUP
             groups, rest = dense.tensor_split([num_whole * reference.GROUP], 1)
             groups.unflatten(1, (num_whole, reference.GROUP)).mul_(self._scale[:, :num_whole, None])
@@ -157,7 +159,7 @@ def break_even(num_rows: int) -> float:
     """The density up to which a product with `num_rows` rows is faster when it skips zeros, from 0 to 1.
 
     It is measured when it is first asked for, in some hundredths of a second, for each power of two of rows (at most
-    128), backend and number of threads.
+    128), backend and number of threads; on FP32 values, for which other precisions take it as well.
     """
     check_count("num_rows", num_rows, 1)
     return _break_even(min(128, 1 << num_rows.bit_length() - 1), backend(), torch.get_num_threads())
