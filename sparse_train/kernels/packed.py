@@ -64,8 +64,8 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that one matvec must read: values and bits, of integers scales and row sums. Half a byte per INT4 value:
-        what a layout wastes is not counted."""
+        """Bytes that one matvec must read: values and bits, of integers scales and row sums. An INT4 value counts as
+        half a byte: what a layout wastes is left out."""
         return self._packed.num_bytes
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
