@@ -14,6 +14,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper-whisper": {"task_weight": 0.5, "feature_weight": 1.0, "normalise": "micro_batch", "epsilon": 1e-8,
                       "epsilon_per": "position", "layers": tuple(range(10)), "encoder_padding": True},
     "sparseml": {"feature_weight": 1.0, "normalise": "micro_batch"},
+    "token": {"feature_weight": 0.562, "feature_ratio": "token"},
     "ast": {"task_weight": 0.33, "logit_weight": 0.67, "temperature": 2.0, "normalise": "micro_batch"},
 }
 METRICS = frozenset({"step", "loss", "squarehead", "num_tokens", "learning_rate", "gradient_norm", "tokens_per_second",
@@ -25,8 +26,9 @@ class LossConfig(Section):
     """total = task_weight * CE + logit_weight * D(teacher, student) * T^2 + feature_weight * SquareHead, and the
     terms that other packages add."""
 
-    preset: Literal["paper-mpt", "paper-t5", "paper-whisper", "sparseml", "ast"] | None = None
-    """Start from the formulas of that code; keys given beside it win."""
+    preset: Literal["paper-mpt", "paper-t5", "paper-whisper", "sparseml", "ast", "token"] | None = None
+    """Start from the formulas of that code; keys given beside it win. token is our own: SquareHead with a ratio per
+    token, which was ahead of the paper's on a pretrained model (docs/benchmarks.md)."""
     task_weight: Weight = 1.0
     logit_weight: Weight = 0.0
     feature_weight: Weight = 0.0

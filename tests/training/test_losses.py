@@ -200,6 +200,11 @@ def test_the_ast_preset_is_the_formula_of_its_code():
     torch.testing.assert_close(shares.loss, 0.33 * task + 0.67 * kl, rtol=_EXACT, atol=0)
 
 
+def test_the_preset_of_our_own_is_a_ratio_per_token_beside_cross_entropy():
+    assert LossConfig(preset="token") == LossConfig(preset="token", task_weight=1.0, logit_weight=0.0,
+                                                    feature_weight=0.562, feature_ratio="token", normalise="global")
+
+
 def test_keys_beside_a_preset_win():
     config = LossConfig(preset="paper-whisper", task_weight=0.9, layers=[1, 2])
     assert config.task_weight == 0.9 and config.layers == (1, 2) and config.epsilon == 1e-8
