@@ -25,10 +25,10 @@ class Engine:
         """Wait until the model is loaded. Raises UserError where it cannot be."""
         self.num_bytes, self.what, self._name, self._log = num_bytes, what, name, model.with_suffix(f".{threads}.log")
         spec = {"engine": name, "model": str(model), "threads": threads, "capacity": capacity}
-        with self._log.open("w") as log:  # -P: the modules beside worker.py are not the engines
+        with self._log.open("w", encoding="utf-8") as log:  # -P: the modules beside worker.py are not the engines
             self._process = subprocess.Popen(
                 [python, "-P", _WORKER, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                text=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         self._reply({})
 
     def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
@@ -56,7 +56,7 @@ class Engine:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            code, said = self._process.wait(), self._log.read_text(errors="replace").strip()
+            code, said = self._process.wait(), self._log.read_text(encoding="utf-8", errors="replace").strip()
             cause = _CAUSE.search(said) or _LAST.search(said)
             raise UserError(f"{self._name} ended with exit code {code}: {cause[0] if cause else 'it printed nothing'}; "
                             "leave it out of --peers")

@@ -33,7 +33,7 @@ def make_environment(name: str, install: tuple[str, ...], variables: Mapping[str
                     " ".join(install))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        with output.open("w") as log_file:
+        with output.open("w", encoding="utf-8") as log_file:
             for command in ([sys.executable, "-m", "venv", str(folder)],
                             [str(python), "-m", "pip", "install", *install]):
                 if subprocess.run(command, stdout=log_file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -45,6 +45,6 @@ def make_environment(name: str, install: tuple[str, ...], variables: Mapping[str
 
 
 def _cause(output: Path) -> str:
-    lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     return (errors or lines or ["no output"])[0].removeprefix("ERROR: ")

@@ -15,5 +15,5 @@ def write_linears(folder: str | Path, precision: str, file: Path) -> int:
     head = model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     shapes = [(linear.out_features, linear.in_features) for linear in (*linears, head)]
-    file.write_text(json.dumps([precision, shapes]))
+    file.write_text(json.dumps([precision, shapes]), encoding="utf-8")
     return sum(rows * columns for rows, columns in shapes) * {"int8": 8, "int4": 5}[precision] // 8

@@ -94,7 +94,7 @@ def onnxruntime(spec: dict[str, Any]) -> Feed:
     import onnxruntime as api
     from onnx import TensorProto, helper, numpy_helper
 
-    with open(spec["model"]) as file:
+    with open(spec["model"], encoding="utf-8") as file:
         precision, shapes = json.load(file)
     random, nodes, weights, inputs, outputs = np.random.default_rng(0), [], [], {}, []
     for i, (rows, columns) in enumerate(shapes):
