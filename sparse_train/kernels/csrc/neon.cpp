@@ -3,8 +3,6 @@
 //
 // GCC's first scheduler brings so many loads forward that registers go to the stack and back.
 #ifdef __aarch64__
-#include "decode.h"
-#include "matmul.h"
 #include "neon.h"
 
 namespace sparse_train {
@@ -20,10 +18,7 @@ struct Int8Neon : BytesNeon {
 
 }  // namespace
 
-const Tier neon = {"neon", [] { return true; }, matvec<Fp32Neon>, matvec<Bf16Neon>, matvec<Int8Neon>,
-                   matvec_int4<Int4Neon<Int8Neon>>, unpack_int4, expand<Lanes1Neon, Lanes2Neon, Lanes4Neon>,
-                   compact<Lanes1Neon, Lanes2Neon, Lanes4Neon>, count, read, kMatmul<4>, kSteps<4>,
-                   BytesNeon::kOffset};
+const Tier neon = tier_with<Int8Neon>("neon", [] { return true; });
 
 }  // namespace sparse_train
 #else

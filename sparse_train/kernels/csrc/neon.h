@@ -4,7 +4,9 @@
 #include <arm_neon.h>
 
 #include "byte_tables.h"
+#include "decode.h"
 #include "int4.h"
+#include "matmul.h"
 #include "moves.h"
 
 namespace sparse_train {
@@ -177,6 +179,14 @@ inline uint64_t read(const void* data, int64_t num_bytes) {
             sum[k] = veorq_u64(sum[k], vreinterpretq_u64_u8(load16((const uint8_t*)data + i + 16 * k)));
     for (int k = 1; k < 16; ++k) sum[0] = veorq_u64(sum[0], sum[k]);
     return vgetq_lane_u64(sum[0], 0) ^ vgetq_lane_u64(sum[0], 1);
+}
+
+// What tiers of NEON share is all but the products of bytes.
+template <class Int8>
+constexpr Tier tier_with(const char* name, bool (*is_supported)()) {
+    return {name, is_supported, matvec<Fp32Neon>, matvec<Bf16Neon>, matvec<Int8>, matvec_int4<Int4Neon<Int8>>,
+            unpack_int4, expand<Lanes1Neon, Lanes2Neon, Lanes4Neon>, compact<Lanes1Neon, Lanes2Neon, Lanes4Neon>, count,
+            read, kMatmul<4>, kSteps<4>, BytesNeon::kOffset};
 }
 
 }  // namespace

@@ -4,8 +4,6 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 
-#include "decode.h"
-#include "matmul.h"
 #include "neon.h"
 
 namespace sparse_train {
@@ -19,10 +17,7 @@ bool is_supported() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 
 }  // namespace
 
-const Tier neon_dotprod = {"neon_dotprod", is_supported, matvec<Fp32Neon>, matvec<Bf16Neon>, matvec<Int8Dotprod>,
-                           matvec_int4<Int4Neon<Int8Dotprod>>, unpack_int4, expand<Lanes1Neon, Lanes2Neon, Lanes4Neon>,
-                           compact<Lanes1Neon, Lanes2Neon, Lanes4Neon>, count, read, kMatmul<4>, kSteps<4>,
-                           BytesNeon::kOffset};
+const Tier neon_dotprod = tier_with<Int8Dotprod>("neon_dotprod", is_supported);
 
 }  // namespace sparse_train
 #else
