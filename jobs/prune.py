@@ -10,7 +10,6 @@ from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
 from sparse_train.models import load_model, load_processor, save_model
 from sparse_train.pruning import calibration_batches, prune
-from sparse_train.registry import PRUNERS
 from sparse_train.sparse import densify, sparse_linears, sparsify
 
 
@@ -20,8 +19,7 @@ def run(job: Job) -> dict[str, Any]:
     processor, model = load_processor(source.path, job.config.task.language), load_model(source.path)
     earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
     model = to_device(densify(model), dist.device())
-    calibrates = PRUNERS.entries[spec.method].calibrates
-    batches = calibration_batches(spec, job.config.task, processor) if calibrates else ()
+    batches = calibration_batches(spec, job.config.task, processor) if spec.calibrates else ()
     weights = prune(model, batches, spec, job.progress, earlier)
     save_model(job.out, sparsify(model, weights), processor)
     num_kept = sum(weight.values.numel() for weight in weights.values())

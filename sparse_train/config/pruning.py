@@ -1,7 +1,7 @@
 """`prune`: the method, the sparsity and its pattern, which linears, the calibration data (sparse_train/pruning)."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -28,8 +28,16 @@ class PruneConfig(Section):
     layer_sparsity: dict[str, _Fraction] = {}  # noqa: RUF012 - pydantic copies it
     """Pattern of names -> the sparsity of the linears that it matches, in place of prune.sparsity. Of several patterns
     that match one linear the longest counts."""
+    allocation: Literal["uniform", "owl", "atp"] = "uniform"
+    """How sparsity is divided over the blocks; the model keeps exactly as many weights as with uniform. owl: blocks
+    with a larger share of outliers keep more. atp: later blocks keep less, in equal steps."""
+    allocation_spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
+    """Half the difference between the sparsest block and the least sparse one (owl, atp)."""
+    outlier_factor: Annotated[float, Field(gt=0)] = 5.0
+    """A weight is an outlier if |w| times its input's norm is over so many times the mean of its block (owl)."""
     num_calibration: Positive = 128
-    """Training examples whose activations the method sees (all but magnitude), and compress.rounding=compensated."""
+    """Training examples whose activations the method sees (all but magnitude), and allocation=owl and
+    compress.rounding=compensated."""
     calibration: TaskConfig | None = None
     """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
@@ -46,6 +54,11 @@ class PruneConfig(Section):
         """One per sparsity, in the order of the chain."""
         sparsities = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
         return tuple(PruneLevel.model_construct(**{**dict(self), "sparsity": sparsity}) for sparsity in sparsities)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether pruning reads training examples."""
+        return PRUNERS.entries[self.method].calibrates or self.allocation == "owl"
 
     @property
     def group(self) -> tuple[int, int] | None:
@@ -86,6 +99,9 @@ class PruneConfig(Section):
         if self.layer_sparsity:
             raise ValueError(f"layer_sparsity and pattern={self.pattern}, which makes every layer {implied:g} sparse, "
                              "exclude each other; use pattern=unstructured, or prune.ignore for layers that stay dense")
+        if self.allocation != "uniform":
+            raise ValueError(f"allocation={self.allocation} and pattern={self.pattern}, which makes every layer "
+                             f"{implied:g} sparse, exclude each other; use pattern=unstructured")
 
     def _check_sparsities(self) -> None:
         if self.sparsity is None:
@@ -99,6 +115,14 @@ class PruneConfig(Section):
         if self.layer_sparsity and isinstance(self.sparsity, tuple):
             raise ValueError("layer_sparsity gives a layer one sparsity, and a chain has several levels; give one "
                              "prune.sparsity, or leave layer_sparsity out")
+        if self.allocation == "uniform":
+            return
+        if self.layer_sparsity:
+            raise ValueError(f"layer_sparsity and allocation={self.allocation} both decide the sparsity of a layer; "
+                             "leave one of them out")
+        if sparsities[-1] + self.allocation_spread >= 1:
+            raise ValueError(f"allocation_spread={self.allocation_spread} leaves nothing of the sparsest blocks at "
+                             f"sparsity={sparsities[-1]}; give less than {1 - sparsities[-1]:g}")
 
 
 class PruneLevel(PruneConfig):

@@ -2,6 +2,7 @@
 
     blockwise.py     a model, block by block
     layers.py        which linears are pruned, and how far
+    allocation.py    the sparsity of each block
     pruner.py        the interface of a method
     magnitude.py, wanda.py, sparsegpt.py, admm.py
                      a method each

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import block_output, family_of
+from sparse_train.pruning.allocation import InputNorms, allocate
 from sparse_train.pruning.layers import choose_layers
 from sparse_train.pruning.pruner import Layer, Pruner, Statistics, build_pruner
 from sparse_train.sparse import BitmaskTensor
@@ -41,9 +42,14 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, p
     (level,) = spec.levels  # those of a chain are pruned one by one
     linears = family_of(model).dense_linears(model)
     specs = choose_layers({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, level)
-    return prune_layers(model, build_pruner(level), [
-        Layer(name, linears[name].weight, layer, (earlier or {}).get(name)) for name, layer in specs.items()
-    ], batches, progress)
+    layers = [Layer(name, linears[name].weight, layer, (earlier or {}).get(name)) for name, layer in specs.items()]
+    if level.allocation != "uniform":
+        inputs = InputNorms()
+        if level.allocation == "owl":
+            batches = list(batches)
+            prune_layers(model, inputs, layers, batches)
+        layers = allocate(layers, list(family_of(model).blocks(model)), level, inputs.norms)
+    return prune_layers(model, build_pruner(level), layers, batches, progress)
 
 
 @torch.no_grad()

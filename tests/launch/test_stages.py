@@ -44,6 +44,7 @@ READERS = {
     "prune.sparsity": "prune benchmark report",
     **dict.fromkeys(("prune.num_calibration", "prune.calibration", "prune.batch_size", "prune.damping"),
                     "prune compress report"),  # compress.rounding=compensated
+    "prune.allocation_spread": "report", "prune.outlier_factor": "report",
     "prune.*": "prune report",
     "finetune.teacher.precision": "finetune",
     "finetune.teacher.*": "",
