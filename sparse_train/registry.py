@@ -134,15 +134,17 @@ KERNELS = Registry("kernel", "sparse_train.kernels", Entry, {
 class PrunerEntry(Entry):
     calibrates: bool = True
     """Whether it reads training examples, to prune by the inputs of each linear."""
+    refits: bool = False
+    """Whether its values are refitted unless prune.refit says otherwise."""
     keys: tuple[str, ...] = ()
-    """Keys of `prune` that only this method reads; further settings of a method are prune.options."""
+    """Keys of `prune` that this method reads and not every other; further settings of a method are prune.options."""
 
 
 PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
     "magnitude": PrunerEntry("sparse_train.pruning.magnitude:Magnitude", calibrates=False),
     "sparsegpt": PrunerEntry("sparse_train.pruning.sparsegpt:SparseGPT", keys=("damping", "block_size")),
     "wanda": PrunerEntry("sparse_train.pruning.wanda:Wanda"),
-    "admm": PrunerEntry("sparse_train.pruning.admm:Admm"),
+    "admm": PrunerEntry("sparse_train.pruning.admm:Admm", refits=True, keys=("damping",)),
 })
 """prune.method. The target is a subclass of sparse_train.pruning.Pruner."""
 

@@ -139,7 +139,8 @@ def _model():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pattern", [{"sparsity": 0.75}, {"sparsity": 0.0}, {"pattern": "2:4"}], ids=str)
+@pytest.mark.parametrize("pattern", [{"sparsity": 0.75}, {"sparsity": 0.0}, {"pattern": "2:4"},
+                                     {"sparsity": 0.75, "refit": True}], ids=str)
 def test_every_prunable_linear_is_pruned_to_the_count_and_nothing_else_changes(method, pattern):
     model, before = _model(), _model()
     spec = PruneConfig(method=method, **pattern)

@@ -118,7 +118,8 @@ def _training(name: str) -> tuple[str, ...]:
 def _pruning(config: RunConfig) -> tuple[str, ...]:
     """The keys that a pruning depends on, which differ by method. The tokenizer's language is saved in its folder."""
     method, allocation = PRUNERS.entries[config.prune.method], config.prune.allocation
-    unread = [key for other in PRUNERS.entries.values() for key in other.keys if key not in method.keys]
+    read = {*method.keys, "damping"} if config.prune.refits else {*method.keys}
+    unread = [key for other in PRUNERS.entries.values() for key in other.keys if key not in read]
     unread += ["allocation_spread"] * (allocation == "uniform") + ["outlier_factor"] * (allocation != "owl")
     if not config.prune.calibrates:
         return *_of(PruneConfig, "prune", *unread, "num_calibration", "calibration", "batch_size"), "task.language"

@@ -36,14 +36,19 @@ class PruneConfig(Section):
     outlier_factor: Annotated[float, Field(gt=0)] = 5.0
     """A weight is an outlier if |w| times its input's norm is over so many times the mean of its block (owl)."""
     num_calibration: Positive = 128
-    """Training examples whose activations the method sees (all but magnitude), and allocation=owl and
+    """Training examples whose activations the method sees (all but magnitude), refit, allocation=owl and
     compress.rounding=compensated."""
     calibration: TaskConfig | None = None
     """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
     """Calibration examples per forward pass."""
+    refit: bool | None = None
+    """Whether the bits of the method get the values with the least error of the layer's outputs; None: as its paper
+    does, which is true for admm. With magnitude and wanda it needs calibration data and a Hessian, as sparsegpt
+    does."""
     damping: Annotated[float, Field(gt=0)] = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt, compress.rounding=compensated)."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt, admm, refit,
+    compress.rounding=compensated)."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
     options: dict[str, Any] = {}  # noqa: RUF012
@@ -56,9 +61,14 @@ class PruneConfig(Section):
         return tuple(PruneLevel.model_construct(**{**dict(self), "sparsity": sparsity}) for sparsity in sparsities)
 
     @property
+    def refits(self) -> bool:
+        """`refit`, of which None is the method's own."""
+        return PRUNERS.entries[self.method].refits if self.refit is None else self.refit
+
+    @property
     def calibrates(self) -> bool:
         """Whether pruning reads training examples."""
-        return PRUNERS.entries[self.method].calibrates or self.allocation == "owl"
+        return PRUNERS.entries[self.method].calibrates or self.refits or self.allocation == "owl"
 
     @property
     def group(self) -> tuple[int, int] | None:

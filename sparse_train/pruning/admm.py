@@ -1,12 +1,13 @@
 """ADMM (Boza, arXiv 2401.02938): the sparse weight is found by alternating least squares and projection, not column by
-column; the survivors are then refitted.
+column; its survivors are then refitted (prune.refit).
 
-    minimise   tr((X - W) H (X - W)^T)   over sparse X; with inputs scaled so that H has a unit diagonal
+    minimise   tr((X - W) H (X - W)^T)   over sparse X; with inputs scaled so that the damped H has a unit diagonal
     Z = the largest |X + U|, as many as the iteration keeps        U = X + U - Z
     X = (W H + rho (Z - U)) (H + rho I)^-1
 
 The sparsity of the first iterations rises with a cubic curve. One inverse serves all of them. Deviations from the
-paper: counts are exact over the layer, and refit.py ends the method.
+paper: counts are exact over the layer, H is damped as for every other method (by prune.damping, where the authors' code
+adds 0.1 to the scaled one), and the values are refitted.
 
 Letters: R rows (outputs), C columns (inputs).
 """
@@ -21,7 +22,6 @@ from sparse_train.config import Section
 from sparse_train.config.base import Positive
 from sparse_train.pruning.pattern import keep_best
 from sparse_train.pruning.pruner import Layer, Pruner
-from sparse_train.pruning.refit import refit
 from sparse_train.pruning.statistics import Hessian
 
 
@@ -33,10 +33,6 @@ class AdmmOptions(Section):
     """Iterations until the layer's whole sparsity is reached; of an N:M pattern it is at once."""
     penalty: Annotated[float, Field(gt=0)] = 1.0
     """rho: how strongly X is drawn to its sparse form Z."""
-    ridge: Annotated[float, Field(gt=0)] = 0.1
-    """Added to the scaled Hessian's diagonal, which is 1."""
-    refit_iterations: Annotated[int, Field(ge=0)] = 20
-    """Of conjugate gradients, for the values of the weights that survive; 0 leaves those of the last Z."""
 
 
 class Admm(Pruner[Hessian]):
@@ -47,12 +43,9 @@ class Admm(Pruner[Hessian]):
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         """The updated weight is fp32."""
         layer.require_finite(statistics)
-        hessian, spec = statistics.mean(), layer.spec
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        scale = hessian.diagonal().sqrt()
+        hessian, dead = statistics.damped(layer.spec.damping)
+        spec, scale = layer.spec, hessian.diagonal().sqrt()
         hessian /= scale[:, None] * scale
-        hessian.diagonal().add_(self.options.ridge)
         weight = (layer.weight.detach().float() * scale).masked_fill(dead, 0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(
             hessian + self.options.penalty * torch.eye(len(hessian), device=hessian.device)))
@@ -66,5 +59,4 @@ class Admm(Pruner[Hessian]):
             u += x - z
             x = (target + self.options.penalty * (z - u)) @ inverse
         keep = keep_best((x + u).abs(), layer)
-        values = refit(weight, (x + u) * keep, keep, hessian, self.options.refit_iterations)
-        return values / scale, keep
+        return (x + u) * keep / scale, keep

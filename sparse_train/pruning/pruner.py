@@ -12,6 +12,8 @@ import torch
 from sparse_train.config import PruneConfig, PruneLevel, Section
 from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
+from sparse_train.pruning.refit import refit
+from sparse_train.pruning.statistics import ColumnNorms, Hessian
 from sparse_train.registry import PRUNERS
 
 
@@ -69,7 +71,34 @@ class Pruner(ABC, Generic[S]):
         """(weight (R, C) with zeros where pruned, keep (R, C) bool). `layer.weight` is not changed."""
 
 
+class Refitted(Pruner[Hessian]):
+    """The bits of a method, with the values that fit them best: prune.refit. The Hessian has what the method reads."""
+
+    Statistics = Hessian
+
+    def __init__(self, method: Pruner):
+        super().__init__()
+        self._method = method
+
+    @property
+    def without_inputs(self) -> str:
+        return f"{self._method.without_inputs} with prune.refit=false"
+
+    def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
+        """The updated weight is fp32."""
+        layer.require_finite(statistics)
+        pruned, keep = self._method.prune(layer, statistics if self._method.Statistics else None)
+        hessian, _ = statistics.damped(layer.spec.damping)
+        return refit(layer.weight, pruned, keep, hessian), keep
+
+
 def build_pruner(spec: PruneConfig) -> Pruner:
-    """Raises UserError for options that the method does not have."""
+    """Raises UserError for options that the method does not have, and where it cannot be refitted."""
     kind = PRUNERS.load(spec.method)
-    return kind(read_options(kind.Options, spec.options, "prune.options", f"prune.method={spec.method}"))
+    method = kind(read_options(kind.Options, spec.options, "prune.options", f"prune.method={spec.method}"))
+    if not spec.refits:
+        return method
+    if kind.Statistics not in (None, ColumnNorms, Hessian):
+        raise UserError(f"prune.refit: prune.method={spec.method} prunes by {kind.Statistics.__name__}, and only the "
+                        "Hessian would be collected; leave prune.refit out")
+    return Refitted(method)

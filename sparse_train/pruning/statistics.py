@@ -24,6 +24,20 @@ class Hessian:
         lower = self.sum.tril() / self.num_tokens
         return lower + lower.tril(-1).T
 
+    def damped(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H plus `damping` times the mean of its diagonal on that diagonal, the columns (C,) that never fire). Of
+        those the diagonal counts as 1, so the sum is positive definite."""
+        hessian = self.mean()
+        diagonal = hessian.diagonal()  # a view
+        dead = diagonal == 0
+        diagonal[dead] = 1
+        diagonal += damping * diagonal.mean()
+        return hessian, dead
+
+    def norms(self) -> torch.Tensor:
+        """Those of ColumnNorms."""
+        return (self.mean().diagonal() * (self.num_tokens / 2)).sqrt()
+
 
 class ColumnNorms:
     """The 2-norm (C,) of each column of the inputs."""
