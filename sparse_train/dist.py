@@ -80,6 +80,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Collective. Make `tensor` that of rank `source`, in place; returns it."""
+    if world_size() > 1:
+        distributed.broadcast(tensor, source)
+    return tensor
+
+
 def num_sums() -> int:
     """Number of sum_over_ranks that this rank has begun; training has at least one in every step."""
     return _num_sums

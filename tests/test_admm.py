@@ -16,7 +16,7 @@ _PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}]
 
 def prune_layer(method, weight, hessian, earlier=None, **keys):
     statistics = Hessian(len(hessian), hessian.device)
-    statistics.sum, statistics.num_tokens = hessian, 1
+    statistics.sum, statistics.num_tokens = hessian.flatten(), 1  # one piece
     spec = PruneConfig(method=method, **keys)
     pruner = build_pruner(spec)
     return pruner.prune(Layer("some.layer", weight, spec.levels[0], earlier), pruner.Statistics and statistics)

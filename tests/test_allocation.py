@@ -11,7 +11,7 @@ import torch
 from sparse_train.config import PruneConfig, RunConfig
 from sparse_train.launch.run.stages import find_stage
 from sparse_train.models import family_of
-from sparse_train.pruning import Layer, prune
+from sparse_train.pruning import prune
 from sparse_train.pruning.allocation import _divide, allocate
 from sparse_train.pruning.layers import num_kept
 from sparse_train.pruning.parameters import count_parameters
@@ -127,8 +127,8 @@ def test_blocks_without_a_pruned_linear_do_not_count():
                                               ignore=("*.blocks.1.*",)))
     assert [round(sum(block) / 12 / 32**2, 3) for block in _blocks(weights)] == [0.6, 0.4]
     (level,) = PruneConfig(sparsity=0.5, allocation="atp").levels
-    (layer,) = allocate([Layer("a.0.q", torch.ones(3, 3), level)], ["a.0"], level, {})
-    assert num_kept(9, layer.spec.sparsity) == num_kept(9, 0.5)
+    found = allocate({"a.0.q": level}, {"a.0.q": 9}, ["a.0"], level, {}, lambda name: None)
+    assert num_kept(9, found["a.0.q"].sparsity) == num_kept(9, 0.5)
 
 
 @pytest.mark.parametrize("keys, message", [

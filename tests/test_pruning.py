@@ -9,7 +9,8 @@ from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.pruning import build_pruner, prune
-from sparse_train.pruning.blockwise import _Call, _collect, _record_calls
+from sparse_train.pruning.calls import Call, record_calls
+from sparse_train.pruning.collect import collect
 from sparse_train.pruning.pattern import keep_groups, keep_largest
 from sparse_train.pruning.pruner import Layer
 from sparse_train.pruning.sparsegpt import SparseGPT
@@ -35,7 +36,7 @@ def make_problem(rows=6, columns=48, tokens=200):
 def sparsegpt(weight, hessian, spec, name="weight", earlier=None):
     """`hessian`: the matrix H (C, C)."""
     statistics = Hessian(len(hessian), hessian.device)
-    statistics.sum, statistics.num_tokens = hessian, 1
+    statistics.sum, statistics.num_tokens = hessian.flatten(), 1  # one piece
     return SparseGPT().prune(Layer(name, weight, spec.levels[0], earlier), statistics)
 
 
@@ -207,8 +208,8 @@ def test_linears_share_statistics_exactly_as_long_as_they_share_inputs():
                    for name, linear in linears.items()]
         attend = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
         with torch.no_grad():
-            found = _collect(build_pruner(PruneConfig(sparsity=0.5)), block, linears,
-                             [_Call((x,), {}) for x in states], [Batch(attend.long(), attend, attend.long())] * 2,
+            found = collect(build_pruner(PruneConfig(sparsity=0.5)), block, linears,
+                             [Call((x,), {}) for x in states], [Batch(attend.long(), attend, attend.long())] * 2,
                              "decoder")
         for handle in handles:
             handle.remove()
@@ -232,13 +233,13 @@ def test_blocks_are_skipped_only_where_no_other_argument_depends_on_them(depends
 
     blocks[1].register_forward_pre_hook(add_argument, with_kwargs=True)
     handle = blocks[1].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(_Call(args, kwargs).others()), with_kwargs=True)
+        lambda module, args, kwargs: seen.append(Call(args, kwargs).others()), with_kwargs=True)
     with torch.no_grad():
         for batch in batches:
             model(**batch.inputs(), use_cache=False)
         handle.remove()
         blocks[0].mlp.down_proj.register_forward_hook(lambda *_: num_runs.append(1))
-        records = _record_calls(model, blocks, batches)
+        records = record_calls(model, blocks, batches)
     for record, expected in zip(records, seen, strict=True):
         found = record[1].others()
         assert len(found) == len(expected) > 1 and all(map(torch.equal, found, expected))

@@ -39,10 +39,12 @@ def round_compensated(model: PreTrainedModel, batches: Iterable[Batch], precisio
     as prune.damping. Raises UserError where no token reaches a layer.
     """
     keeps = {name: linear.weight.keep for name, linear in sparse_linears(model).items()}
-    linears = family_of(densify(model)).dense_linears(model)
-    rounding, spec = Rounding(QUANTISERS[precision]), PruneLevel(sparsity=0.0, damping=damping)
-    prune_layers(model, rounding, [Layer(name, linears[name].weight, spec, keep) for name, keep in keeps.items()],
-                 batches, progress and (lambda done, total, block: progress(done, total)))
+    rounding, level = Rounding(QUANTISERS[precision]), PruneLevel(sparsity=0.0, damping=damping)
+    num_blocks = len(family_of(model).blocks(model))
+    levels = dict.fromkeys(keeps, level)
+    for done, _ in enumerate(prune_layers(densify(model), rounding, levels, batches, keeps.get), 1):
+        if progress:
+            progress(done, num_blocks)
     return rounding.rounded
 
 

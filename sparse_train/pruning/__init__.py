@@ -1,6 +1,8 @@
 """Pruning: which weights of a model survive, and their new values.
 
-    blockwise.py     a model, block by block
+    blockwise.py     a model, block by block, over ranks
+    calls.py, collect.py
+                     what blocks are called with; statistics of what their linears get
     layers.py        which linears are pruned, and how far
     allocation.py    the sparsity of each block
     pruner.py        the interface of a method
@@ -16,8 +18,9 @@
 The methods are the table PRUNERS of sparse_train/registry.py.
 """
 
-from sparse_train.pruning.blockwise import prune, prune_layers
+from sparse_train.pruning.blockwise import choose_levels, prune, prune_layers
 from sparse_train.pruning.calibration import calibration_batches
 from sparse_train.pruning.pruner import Layer, Pruner, build_pruner
 
-__all__ = ["Layer", "Pruner", "build_pruner", "calibration_batches", "prune", "prune_layers"]
+__all__ = ["Layer", "Pruner", "build_pruner", "calibration_batches", "choose_levels", "prune",
+           "prune_layers"]

@@ -11,62 +11,54 @@ chain dropped the others, the rest keep more.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from sparse_train.config import PruneLevel
 from sparse_train.pruning.layers import num_kept
-from sparse_train.pruning.pruner import Layer, Pruner
+from sparse_train.pruning.pruner import Layer
 from sparse_train.pruning.statistics import ColumnNorms
 
 _BISECTIONS = 100  # halve an interval until float64 cannot
 
 
-class InputNorms(Pruner[ColumnNorms]):
-    """Prunes nothing, and leaves in `norms` what reaches each linear."""
+class InputNorms:
+    """What outlier_share reads of a block's inputs."""
 
     Statistics = ColumnNorms
     without_inputs = "use prune.allocation=atp or uniform"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms: dict[str, torch.Tensor] = {}
-        """By name: the root mean square (C,) of each input over real tokens. The paper's norm is this times a number
-        that is the same for all linears which see the same tokens."""
 
-    def prune(self, layer: Layer, statistics: ColumnNorms) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight as it is. Nobody reads the bits, which are empty so that they take no memory."""
-        layer.require_finite(statistics)
-        self.norms[layer.name] = statistics.norms() / math.sqrt(statistics.num_tokens)
-        return layer.weight, torch.zeros_like(layer.weight, dtype=torch.bool)
+def allocate(specs: Mapping[str, PruneLevel], sizes: Mapping[str, int], blocks: Sequence[str], level: PruneLevel,
+             shares: Mapping[str, float], num_alive: Callable[[str], int | None]) -> dict[str, PruneLevel]:
+    """`specs` of the linears with sparsities of their own.
 
-
-def allocate(layers: Sequence[Layer], blocks: Sequence[str], level: PruneLevel,
-             norms: Mapping[str, torch.Tensor]) -> list[Layer]:
-    """`layers` with sparsities of their own. `blocks`: names of the model's blocks as it runs them; those without a
-    layer do not count. `norms`: of InputNorms, read by owl alone."""
-    members = [[layer for layer in layers if layer.name.startswith(f"{block}.")] for block in blocks]
-    members = [block for block in members if block]
-    if level.allocation == "owl":
-        needs = [outlier_share(block, norms, level.outlier_factor) for block in members]
-    else:
-        needs = [-float(index) for index in range(len(members))]
+    `sizes`: number of weights by name. `blocks`: names of the model's blocks as it runs them; those without a linear do
+    not count. `shares`: outlier_share by block, read by owl alone. `num_alive`: how many weights of a linear an earlier
+    level of a chain left; None: all.
+    """
+    members = {block: [name for name in specs if name.startswith(f"{block}.")] for block in blocks}
+    members = {block: names for block, names in members.items() if names}
+    needs = [shares[block] if level.allocation == "owl" else -float(index) for index, block in enumerate(members)]
     unit = 2 * level.allocation_spread / ((max(needs) - min(needs)) or 1)
-    layers = [layer for block in members for layer in block]
-    sizes = [layer.weight.numel() for layer in layers]
-    counts = _divide(sum(num_kept(size, level.sparsity) for size in sizes), sizes,
-                     [unit * need for need, block in zip(needs, members, strict=True) for _ in block],
-                     [size if layer.earlier is None else int(layer.earlier.sum())
-                      for size, layer in zip(sizes, layers, strict=True)])
-    return [replace(layer, spec=layer.spec.model_copy(update={"sparsity": 1 - count / size}))
-            for layer, count, size in zip(layers, counts, sizes, strict=True)]
+    names = [name for block in members.values() for name in block]
+    alive = [num_alive(name) for name in names]
+    counts = _divide(sum(num_kept(sizes[name], level.sparsity) for name in names), [sizes[name] for name in names],
+                     [unit * need for need, block in zip(needs, members.values(), strict=True) for _ in block],
+                     [sizes[name] if most is None else most for name, most in zip(names, alive, strict=True)])
+    return {name: specs[name].model_copy(update={"sparsity": 1 - count / sizes[name]})
+            for name, count in zip(names, counts, strict=True)}
 
 
-def outlier_share(block: Sequence[Layer], norms: Mapping[str, torch.Tensor], factor: float) -> float:
-    """Of all weights of a block, those whose score is over `factor` times the mean score."""
-    scores = [layer.weight.abs().float() * norms[layer.name] for layer in block]
+def outlier_share(block: Sequence[Layer], statistics: Mapping[str, ColumnNorms], factor: float) -> float:
+    """Of all weights of a block, those whose score is over `factor` times the mean score. Inputs count by their root
+    mean square: the paper's norm is this times a number that is the same for all linears which see the same tokens."""
+    scores = []
+    for layer in block:
+        inputs = statistics[layer.name]
+        layer.require_finite(inputs)
+        scores.append(layer.weight.abs().float() * (inputs.norms() / math.sqrt(inputs.num_tokens)))
     size = sum(score.numel() for score in scores)
     threshold = factor * sum(score.sum(dtype=torch.float64).item() for score in scores) / size
     return sum(int((score > threshold).sum()) for score in scores) / size

@@ -21,10 +21,23 @@ class Statistics(Protocol):
     """Collected from the calibration inputs of one linear; statistics.py has those that exist."""
 
     sum: torch.Tensor
+    """fp64; the sum over the ranks is that of all batches."""
     num_tokens: int
 
     def add(self, inputs: torch.Tensor) -> None:
-        """`inputs` (tokens, C): real tokens only."""
+        """`inputs` (tokens, C) of a batch: real tokens only."""
+
+
+class Collects(Protocol):
+    """Wants statistics of the inputs of linears."""
+
+    @property
+    def Statistics(self) -> type | None:
+        """As Pruner.Statistics."""
+
+    @property
+    def without_inputs(self) -> str:
+        """The remedy where a layer's inputs cannot be used."""
 
 
 S = TypeVar("S", bound=Statistics | None)

@@ -1,27 +1,40 @@
-"""What a pruner may collect from the inputs of a linear with C columns, in fp32."""
+"""What a pruner may collect from the inputs of a linear with C columns.
+
+Products are fp32, batch by batch, and sums of batches are fp64. A sum of fp32 numbers is exact in fp64 as long as none
+is 2^29 times smaller than the result, so the order of the batches, and which rank had which, changes no bit.
+"""
+
+from collections.abc import Iterator
 
 import torch
 
-_TILE = 256  # columns of a product that makes a part of the lower triangle
+_TILE = 256  # rows of a piece of the lower triangle
 
 
 class Hessian:
     """H (C, C) = 2 / n * sum of x x^T over n tokens."""
 
     def __init__(self, num_columns: int, device: torch.device):
-        """`sum` is filled up to the diagonal, and beyond it where tiles stand out."""
-        self.sum, self.num_tokens = torch.zeros(num_columns, num_columns, device=device), 0
+        """`sum`: the lower triangle, one piece of rows behind the other; each piece ends at its last row's diagonal."""
+        self._num_columns, self.num_tokens = num_columns, 0
+        size = sum(rows * stop for rows, stop in self._pieces())
+        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor) -> None:
-        """`inputs` (tokens, C): real tokens only."""
+        """`inputs` (tokens, C) of a batch: real tokens only."""
         inputs = inputs.float()
-        for start in range(0, inputs.shape[1], _TILE):
-            stop = start + _TILE
-            self.sum[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop], alpha=2.0)
+        for piece in self._rows():
+            rows, stop = piece.shape
+            piece += 2.0 * (inputs[:, stop - rows:stop].T @ inputs[:, :stop])
         self.num_tokens += len(inputs)
 
     def mean(self) -> torch.Tensor:
-        lower = self.sum.tril() / self.num_tokens
+        """fp32."""
+        mean = torch.empty(self._num_columns, self._num_columns, device=self.sum.device)
+        for piece in self._rows():
+            rows, stop = piece.shape
+            mean[stop - rows:stop, :stop] = piece / self.num_tokens
+        lower = mean.tril_()
         return lower + lower.tril(-1).T
 
     def damped(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,17 +51,30 @@ class Hessian:
         """Those of ColumnNorms."""
         return (self.mean().diagonal() * (self.num_tokens / 2)).sqrt()
 
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """(number of rows, the column after their last)."""
+        for start in range(0, self._num_columns, _TILE):
+            stop = min(start + _TILE, self._num_columns)
+            yield stop - start, stop
+
+    def _rows(self) -> Iterator[torch.Tensor]:
+        start = 0
+        for rows, stop in self._pieces():
+            yield self.sum[start:start + rows * stop].view(rows, stop)
+            start += rows * stop
+
 
 class ColumnNorms:
     """The 2-norm (C,) of each column of the inputs."""
 
     def __init__(self, num_columns: int, device: torch.device):
-        self.sum, self.num_tokens = torch.zeros(num_columns, device=device), 0
+        self.sum, self.num_tokens = torch.zeros(num_columns, dtype=torch.float64, device=device), 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        """`inputs` (tokens, C): real tokens only."""
+        """`inputs` (tokens, C) of a batch: real tokens only."""
         self.sum += inputs.float().square().sum(dim=0)
         self.num_tokens += len(inputs)
 
     def norms(self) -> torch.Tensor:
-        return self.sum.sqrt()
+        """fp32."""
+        return self.sum.sqrt().float()
