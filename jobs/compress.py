@@ -24,7 +24,7 @@ from sparse_train.jobs.job import Job
 from sparse_train.models import Processor, load_model, load_processor
 from sparse_train.pruning import calibration_batches
 from sparse_train.sparse import sparse_linears
-from sparse_train.tasks import build_task, scored_examples
+from sparse_train.tasks import build_task, in_order, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def run(job: Job) -> dict[str, Any]:
         folder = job.out / f"sparse-{precision}"
         export_sparse(model, processor, precision, folder, config.compress.int8_head, rounded)
         # On the kernels and the quantised weights of `generate`, in transformers' loop, whatever the batch.
-        score = task.score(load(folder).model, processor, examples, config.evaluate, next(parts)(precision))
+        score = task.score(load(folder).model, processor, examples, config.evaluate,
+                           functools.partial(in_order, progress=next(parts)(precision)))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}
     export_dense(model, processor, job.out / "dense")
     if names := unpruned_zeros(job.out / "dense", weights):

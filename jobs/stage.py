@@ -18,7 +18,8 @@ class Kind(StrEnum):
     REPORT = "report"
 
 
-_DISTRIBUTED = (Kind.DENSE, Kind.FINETUNE)
+_TRAINING = (Kind.DENSE, Kind.FINETUNE)
+_DISTRIBUTED = (*_TRAINING, Kind.EVALUATE)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Stage:
     def is_distributed(self) -> bool:
         """Whether it runs on all ranks of the cluster config and saves its state; other stages are one process."""
         return self.kind in _DISTRIBUTED
+
+    @property
+    def is_training(self) -> bool:
+        return self.kind in _TRAINING
 
     @property
     def upstream(self) -> tuple["Stage", ...]:

@@ -105,6 +105,14 @@ def gather_objects(mine: Any) -> list[Any]:
     return objects
 
 
+def from_rank_0(mine: Any) -> Any:
+    """Collective. Rank 0's `mine` on every rank; plain data."""
+    objects = [mine]
+    if world_size() > 1:
+        distributed.broadcast_object_list(objects, 0)
+    return objects[0]
+
+
 def agree(check: Callable[[], None]) -> None:
     """Collective. Run `check` on every rank; the UserError of the lowest rank that has one is raised on all."""
     try:

@@ -75,9 +75,9 @@ class Heartbeat:
         timeout = timedelta(seconds=self._silence_s)
         if self._rank == 0:
             store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-            dist.gather_objects(store.port)
+            dist.from_rank_0(store.port)
             return store
-        port = dist.gather_objects(None)[0]
+        port = dist.from_rank_0(None)
         return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def _send_beats(self) -> None:

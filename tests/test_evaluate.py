@@ -1,5 +1,7 @@
-"""The job that scores models, in both precisions."""
+"""The job that scores models, in both precisions, on any number of ranks, undisturbed and stopped."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,14 +10,31 @@ import torch
 from sparse_train.artifacts import write_json
 from sparse_train.config import PruneConfig, RunConfig
 from sparse_train.jobs import evaluate, report
-from sparse_train.jobs.job import Input, Job
+from sparse_train.jobs.job import Input, Job, Stopped
+from sparse_train.jobs.ledger import finished_file, num_finished
 from sparse_train.launch.run.stages import build_stages
 from sparse_train.models import save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import sparsify
 from tests.models import tiny_model
+from tests.ranks import run_ranks
 
 _LICENSE = Path(__file__).parents[1] / "LICENSE"
+
+
+def _config(task, texts=True, **given):
+    prose = {"prose": {"path": str(_LICENSE), "max_length": 48, "test_share": 0.5}}
+    return RunConfig(task={"name": task}, prune={"sparsity": 0.5}, evaluate={
+        "num_examples": 8, "batch_size": 4, "max_new_tokens": 3, "texts": prose if texts else {}, "num_texts": 4,
+        **given})
+
+
+def _job(config, models, folder, progress=lambda *_: None):
+    """As the stage gets it; the pruned model stands for a fine-tune as well."""
+    stages = {stage.id: stage for stage in build_stages(config)}
+    folder.mkdir(exist_ok=True)
+    return Job(config, stages["evaluate"], folder, tuple(Input(stages[name], models / path) for name, path in (
+        ("dense", "dense"), ("prune", "prune"), ("finetune/squarehead", "prune"))), progress)
 
 
 def _models(family, folder):
@@ -32,25 +51,71 @@ def _models(family, folder):
 @pytest.mark.parametrize(("family", "task"), [("llama", "numbers"), ("whisper", "dialtones")])
 def test_scores_in_bf16_are_those_in_fp32_but_for_rounding(family, task, tmp_path):
     _models(family, tmp_path)
-    texts = {"prose": {"path": str(_LICENSE), "max_length": 48, "test_share": 0.5}} if family == "llama" else {}
+    texts = family == "llama"
     found = {}
     for precision in ("fp32", "bf16"):
-        config = RunConfig(task={"name": task}, prune={"sparsity": 0.5}, evaluate={
-            "precision": precision, "num_examples": 8, "batch_size": 4, "max_new_tokens": 3, "texts": texts,
-            "num_texts": 4})
-        stages, folder = {stage.id: stage for stage in build_stages(config)}, tmp_path / precision
-        # The pruned model stands for a fine-tune as well.
-        inputs = tuple(Input(stages[name], tmp_path / path) for name, path in (
-            ("dense", "dense"), ("prune", "prune"), ("finetune/squarehead", "prune")))
-        folder.mkdir()
-        evaluate.run(Job(config, stages["evaluate"], folder, inputs, lambda *_: None))
+        config, folder = _config(task, texts, precision=precision), tmp_path / precision
+        stages = {stage.id: stage for stage in build_stages(config)}
+        evaluate.run(_job(config, tmp_path, folder))
         write_json(tmp_path / "scores.json", {"loss": "squarehead", "scores": {}, "num_bytes": {"dense": 1}})
         scored = (Input(stages["evaluate"], folder), Input(stages["compress"], tmp_path))
         data = report._collect(Job(config, stages["report"], tmp_path, scored, lambda *_: None))
         table = report._score_table(data)
         assert [row[table.header.index("computed in")] for row in table.rows] == [precision] * 3
         found[precision] = {(row["loss"], row["metric"]): row["value"] for row in data["scores"]}
-    names = ["cross_entropy", *["prose/perplexity"] * bool(texts)]
+    names = ["cross_entropy", *["prose/perplexity"] * texts]
     for key in [(loss, name) for loss in ("dense", "one-shot") for name in names]:
         assert found["bf16"][key] == pytest.approx(found["fp32"][key], rel=2.0**-7), key
         assert found["bf16"][key] != found["fp32"][key], key
+
+
+class _Killed(Exception):
+    pass
+
+
+def _kill_after(num_rounds):
+    def progress(done, total, note):
+        seen.append(done)
+        if len(seen) == num_rounds:
+            raise _Killed
+
+    seen = []
+    return progress
+
+
+def _evaluate_on_ranks(config, models, killed):
+    """On each rank: undisturbed, into a folder of its own; then what a process that was killed left in `killed`,
+    stopped once more by a signal that one rank gets, and finished."""
+    torch.set_num_threads(1)
+    evaluate.run(_job(config, models, models / "undisturbed"))
+    before = num_finished(killed)
+    with pytest.raises(Stopped):
+        evaluate.run(_job(config, models, killed, lambda *_: os.kill(os.getpid(), signal.SIGTERM)))
+    added = num_finished(killed) - before
+    evaluate.run(_job(config, models, killed))
+    return added
+
+
+def _results(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_one_rank_and_three_undisturbed_and_stopped_give_the_same_files(tmp_path):
+    _models("llama", tmp_path)
+    config, num_threads = _config("numbers", batch_size=1, num_examples=5), torch.get_num_threads()
+    torch.set_num_threads(1)  # products of another number of threads may round differently
+    try:
+        evaluate.run(_job(config, tmp_path, tmp_path / "one"))
+        killed = tmp_path / "killed"
+        with pytest.raises(_Killed):  # on texts of the one-shot model, after those of the dense one
+            evaluate.run(_job(config, tmp_path, killed, _kill_after(5 + 4 + 5 + 2)))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert num_finished(killed) == 16
+    with open(finished_file(killed), "a", encoding="utf-8") as file:
+        file.write('["prune on prose", 2, [3, 0.')
+    # Of the round with text 0, 1 and 2 only the last is missing.
+    assert run_ranks(_evaluate_on_ranks, 3, config, tmp_path, killed) == [1, 1, 1]
+    expected = _results(tmp_path / "one")
+    assert set(expected) == {"scores.json", "dense.jsonl", "prune.jsonl", "finetune-squarehead.jsonl"}
+    assert _results(tmp_path / "undisturbed") == _results(killed) == expected

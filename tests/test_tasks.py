@@ -22,7 +22,7 @@ from sparse_train.errors import UserError
 from sparse_train.launch.submit.validate import validate
 from sparse_train.models import Processor, load_processor
 from sparse_train.registry import TASKS, Registry, TaskEntry
-from sparse_train.tasks import build_task, build_tokenizer, generate, scored_examples, training_examples
+from sparse_train.tasks import build_task, build_tokenizer, generate, in_order, scored_examples, training_examples
 from sparse_train.tasks.arithmetic import Arithmetic
 from sparse_train.tasks.batch import Example, collate, encode
 from sparse_train.tasks.gsm8k import final_number, last_number
@@ -189,7 +189,8 @@ def test_the_score_counts_right_answers_and_real_target_tokens():
     examples = [Example(f"Question: {'x' * n}\nAnswer:", f" {n}") for n in (1, 5, 3)]
     done = []
     spec = EvaluateConfig(batch_size=2, max_new_tokens=8)
-    score = task.score(model, processor, examples, spec, lambda *state: done.append(state))
+    in_batches = functools.partial(in_order, progress=lambda *state: done.append(state))
+    score = task.score(model, processor, examples, spec, in_batches)
     total = count = 0
     for example in examples:
         prompt, answer = encode(example, processor)
@@ -199,7 +200,7 @@ def test_the_score_counts_right_answers_and_real_target_tokens():
         count += len(answer)
     assert score.metrics["cross_entropy"] == pytest.approx(total / count, rel=1e-4)
     assert [sample["prompt"] for sample in score.samples] == [example.prompt for example in examples]
-    assert score.metrics["exact_match"] == sum(s["correct"] for s in score.samples) / 3 and done == [(2, 3), (3, 3)]
+    assert score.metrics["exact_match"] == sum(s["correct"] for s in score.samples) / 3 and done == [(1, 2), (2, 2)]
 
 
 def _folder(tmp_path, lines, gz=False):

@@ -127,4 +127,4 @@ def describe_stop(stage: Stage, ending: Ending) -> str:
         return f"{stage.id} was stopped; the same command starts it again"
     if ending.status == "stopped":
         return f"{stage.id} was stopped and saved its state; the same command continues from there"
-    return f"{stage.id} ended before it could save; the same command continues from its newest checkpoint"
+    return f"{stage.id} ended before it could save; the same command continues from what it saved last"

@@ -19,6 +19,7 @@ from sparse_train.config.load import load_config
 from sparse_train.cpus import set_threads
 from sparse_train.errors import UserError
 from sparse_train.jobs.job import Job, Stopped
+from sparse_train.jobs.ledger import num_finished
 from sparse_train.jobs.stage import Stage
 from sparse_train.launch.run.cluster import CLUSTER, ClusterConfig
 from sparse_train.launch.run.folder import log_folder, partial_folder, progress_file, read_inputs, read_run
@@ -49,7 +50,7 @@ def work(run_folder: str, stage_id: str, port: int | None = None) -> None:
     cluster = load_config(ClusterConfig, config.path / CLUSTER)
     process = StageProcess(info, config, cluster, find_stage(config, stage_id), port or info.port)
     for number in _STOP_SIGNALS:
-        # submitit's handlers would save on one rank only. Training installs its own later. Until then the ranks may
+        # submitit's handlers would save on one rank only. A job on ranks installs its own later. Until then they may
         # wait for each other in native code, where no Python handler runs.
         signal.signal(number, signal.SIG_DFL if process.stage.is_distributed else _raise_stopped)
 
@@ -95,8 +96,9 @@ class StageProcess:
         if is_current(self.stage, self.config):  # a task of an array that runs for another, or a job requeued too late
             return
         if self.info.rank == 0:  # now, so that an attempt that still runs elsewhere writes no more
+            partial = partial_folder(self.stage, self.config)
             attempts.begin(self.logs, self.info,
-                           checkpoint.newest_step(partial_folder(self.stage, self.config) / "checkpoints"))
+                           checkpoint.newest_step(partial / "checkpoints") or num_finished(partial))
         if self.stage.is_distributed:
             self._run_on_ranks()
         else:
@@ -134,8 +136,6 @@ class StageProcess:
                                 f"it more: cluster.stages.{self.stage.kind}.time=...") from None
             raise
         self._publish(metrics, started)
-        if wandb := self.config.tracking.wandb:
-            log_results(self.config.path, self.stage.id, self.stage.kind, metrics, wandb)
 
     def _run_job(self, deadline_s: float | None) -> dict[str, Any]:
         """`deadline_s`: when the process will be ended, in seconds since the epoch."""
@@ -154,6 +154,8 @@ class StageProcess:
         for number in _STOP_SIGNALS:  # nothing but the signing is left
             signal.signal(number, signal.SIG_IGN)
         publish(self.stage, self.config, metrics, time.time() - started, self.info)
+        if (wandb := self.config.tracking.wandb) and not self.stage.is_training:  # which has logged its steps
+            log_results(self.config.path, self.stage.id, self.stage.kind, metrics, wandb)
 
     def _require_newest_attempt(self) -> None:
         attempts.require_newest(self.logs, self.info.attempt)

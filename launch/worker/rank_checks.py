@@ -1,7 +1,7 @@
-"""Checks run on every rank before training, so that problems which would surface hours later are reported in seconds.
+"""Checks run on every rank before its stage, so that problems which would surface hours later are reported in seconds.
 
-They log a table of ranks and devices and test a sum over all ranks, the run folder as each node sees it, free disk for
-checkpoints, and memory. Each problem is a UserError of one line.
+They log a table of ranks and devices and test a sum over all ranks, the run folder as each node sees it, free disk
+for the checkpoints of a training, and memory. Each problem is a UserError of one line.
 """
 
 import logging
@@ -55,7 +55,8 @@ def check_ranks(process: ProcessInfo, config: RunConfig, stage: Stage) -> None:
     path = config.dense.path or config.model.path
     model = empty_model(read_config(as_folder(path)) if path else describe(config.model))
     counts = count_parameters(model, config.prune)
-    dist.agree(lambda: _require_disk(config, stage, counts))
+    if stage.is_training:
+        dist.agree(lambda: _require_disk(config, stage, counts))
     dist.agree(lambda: _require_memory(process, config, stage, counts, ranks[process.rank]))
 
 
@@ -167,21 +168,27 @@ def _require_disk(config: RunConfig, stage: Stage, counts: ParameterCounts) -> N
 
 def _require_memory(process: ProcessInfo, config: RunConfig, stage: Stage, counts: ParameterCounts,
                     info: RankInfo) -> None:
-    train, num_trained = _train_config(config, stage), _num_trained(config, stage, counts)
-    needed = state_bytes(train, num_trained, process.num_ranks)
-    if stage.kind is Kind.FINETUNE and stage.loss_config(config).needs_teacher:
-        precision = config.finetune.teacher.precision or train.precision
-        needed += WEIGHT_BYTES[precision] * counts.total // process.num_ranks
+    offloaded = 0
+    if stage.is_training:
+        train, num_trained = _train_config(config, stage), _num_trained(config, stage, counts)
+        needed, what = state_bytes(train, num_trained, process.num_ranks), "weights, gradients and optimizer"
+        remedy = f"use more ranks, a higher ZeRO stage, or {stage.kind}.zero.offload_optimizer=true"
+        if stage.kind is Kind.FINETUNE and stage.loss_config(config).needs_teacher:
+            precision = config.finetune.teacher.precision or train.precision
+            needed += WEIGHT_BYTES[precision] * counts.total // process.num_ranks
+        if train.zero.offload_optimizer:
+            offloaded = (MASTER_BYTES + MOMENT_BYTES) * num_trained // process.num_ranks
+    else:  # each rank holds the scored model, and the dense one where it is compared with that
+        needed = WEIGHT_BYTES[config.evaluate.precision] * counts.total * (2 if config.evaluate.texts else 1)
+        what, remedy = "weights", f"use fewer ranks_per_node (cluster.stages.{stage.kind}.ranks_per_node=1), or bf16"
     if info.free_gpu_memory is not None:
         free, where = info.free_gpu_memory, f"{info.device} of {process.host}"
-        if train.zero.offload_optimizer:
-            needed -= (MASTER_BYTES + MOMENT_BYTES) * num_trained // process.num_ranks
+        needed -= offloaded
     else:  # the ranks of a node share its memory
         free, where = info.free_memory // process.ranks_on_node, f"{process.host}, for each of its ranks"
     if needed > free:
-        raise UserError(f"{stage.id} needs {needed / 1e9:.1f} GB per rank for weights, gradients and optimizer alone; "
-                        f"{where}, has {free / 1e9:.1f} GB free; use more ranks, a higher ZeRO stage, or "
-                        f"{stage.kind}.zero.offload_optimizer=true")
+        raise UserError(f"{stage.id} needs {needed / 1e9:.1f} GB per rank for {what} alone; {where}, has "
+                        f"{free / 1e9:.1f} GB free; {remedy}")
 
 
 def _train_config(config: RunConfig, stage: Stage) -> TrainConfig:

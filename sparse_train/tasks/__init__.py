@@ -17,10 +17,10 @@ from sparse_train.registry import TASKS
 from sparse_train.tasks.batch import Batch, Example
 from sparse_train.tasks.decoding import generate
 from sparse_train.tasks.selection import scored_examples, training_examples
-from sparse_train.tasks.task import Score, Task
+from sparse_train.tasks.task import ForEach, Score, Task, in_order
 from sparse_train.tasks.tokenizer import build_tokenizer
 
-__all__ = ["Batch", "Example", "Score", "Task", "build_task", "build_tokenizer", "generate",
+__all__ = ["Batch", "Example", "ForEach", "Score", "Task", "build_task", "build_tokenizer", "generate", "in_order",
            "scored_examples", "training_examples"]
 
 def build_task(config: TaskConfig) -> Task:

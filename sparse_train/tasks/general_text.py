@@ -5,7 +5,7 @@ dense model. The ends of texts are not predicted, because texts are cut to a len
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from sparse_train.registry import TASKS
 from sparse_train.tasks.batch import IGNORED, Batch
 from sparse_train.tasks.likelihood import Likelihood, ScoringHead, like_lengths, predicted
 from sparse_train.tasks.selection import scored_examples
+from sparse_train.tasks.task import ForEach, in_order
 
 
 class GeneralText:
     """One set of texts. The first model that is scored is the dense one, with which the others are compared. What its
     head reads (D numbers per token) and the model itself stay in memory, so that no text goes through its blocks again
-    for each of the others."""
+    for each of the others. Each rank has this of the batches that it makes."""
 
     def __init__(self, config: TaskConfig, processor: Processor, spec: EvaluateConfig):
         """Raises UserError where there is no text, or none that fits the model."""
@@ -32,23 +33,28 @@ class GeneralText:
         self._batches = [_without_ends(task.batch(like, processor))
                          for like in like_lengths(examples, processor, spec.batch_size)]
         self._dense: ScoringHead | None = None
-        self._dense_states: list[torch.Tensor] = []
+        self._dense_states: dict[int, torch.Tensor] = {}
+        """By batch."""
 
-    @torch.no_grad()
-    def score(self, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    def score(self, model: PreTrainedModel, for_each: ForEach = in_order) -> dict[str, Any]:
         """perplexity and kl (0 for the dense model itself) of `model`, which is in eval mode; num_tokens of all texts,
         and num_left_out: how many texts do not fit the model."""
-        head, likelihood = ScoringHead(model), Likelihood()
-        for index, batch in enumerate(self._batches):
-            batch = batch.to(model.device, model.dtype)
+        head = ScoringHead(model)
+
+        @torch.no_grad()
+        def score_batch(index: int) -> tuple[Any, ...]:
+            batch, part = self._batches[index].to(model.device, model.dtype), Likelihood()
             states, targets = head.states(batch), predicted(batch)
             if self._dense is None:
-                self._dense_states.append(states.cpu())
-                likelihood.add(head, states, targets)
+                self._dense_states[index] = states.cpu()
+                part.add(head, states, targets)
             else:
-                likelihood.add(head, states, targets, self._dense, self._dense_states[index])
-            if progress:
-                progress(index + 1, len(self._batches))
+                if index not in self._dense_states:  # the dense model was scored before this process began
+                    self._dense_states[index] = self._dense.states(batch).cpu()
+                part.add(head, states, targets, self._dense, self._dense_states[index])
+            return dataclasses.astuple(part)
+
+        likelihood = Likelihood.total(for_each(len(self._batches), score_batch))
         self._dense = self._dense or head
         return {"perplexity": likelihood.perplexity, "kl": likelihood.kl, "num_tokens": likelihood.num_tokens,
                 "num_left_out": self._num_left_out}

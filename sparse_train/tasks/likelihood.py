@@ -9,7 +9,7 @@ them at a time that one tensor of logits has at most 2^22 elements (16 MB in fp3
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,12 @@ class Likelihood:
     """Of negative log-likelihoods."""
     _divergence: float = 0.0
     """Sum of KL(other model || model)."""
+
+    @classmethod
+    def total(cls, parts: Iterable[tuple[int, float, float]]) -> "Likelihood":
+        """Of parts as `astuple` gives them. The sums are exact but for their last rounding, in whatever order."""
+        counts, sums, divergences = zip(*parts, strict=True)
+        return cls(sum(counts), math.fsum(sums), math.fsum(divergences))
 
     @property
     def cross_entropy(self) -> float | None:

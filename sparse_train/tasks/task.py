@@ -1,8 +1,9 @@
 """The base class of tasks: examples, batches, the score."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,20 @@ from sparse_train.tasks.batch import Batch, Example, collate, encode_prompt, fit
 from sparse_train.tasks.conversation import Message
 from sparse_train.tasks.decoding import generate
 from sparse_train.tasks.likelihood import Likelihood, ScoringHead, like_lengths, predicted
+
+ForEach = Callable[[int, Callable[[int], Any]], list[Any]]
+"""for_each(count, work) is work(i) of every i < count, in order. What `work` returns is plain data and does not depend
+on its other calls, so ranks may divide them, and some may have been made by a process that was stopped."""
+
+
+def in_order(count: int, work: Callable[[int], Any], progress: Callable[[int, int], None] | None = None) -> list[Any]:
+    """ForEach in this process."""
+    results = []
+    for index in range(count):
+        results.append(work(index))
+        if progress:
+            progress(index + 1, count)
+    return results
 
 
 @dataclass(frozen=True)
@@ -101,8 +116,8 @@ class Task(ABC):
                 and len(windows(example, processor)) == 1)
 
     def score(self, model: PreTrainedModel, processor: Processor, examples: Sequence[Example], spec: EvaluateConfig,
-              progress: Callable[[int, int], None] | None = None) -> Score:
-        """Generated answers against the true ones.
+              for_each: ForEach = in_order) -> Score:
+        """Generated answers against the true ones; `for_each` makes the batches.
 
         Metrics: measure()'s; cross_entropy (nats per token of the true answers, end of text included) and perplexity;
         num_examples. Sound longer than the model's window is answered window by window; its true answer cannot be
@@ -112,22 +127,24 @@ class Task(ABC):
         model.eval()
         # Prompts of like length share a batch, which saves padding; ties keep their order.
         order = sorted(range(len(examples)), key=lambda i: len(encode_prompt(examples[i], processor)))
-        predictions: dict[int, str] = {}
-        head, answers = ScoringHead(model), Likelihood()
-        with torch.no_grad():
-            for start in range(0, len(order), spec.batch_size):
-                chosen = order[start:start + spec.batch_size]
-                part = [examples[i] for i in chosen]
-                whole = [example for example in part if len(windows(example, processor)) == 1]
-                for like in like_lengths(whole, processor, spec.batch_size):
-                    batch = self.batch(like, processor).to(model.device, model.dtype)
-                    answers.add(head, head.states(batch), predicted(batch))
-                if self.generates:
-                    predictions.update(zip(chosen, generate(model, processor, part, spec), strict=True))
-                if progress:
-                    progress(start + len(chosen), len(order))
+        head = ScoringHead(model)
+
+        @torch.no_grad()
+        def score_batch(index: int) -> list[Any]:
+            """[sums of the likelihood, predictions]"""
+            part = [examples[i] for i in order[index * spec.batch_size:(index + 1) * spec.batch_size]]
+            whole = [example for example in part if len(windows(example, processor)) == 1]
+            answers = Likelihood()
+            for like in like_lengths(whole, processor, spec.batch_size):
+                batch = self.batch(like, processor).to(model.device, model.dtype)
+                answers.add(head, head.states(batch), predicted(batch))
+            return [astuple(answers), generate(model, processor, part, spec) if self.generates else [""] * len(part)]
+
+        sums, answered = zip(*for_each(-(-len(order) // spec.batch_size), score_batch), strict=True)
         model.train(was_training)
-        samples = [{"prompt": example.prompt, "answer": example.answer, "prediction": predictions.get(i, "")}
+        answers = Likelihood.total(sums)
+        predictions = dict(zip(order, itertools.chain(*answered), strict=True))
+        samples = [{"prompt": example.prompt, "answer": example.answer, "prediction": predictions[i]}
                    for i, example in enumerate(examples)]
         return Score({**(self.measure(samples) if self.generates else {}), "cross_entropy": answers.cross_entropy,
                       "perplexity": answers.perplexity, "num_examples": len(samples)}, samples)

@@ -69,7 +69,7 @@ def resume(engine: Any, bits: FrozenBits, folder: Path) -> tuple[int, dict[str, 
     Raises UserError when it is of a model with other parameters or other bits.
     """
     newest = None
-    for path in reversed(dist.gather_objects(_signed(folder))[0]):  # rank 0's: listings of shared storage may differ
+    for path in reversed(dist.from_rank_0(_signed(folder))):  # listings of shared storage may differ
         if _is_intact(path):
             newest = path
             break

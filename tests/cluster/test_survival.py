@@ -39,6 +39,7 @@ def test_the_whole_pipeline_and_its_dependents(undisturbed):
     assert len(set(nodes)) == 2
     log, _ = _cli("logs", undisturbed, _STAGE)
     assert "4 ranks on 2 nodes" in log and "rank    3" in log
+    assert "4 ranks on 2 nodes" in _cli("logs", undisturbed, "evaluate")[0]
 
 
 def test_preempted_by_a_higher_partition(started, undisturbed):

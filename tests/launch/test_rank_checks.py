@@ -25,7 +25,7 @@ def _change_info(**changes):
     rank_checks._this_rank = lambda process: dataclasses.replace(this_rank(process), **changes)
 
 
-def _look(folder, problem):
+def _look(folder, problem, stage):
     """What check_ranks says on this rank, of a machine with a problem."""
     config = load_config(RunConfig, RECIPE, [f"folder='{folder}'"])
     config.path.mkdir(exist_ok=True)
@@ -42,22 +42,24 @@ def _look(folder, problem):
     if problem == "read-only" and dist.rank() == 1:
         config = config.model_copy(update={"folder": "/proc"})
     try:
-        check_ranks(process, config, find_stage(config, "finetune/ce"))
+        check_ranks(process, config, find_stage(config, stage))
     except UserError as error:
         return str(error)
     return None
 
 
-@pytest.mark.parametrize("problem, said", [
-    (None, None),
-    ("disk", "the checkpoints of finetune/ce take"),
-    ("memory", "needs 0.0 GB per rank for weights, gradients and optimizer alone; node0"),
-    ("gpu", "ranks 0 and 1 have the same GPU"),
-    ("folder", "does not see what rank"),
-    ("read-only", "cannot write to /proc/tiny on node1"),
+@pytest.mark.parametrize("problem, said, stage", [
+    (None, None, "finetune/ce"),
+    ("disk", "the checkpoints of finetune/ce take", "finetune/ce"),
+    ("disk", None, "evaluate"),
+    ("memory", "needs 0.0 GB per rank for weights, gradients and optimizer alone; node0", "finetune/ce"),
+    ("memory", "evaluate needs 0.0 GB per rank for weights alone; node0", "evaluate"),
+    ("gpu", "ranks 0 and 1 have the same GPU", "finetune/ce"),
+    ("folder", "does not see what rank", "finetune/ce"),
+    ("read-only", "cannot write to /proc/tiny on node1", "finetune/ce"),
 ])
-def test_it_refuses_early_with_one_line_on_every_rank(problem, said, tmp_path):
-    told = run_ranks(_look, 2, tmp_path, problem)
+def test_it_refuses_early_with_one_line_on_every_rank(problem, said, stage, tmp_path):
+    told = run_ranks(_look, 2, tmp_path, problem, stage)
     assert told[0] == told[1]
     assert (said in told[0] and "\n" not in told[0]) if said else told[0] is None
 
