@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sparse_train import log
 from sparse_train.errors import StageFailed, UserError
+from sparse_train.registry import PRUNERS
 from sparse_train.tables import print_table
 
 
@@ -60,6 +61,14 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     train.add_argument("--json", action="store_true", help="only the last line")
     train.set_defaults(command=_train)
 
+    prune = kinds.add_parser("prune", help="one block of MPT-7B by phase and method, and what whole models would take")
+    prune.add_argument("--methods", type=_methods, metavar="NAME,...", help="of prune.method (default: all)")
+    prune.add_argument("--width", type=_width, default=4096, help="of the block: a multiple of 64 (default: 4096)")
+    prune.add_argument("--tokens", type=_positive, default=16384, help="of calibration (default: 16384)")
+    prune.add_argument("--sparsity", type=_sparsity, default=0.5)
+    prune.add_argument("--json", action="store_true", help="only the last line")
+    prune.set_defaults(command=_prune)
+
     losses = kinds.add_parser("losses", help="what each loss makes of a pruned model's gradient, and weights that make "
                               "these gradients alike")
     losses.add_argument("config", help="a recipe, for its task")
@@ -69,7 +78,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     losses.add_argument("--batches", type=_positive, default=4, help="of the first training examples (default: 4)")
     losses.add_argument("--batch-size", type=_positive, default=2, help="examples of a batch (default: 2)")
     losses.set_defaults(command=_losses)
-    for kind in (layers, decode, moves, train, losses):
+    for kind in (layers, decode, moves, train, prune, losses):
         log.add_options(kind)
 
 
@@ -91,6 +100,13 @@ def _width(text: str) -> int:
     if value % 64:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of 64")
     return value
+
+
+def _methods(text: str) -> list[str]:
+    try:
+        return [PRUNERS.check(name) for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _layers(options, console: Console) -> None:
@@ -158,6 +174,27 @@ def _moves(options, console: Console) -> None:
         [*(row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys),
          spread_cell(row["low"], row["milliseconds"], row["high"])] for row in rows])
     print(json.dumps({"rows": rows}))
+
+
+def _prune(options, console: Console) -> None:
+    import torch
+
+    from sparse_train.bench.prune import ASSUMPTIONS, PHASES, prune_rows
+    from sparse_train.cpus import cpu_name, set_threads
+
+    set_threads()
+    rows = prune_rows(options.methods or list(PRUNERS.entries), options.width, options.tokens, options.sparsity)
+    if not options.json:
+        console.print(f"a block of MPT, {options.width} wide, {options.tokens:,} tokens, on {torch.get_num_threads()} "
+                      "threads; seconds", highlight=False)
+        print_table(console, ("method", *PHASES, "all"), [
+            [row["method"], *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
+             f"{sum(row['seconds'].values()):.2f}"] for row in rows])
+        print_table(console, ("hours", *(f"{name} on {count}" for name, count, _ in rows[0]["models"])), [
+            [row["method"], *(f"{seconds / 3600:.2f}" for _, _, seconds in row["models"])] for row in rows])
+        console.print("assumed: " + "; ".join(ASSUMPTIONS), highlight=False, soft_wrap=True)
+    print(json.dumps({"device": cpu_name(), "threads": torch.get_num_threads(), "assumptions": ASSUMPTIONS,
+                      "rows": rows}))
 
 
 def _losses(options, console: Console) -> None:

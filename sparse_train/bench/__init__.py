@@ -4,6 +4,7 @@
     compare.py, peers/     models, shapes (shapes.py) and other engines in one run
     moves.py, train.py     expanding and compacting weights; a training step
     gpu.py                 layers and decoding on a GPU
+    prune.py               pruning a block, by phase
     losses.py              what each loss makes of a student's gradient
     timing.py, tables.py, plots.py   the measurement itself, its tables and pictures
 """

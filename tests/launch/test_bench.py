@@ -142,7 +142,29 @@ def test_each_loss_has_the_gradient_of_its_plain_formula(tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(capsys):
+    command = ["bench", "prune", "--width", "128", "--tokens", "96", "--methods"]
+    assert main([*command, "magnitude,sparsegpt"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert "262,144 calibration tokens" in table[-1] and len(found["rows"]) == 2
+    for row, is_read in zip(found["rows"], (False, True), strict=True):
+        seconds, linears = row["seconds"], row["linears"]
+        assert [seconds[phase] > 0 for phase in ("forward", "statistics", "decompositions")] == [is_read] * 3
+        assert list(linears) == ["Wqkv", "out_proj", "up_proj", "down_proj"]
+        assert sum(linears.values()) == pytest.approx(seconds["decompositions"] + seconds["updates"], rel=0.05)
+        power = 3 if is_read else 2
+        for name, num_devices, whole in row["models"]:
+            scale, num_blocks = (4096 / 128, 32) if name == "MPT-7B" else (7168 / 128, 48)
+            passes = (seconds["forward"] + seconds["statistics"]) * 262_144 / 96 / num_devices
+            pruned = sum(linears.values()) if num_devices == 1 else max(linears.values())
+            assert whole == pytest.approx(
+                num_blocks * (scale**2 * (passes + seconds["other"]) + scale**power * pruned))
+
+
 @pytest.mark.parametrize(("arguments", "told"), [
+    (["prune", "--methods", "wanda,x"], "there is no pruning method x; choose from: magnitude"),
+    (["prune", "--width", "100"], "100 is not a multiple of 64"),
     (["layers", "--repeats", "0"], "--repeats"), (["moves", "--repeats", "-1"], "--repeats"),
     (["train", "--repeats", "many"], "--repeats"), (["train", "--ranks", "0"], "--ranks"),
     (["train", "--d-model", "100"], "100 is not a multiple of 64"), (["train", "--num-tokens", "1.5"], "--num-tokens"),

@@ -1,0 +1,134 @@
+"""Pruning one block of an MPT: what its phases take, by method, and what a model of such blocks would take.
+
+`prune` runs as it does in a run, with clocks around the functions that it calls: what a phase takes does not include
+the phases inside it. Weights and tokens are random, which changes no shape.
+"""
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from sparse_train import dist
+from sparse_train.config import ModelConfig, PruneConfig
+from sparse_train.models import describe, family_of
+from sparse_train.models.empty import from_config
+from sparse_train.pruning import Layer, Pruner, build_pruner, prune
+from sparse_train.tasks import Batch
+
+_SEQUENCE = 2048  # tokens of an example; shorter if there are fewer in all
+_DECOMPOSITIONS = ((torch.linalg, "cholesky"), (torch.linalg, "cholesky_ex"), (torch.linalg, "eigh"),
+                   (torch, "cholesky_inverse"))
+PHASES = ("forward", "statistics", "decompositions", "updates", "other")
+
+MODELS = {"MPT-7B": (4096, 32), "MPT-30B": (7168, 48)}
+"""Width and number of blocks."""
+MODEL_TOKENS = 128 * _SEQUENCE
+ASSUMPTIONS = (
+    f"{MODEL_TOKENS:,} calibration tokens, shared over the devices; two passes through each block",
+    "forward passes and statistics grow with the square of the width",
+    "so do the updates of methods that decompose nothing; otherwise both grow with its cube",
+    "a linear is pruned on one device, the largest of a block first; devices wait for each other at each block",
+    "every device is like this one; reading, writing and communication take no time")
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What pruning a block takes."""
+
+    method: str
+    width: int
+    num_tokens: int
+    seconds: dict[str, float]
+    """By phase; forward is all passes."""
+    linears: dict[str, float]
+    """By name, seconds of decompositions and updates."""
+
+    def of_model(self, width: int, num_blocks: int, num_devices: int) -> float:
+        """Seconds for a model, as ASSUMPTIONS say."""
+        passes = (self.seconds["forward"] + self.seconds["statistics"]) * MODEL_TOKENS / self.num_tokens
+        loads = [0.0] * num_devices
+        for seconds in sorted(self.linears.values(), reverse=True):
+            loads[loads.index(min(loads))] += seconds
+        scale, power = width / self.width, 3 if self.seconds["decompositions"] else 2
+        return num_blocks * (scale**2 * (passes / num_devices + self.seconds["other"]) + scale**power * max(loads))
+
+
+def prune_rows(methods: Sequence[str], width: int, num_tokens: int, sparsity: float) -> list[dict[str, Any]]:
+    """One row per method: a BlockCost, and under `models` [model, devices, seconds] of each of MODELS."""
+    rows = []
+    for method in methods:
+        _measure(method, 128, 128, sparsity)  # what libraries do at their first call is no phase
+        cost = _measure(method, width, num_tokens, sparsity)
+        rows.append(asdict(cost) | {"models": [
+            [name, num_devices, cost.of_model(*size, num_devices)]
+            for name, size in MODELS.items() for num_devices in (1, 8, 64)]})
+    return rows
+
+
+def _measure(method: str, width: int, num_tokens: int, sparsity: float) -> BlockCost:
+    torch.manual_seed(0)
+    length = min(num_tokens, _SEQUENCE)
+    heads = width // (64 if width % 128 else 128)
+    model = from_config(describe(ModelConfig(family="mpt", d_model=width, n_layers=1, n_heads=heads,
+                                             max_seq_len=length, vocab_size=512))).to(dist.device())
+    (block,) = family_of(model).blocks(model).values()
+    spec = PruneConfig(method=method, sparsity=sparsity)
+    batches = [_batch(length) for _ in range(num_tokens // length)]
+    clock, method_class, linears = _Clock(), type(build_pruner(spec)), {}
+    update = clock.of("updates", method_class.prune)
+
+    def prune_linear(pruner: Pruner, layer: Layer, statistics: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        start = _now()
+        pruned = update(pruner, layer, statistics)
+        linears[layer.name.rpartition(".")[2]] = _now() - start
+        return pruned
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(method_class, "prune", prune_linear))
+        watched = [(owner, name, "decompositions") for owner, name in _DECOMPOSITIONS]
+        watched += [(type(block), "forward", "forward")]
+        watched += [(method_class.Statistics, "add", "statistics")] if method_class.Statistics else []
+        for owner, name, phase in watched:
+            patches.enter_context(patch.object(owner, name, clock.of(phase, getattr(owner, name))))
+        clock.of("other", prune)(model, batches, spec)
+    return BlockCost(method, width, num_tokens, {phase: clock.seconds[phase] for phase in PHASES}, linears)
+
+
+def _batch(length: int) -> Batch:
+    ids = torch.randint(512, (1, length))
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids).to(dist.device())
+
+
+class _Clock:
+    """Seconds in functions, without those of other functions of the same clock that they call."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._inside = 0.0
+
+    def of(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before, self._inside = self._inside, 0.0
+            start = _now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = _now() - start
+                self.seconds[phase] += spent - self._inside
+                self._inside = before + spent
+        return timed
+
+
+def _now() -> float:
+    """Once the device has done what it was told."""
+    if dist.device().type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
