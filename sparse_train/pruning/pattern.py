@@ -22,18 +22,22 @@ def keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 def keep_largest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Exactly `count` True at the largest of each row of `scores` (R, C), every row as many as the others.
 
-    Where rows do not divide `count`, those whose next score is the largest keep one more. Negative scores come last, so
-    a row with few others leaves its share to the rows that have more.
+    Where rows do not divide `count`, those whose next score is the largest keep one more. A negative score is never
+    kept: a row with few others leaves its share to the rows that have more.
     """
-    num_columns = scores.shape[1]
-    # Place of each entry in its row, 0 for the largest: first places go before second ones, and so on.
-    places = scores.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
-    places = places.masked_fill(scores < 0, num_columns).flatten()
-    order = scores.flatten().sort(descending=True, stable=True).indices
-    order = order[places[order].sort(stable=True).indices]
-    keep = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    keep[order[:count]] = True
-    return keep.view(scores.shape)
+    num_rows, num_columns = scores.shape
+    available = (scores >= 0).sum(dim=1)
+    # filled[k]: kept if each row keeps its k + 1 largest, as far as it has them.
+    filled = (num_rows - available.bincount(minlength=num_columns).cumsum(0)[:num_columns]).cumsum(0)
+    count = min(count, int(filled[-1]))
+    level = int((filled <= count).sum())
+    ordered, columns = scores.sort(dim=1, descending=True, stable=True)
+    kept = available.clamp(max=level)
+    if level < num_columns:
+        following = ordered[:, level].masked_fill(available <= level, -torch.inf)
+        kept[following.sort(descending=True, stable=True).indices[:count - int(kept.sum())]] += 1
+    is_kept = torch.arange(num_columns, device=scores.device) < kept[:, None]
+    return torch.zeros_like(is_kept).scatter_(1, columns, is_kept)
 
 
 def keep_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
