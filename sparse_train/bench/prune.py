@@ -6,7 +6,7 @@ the phases inside it. Weights and tokens are random, which changes no shape.
 
 import functools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from sparse_train import dist
+from sparse_train.compat.transformers import to_device
 from sparse_train.config import ModelConfig, PruneConfig
 from sparse_train.models import describe, family_of
 from sparse_train.models.empty import from_config
@@ -25,6 +26,7 @@ from sparse_train.tasks import Batch
 _SEQUENCE = 2048  # tokens of an example; shorter if there are fewer in all
 _DECOMPOSITIONS = ((torch.linalg, "cholesky"), (torch.linalg, "cholesky_ex"), (torch.linalg, "eigh"),
                    (torch, "cholesky_inverse"))
+_PASSES = 2  # to collect statistics, and to compute what the next block reads
 PHASES = ("forward", "statistics", "decompositions", "updates", "other")
 
 MODELS = {"MPT-7B": (4096, 32), "MPT-30B": (7168, 48)}
@@ -46,7 +48,7 @@ class BlockCost:
     width: int
     num_tokens: int
     seconds: dict[str, float]
-    """By phase; forward is all passes."""
+    """By phase; forward is both passes."""
     linears: dict[str, float]
     """By name, seconds of decompositions and updates."""
 
@@ -76,8 +78,8 @@ def _measure(method: str, width: int, num_tokens: int, sparsity: float) -> Block
     torch.manual_seed(0)
     length = min(num_tokens, _SEQUENCE)
     heads = width // (64 if width % 128 else 128)
-    model = from_config(describe(ModelConfig(family="mpt", d_model=width, n_layers=1, n_heads=heads,
-                                             max_seq_len=length, vocab_size=512))).to(dist.device())
+    model = to_device(from_config(describe(ModelConfig(
+        family="mpt", d_model=width, n_layers=1, n_heads=heads, max_seq_len=length, vocab_size=512))), dist.device())
     (block,) = family_of(model).blocks(model).values()
     spec = PruneConfig(method=method, sparsity=sparsity)
     batches = [_batch(length) for _ in range(num_tokens // length)]
@@ -92,12 +94,14 @@ def _measure(method: str, width: int, num_tokens: int, sparsity: float) -> Block
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(method_class, "prune", prune_linear))
-        watched = [(owner, name, "decompositions") for owner, name in _DECOMPOSITIONS]
+        watched: list[tuple[Any, str, str]] = [(owner, name, "decompositions") for owner, name in _DECOMPOSITIONS]
         watched += [(type(block), "forward", "forward")]
         watched += [(method_class.Statistics, "add", "statistics")] if method_class.Statistics else []
         for owner, name, phase in watched:
             patches.enter_context(patch.object(owner, name, clock.of(phase, getattr(owner, name))))
         clock.of("other", prune)(model, batches, spec)
+    if clock.calls["forward"]:  # what follows a model's last block is not computed, so its only block runs once
+        clock.seconds["forward"] *= _PASSES * len(batches) / clock.calls["forward"]
     return BlockCost(method, width, num_tokens, {phase: clock.seconds[phase] for phase in PHASES}, linears)
 
 
@@ -110,7 +114,8 @@ class _Clock:
     """Seconds in functions, without those of other functions of the same clock that they call."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.calls: Counter[str] = Counter()
         self._inside = 0.0
 
     def of(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +128,7 @@ class _Clock:
             finally:
                 spent = _now() - start
                 self.seconds[phase] += spent - self._inside
+                self.calls[phase] += 1
                 self._inside = before + spent
         return timed
 

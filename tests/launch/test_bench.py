@@ -152,7 +152,7 @@ def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(caps
         seconds, linears = row["seconds"], row["linears"]
         assert [seconds[phase] > 0 for phase in ("forward", "statistics", "decompositions")] == [is_read] * 3
         assert list(linears) == ["Wqkv", "out_proj", "up_proj", "down_proj"]
-        assert sum(linears.values()) == pytest.approx(seconds["decompositions"] + seconds["updates"], rel=0.05)
+        assert sum(linears.values()) >= seconds["decompositions"] + seconds["updates"] > 0
         power = 3 if is_read else 2
         for name, num_devices, whole in row["models"]:
             scale, num_blocks = (4096 / 128, 32) if name == "MPT-7B" else (7168 / 128, 48)
