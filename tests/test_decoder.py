@@ -1,6 +1,7 @@
 """The lean decode path says what transformers' loop says, whatever the batch, the sampling and the ends."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from sparse_train.config import EvaluateConfig, PruneConfig
 from sparse_train.inference import Runtime, load
 from sparse_train.inference.decoder import PLANS, Decoder, can_decode
 from sparse_train.inference.decoding import loop_for
-from sparse_train.models import save_model
+from sparse_train.models import family_of_type, save_model
 from sparse_train.models.processor import make_processor
 from sparse_train.pruning import prune
 from sparse_train.registry import FAMILIES
 from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example, generate
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import tiny_examples, tiny_model, tiny_tokenizer
 from tests.training.plain import Float64, assert_as_exact
 
 _EXAMPLES = [Example(text, "") for text in ("Question: Tom has 3 eggs", "1", "How many eggs are 4 and 5?")]
@@ -53,15 +54,31 @@ def _variants():
     yield "mpt", MptConfig(d_model=36, n_heads=6, n_layers=2, vocab_size=300, max_seq_len=64)
     yield "clipped", MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=300, max_seq_len=64,
                                attn_config={"clip_qkv": 0.5, "softmax_scale": 0.3})
+    t5 = {"vocab_size": 300, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 3, "num_decoder_layers": 2,
+          "num_heads": 6, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
+          "pad_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1}
+    yield "t5", CONFIG_MAPPING["t5"](**t5)
+    yield "mt5", CONFIG_MAPPING["mt5"](**t5, feed_forward_proj="gated-gelu")
+    yield "whisper", CONFIG_MAPPING["whisper"](
+        vocab_size=300, d_model=48, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=6, encoder_ffn_dim=80, decoder_ffn_dim=80, max_source_positions=20,
+        max_target_positions=64, scale_embedding=True, activation_function="gelu_new", suppress_tokens=None,
+        begin_suppress_tokens=None, pad_token_id=1, bos_token_id=2, eos_token_id=0, decoder_start_token_id=2)
 
 
 def _model(config):
     """Weights, norms' and biases' too, that make every part of it count."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = family_of_type(config.model_type).auto_class(config).from_config(config).eval()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(torch.randn_like(parameter) / (1 if "embed" in name or "wte" in name else 3))
-    return model, make_processor(tiny_tokenizer(), config)
+    prefix = (config.decoder_start_token_id, 5, 6) if config.is_encoder_decoder else ()
+    return model, make_processor(tiny_tokenizer(), config, prefix,
+                                 tiny_model("whisper")[1].features if config.model_type == "whisper" else None)
+
+
+def _examples(processor):
+    return tiny_examples(processor)[:3] if processor.features else _EXAMPLES
 
 
 @pytest.mark.parametrize("name, config", _variants(), ids=lambda value: value if isinstance(value, str) else "")
@@ -75,8 +92,8 @@ def test_a_decoder_computes_what_the_model_does(name, config):
         for loop in (loop_for, lambda *_: None):
             torch.manual_seed(1)
             streamer = _Tokens()
-            said.append(generate(model, processor, _EXAMPLES[:num_examples], spec, settings=settings, loop_for=loop,
-                                 until_end=num_examples > 1, streamer=streamer))
+            said.append(generate(model, processor, _examples(processor)[:num_examples], spec, settings=settings,
+                                 loop_for=loop, until_end=num_examples > 1, streamer=streamer))
             assert streamer.ended == 1
             told.append(torch.cat([tokens.flatten() for tokens in streamer.told]))
         assert said[0] == said[1] and torch.equal(*told), settings
@@ -87,23 +104,36 @@ def test_a_decoder_computes_what_the_model_does(name, config):
 def test_logits_of_a_step_are_those_of_the_whole_text(name, config):
     model, _ = _model(config)
     ids = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(2))
-    attend = torch.ones_like(ids)
+    attend, num_states = torch.ones_like(ids), 37 * config.is_encoder_decoder
     attend[1, :5] = 0
-    positions = (attend.cumsum(1) - 1).clamp(min=0)
-    inputs = {} if config.model_type == "mpt" else {"position_ids": positions}
-    plain = model(input_ids=ids, attention_mask=attend, **inputs).logits
+    side = "decoder_" if num_states else ""
+    inputs = {f"{side}input_ids": ids, f"{side}attention_mask": attend}
+    if config.model_type in ("llama", "mistral", "qwen2", "qwen3", "whisper"):
+        inputs[f"{side}position_ids"] = (attend.cumsum(1) - 1).clamp(min=0)
+    states = torch.randn(2, num_states, 48, generator=torch.Generator().manual_seed(3))
+    attend_encoder = None  # of a text, padded on the right, on the left and inside
+    if config.model_type in ("t5", "mt5"):
+        attend_encoder = torch.ones(2, num_states, dtype=torch.long)
+        attend_encoder[0, 30:] = attend_encoder[1, :3] = attend_encoder[1, 20:22] = 0
+
+    def run(model, length):
+        encoded = {"encoder_outputs": (states.to(model.dtype),), "attention_mask": attend_encoder} if num_states else {}
+        return model(**{name: value[:, :length] for name, value in inputs.items()}, **encoded, use_cache=True)
+
+    plain = run(model, 24).logits
     with Float64():
-        exact = copy.deepcopy(model).double()(input_ids=ids, attention_mask=attend, **inputs).logits
+        exact = run(copy.deepcopy(model).double(), 24).logits
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):  # the decoder's memory is of the weights' kind, whatever the default
-            decoder = Decoder(model, 2, 24)
+            decoder = Decoder(model, 2, 24, num_states)
     finally:
         torch.set_default_dtype(torch.float32)
-    prompt = {key: value[:, :16] for key, value in inputs.items()}
-    cache = model(input_ids=ids[:, :16], attention_mask=attend[:, :16], use_cache=True, **prompt).past_key_values
-    decoder.start(cache, 16, attend[:, :16])
-    assert all(layer.keys is None and layer.values is None for layer in cache.layers)  # no second copy
+    cache = run(model, 16).past_key_values
+    decoder.start(cache, attend[:, :16], attend_encoder)
+    caches = [cache.self_attention_cache, cache.cross_attention_cache] if num_states else [cache]
+    for layer in itertools.chain(*(each.layers for each in caches)):
+        assert layer.keys is None and layer.values is None  # no second copy
     for place in range(16, 24):
         found = decoder.step(ids[:, place])
         assert_as_exact(f"logits of token {place}", found, plain[:, place], exact[:, place])
@@ -161,23 +191,24 @@ def test_which_models_have_a_decoder():
     assert not can_decode(tiny_model("llama")[0].bfloat16(), 64)
 
 
-@pytest.mark.parametrize("family", ["llama", "mpt"])
+@pytest.mark.parametrize("family", ["llama", "mpt", "t5-gated", "whisper"])
 def test_a_sparse_folder_says_what_its_dense_form_says(family, tmp_path):
     model, processor = tiny_model(family)
     weights = prune(model, [], PruneConfig(method="magnitude", sparsity=0.5))
     save_model(tmp_path, sparsify(model, weights), processor)
-    runtime = load(tmp_path)
+    runtime, examples = load(tmp_path), _examples(processor)
     assert runtime.is_sparse and can_decode(runtime.model, 64)
-    expected = generate(model, processor, _EXAMPLES, EvaluateConfig(max_new_tokens=_LENGTH))
-    assert runtime.generate(_EXAMPLES, _LENGTH) == expected
+    expected = generate(model, processor, examples, EvaluateConfig(max_new_tokens=_LENGTH))
+    assert runtime.generate(examples, _LENGTH) == expected
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_quantised_folder_says_what_transformers_loop_says_of_its_products(precision, tmp_path):
-    model, processor = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "t5", "whisper"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_an_export_says_what_transformers_loop_says_of_its_products(precision, family, tmp_path):
+    model, processor = tiny_model(family)
     sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
     export_sparse(model, processor, precision, tmp_path, int8_head=True)
-    runtime = load(tmp_path)
+    runtime, examples = load(tmp_path), _examples(processor)
     assert runtime.precision == precision and can_decode(runtime.model, 64)
-    expected = generate(runtime.model, processor, _EXAMPLES, EvaluateConfig(max_new_tokens=_LENGTH))
-    assert runtime.generate(_EXAMPLES, _LENGTH) == expected
+    expected = generate(runtime.model, processor, examples, EvaluateConfig(max_new_tokens=_LENGTH))
+    assert runtime.generate(examples, _LENGTH) == expected

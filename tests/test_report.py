@@ -112,7 +112,7 @@ def test_what_runs_once_per_answer_is_not_counted_per_token():
         own = {id(p): p.nbytes for name, p in model.named_parameters()
                if not name.startswith(encoder) and not any(part in name for part in cross)}
         assert row["bytes"] == sum(own.values()), family
-        assert row["outside_products"] is None, family  # these have no Decoder
+        assert row["outside_products"] < 1, family
 
 
 def test_a_text_is_prompted_with_its_own_beginning():

@@ -1,7 +1,7 @@
 """Decoder: a model's forward pass for one new token per row of a batch, as Steps over memory that is made once.
 
-A prompt goes through the model itself. `PLANS` has the families that are written down here; the others, and models
-whose config asks for something that is not, are decoded by the model as well.
+A prompt, and what an encoder reads, go through the model itself. `PLANS` has the families that are written down here;
+the others, and models whose config asks for something that is not, are decoded by the model as well.
 """
 
 import functools
@@ -10,41 +10,78 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from sparse_train.kernels import ACTIVATIONS, Steps, key_cache, put_keys
 
 _ROPES = {"default", "linear", "llama3", "yarn"}  # their angles do not depend on how long the text is
+_NAMES_OF_ACTIVATIONS = ("hidden_act", "activation_function", "dense_act_fn")  # in a config; MPT has none, but GELU
+
+
+class _Cache:
+    """Keys and values of the blocks, of rows that may begin late and end together."""
+
+    def __init__(self, like: torch.Tensor, num_rows: int, capacity: int):
+        """`like`: a tensor of the type and on the device of what it holds."""
+        self.capacity, self._like = capacity, like
+        self.position = like.new_zeros(1, dtype=torch.int64)  # the last one
+        self.starts = like.new_zeros(num_rows, dtype=torch.int64)
+        self._blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add_block(self, num_groups: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Takes no memory before it is written, which is when a layer of the prompt's cache is dropped.
+        values = self._like.new_empty(len(self.starts), num_groups, self.capacity, head_dim)
+        self._blocks.append((key_cache(values), values))
+        return self._blocks[-1]
+
+    def take(self, cache: Any, attend: torch.Tensor | None) -> None:
+        """Take what transformers' cache holds of T positions, which is empty then: both may be gigabytes.
+
+        `attend` (B, T): 0 at padding, None: there is none. Attention does not see the order of what it attends to, so
+        padding that is not on the left, as an encoder's, is moved there.
+        """
+        order = None
+        if attend is not None:
+            self.starts.copy_((attend == 0).sum(1))
+            if (attend[:, 1:] < attend[:, :-1]).any():
+                order = attend.long().argsort(dim=1, stable=True)[:, None, :, None]
+        # transformers may have made as many layers as the encoder has.
+        for layer, (keys, values) in zip(cache.layers, self._blocks, strict=False):
+            length = layer.keys.shape[2]
+            self.position.fill_(length - 1)
+            found = (part if order is None else part.gather(2, order.expand_as(part))
+                     for part in (layer.keys, layer.values))
+            put_keys(keys, next(found))
+            values[:, :, :length] = next(found)
+            layer.keys = layer.values = None
 
 
 class Decoder:
     """Letters: B rows, D width of the model, V tokens of the vocabulary."""
 
-    def __init__(self, model: Any, num_rows: int, capacity: int):
-        """`capacity`: tokens of the longest text, prompt and answer. The weights are those that the model has now."""
+    def __init__(self, model: Any, num_rows: int, capacity: int, num_states: int = 0):
+        """`capacity`: tokens of the longest text, prompt and answer. `num_states`: of the encoder, where there is one.
+        The weights are those that the model has now."""
         self.model, self.num_rows, self.capacity = model, num_rows, capacity
         self.steps = Steps()
         self.embedding = model.get_input_embeddings().weight.detach()
-        self.position = self.embedding.new_zeros(1, dtype=torch.int64)
-        self._place = self.position.numpy()  # the same memory
-        self.starts = self.embedding.new_zeros(num_rows, dtype=torch.int64)
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        self.hidden, self.normed, self.change = (self.buffer(self.embedding.shape[1]) for _ in range(3))
-        norms = PLANS[model.config.model_type](self)
-        self.normalise(norms, self.change)
-        self.logits = self.multiply(model.get_output_embeddings(), self.normed)
+        self.text = _Cache(self.embedding, num_rows, capacity)
+        self.encoded = _Cache(self.embedding, num_rows, num_states)
+        self._place = self.text.position.numpy()  # the same memory
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self.hidden, self.normed, self.change = (self.buffer(name, self.embedding.shape[1])
+                                                 for name in ("hidden", "normed", "change"))
+        PLANS[model.config.model_type](self)
+        self.logits = self.multiply(model.get_output_embeddings(), self.normed, "logits")
 
-    def start(self, cache: Any, length: int, attend: torch.Tensor | None) -> None:
-        """Take what the prompts (B, length) left in transformers' cache, which is empty then: both may be gigabytes.
-        `attend` (B, length): 0 at padding, which is on the left; None: there is none."""
-        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
-            put_keys(keys, layer.keys)
-            values[:, :, :length] = layer.values
-            layer.keys = layer.values = None
-        self.position.fill_(length - 1)
-        self.starts.copy_(self.starts.new_zeros(1) if attend is None else attend.long().argmax(1))
+    def start(self, cache: Any, attend: torch.Tensor | None, attend_encoder: torch.Tensor | None = None) -> None:
+        """Take what the prompts (B, T), and the encoder, left in transformers' cache. `attend` (B, T): 0 at padding,
+        which is on the left; `attend_encoder` (B, states): 0 at padding. None: there is none."""
+        if isinstance(cache, EncoderDecoderCache):
+            self.encoded.take(cache.cross_attention_cache, attend_encoder)
+            cache = cache.self_attention_cache
+        self.text.take(cache, attend)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) the next token of each row -> (B, V) logits, which the next step overwrites."""
@@ -55,15 +92,16 @@ class Decoder:
         self.steps.run()
         return self.logits
 
-    def buffer(self, width: int) -> torch.Tensor:
-        return self.embedding.new_zeros(self.num_rows, width)
+    def buffer(self, name: str, width: int) -> torch.Tensor:
+        """(B, width), one for all blocks."""
+        return self._buffers.setdefault((name, width), self.embedding.new_zeros(self.num_rows, width))
 
-    def multiply(self, linear: Any, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A linear or a PackedLinear."""
-        out = self.buffer(linear.out_features) if out is None else out
+    def multiply(self, linear: Any, x: torch.Tensor, out: str) -> torch.Tensor:
+        """A linear or a PackedLinear, into the buffer of that name."""
+        y = self.buffer(out, linear.out_features)
         weight = linear.weight.detach() if isinstance(linear.weight, nn.Parameter) else linear.weight
-        self.steps.multiply(weight, None if linear.bias is None else linear.bias.detach(), x, out)
-        return out
+        self.steps.multiply(weight, None if linear.bias is None else linear.bias.detach(), x, y)
+        return y
 
     def normalise(self, norm: Any, change: torch.Tensor | None) -> None:
         """The hidden states += change, normalised into `self.normed`."""
@@ -72,13 +110,29 @@ class Decoder:
         self.steps.normalise(self.hidden, change, norm.weight.detach(), None if bias is None else bias.detach(),
                              float(epsilon), self.normed, not isinstance(norm, nn.LayerNorm))
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, num_groups: int,
-               head_dim: int, scale: float, **options: Any) -> None:
-        """As Steps.attend, over a cache of this layer's own."""
-        # Takes no memory before it is written, which is when a layer of the prompt's cache is dropped.
-        self.values.append(self.embedding.new_empty(self.num_rows, num_groups, self.capacity, head_dim))
-        self.keys.append(key_cache(self.values[-1]))
-        self.steps.attend(q, k, v, out, self.keys[-1], self.values[-1], self.position, self.starts, scale, **options)
+    def attend(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, head_dim: int, scale: float,
+               **options: Any) -> torch.Tensor:
+        """As Steps.attend, over a cache of this block's own: of the text, or without k and v of the encoder's states.
+        Returns the heads' results."""
+        cache = self.encoded if k is None else self.text
+        keys, values = cache.add_block((q if k is None else k).shape[1] // head_dim, head_dim)
+        out = self.buffer("context", q.shape[1])
+        self.steps.attend(q, k, v, out, keys, values, cache.position, cache.starts, scale, **options)
+        return out
+
+    def attention(self, q: Any, k: Any, v: Any, out: Any, head_dim: int, scale: float, **options: Any) -> torch.Tensor:
+        """The change by attention of the normalised states; linears, as `attend` has their results."""
+        query = self.multiply(q, self.normed, "q")
+        key, value = (None if linear is None else self.multiply(linear, self.normed, name)
+                      for name, linear in (("k", k), ("v", v)))
+        return self.multiply(out, self.attend(query, key, value, head_dim, scale, **options), "change")
+
+    def feed_forward(self, activation: str, first: Any, factor: Any, last: Any) -> torch.Tensor:
+        """The change last(f(first(x)) * factor(x)) of the normalised states x; linears, a factor where there is one."""
+        inner = self.multiply(first, self.normed, "inner")
+        gate = None if factor is None else self.multiply(factor, self.normed, "factor")
+        self.steps.activate(activation, inner, gate, inner)
+        return self.multiply(last, inner, "change")
 
 
 def can_decode(model: PreTrainedModel, capacity: int) -> bool:
@@ -89,18 +143,13 @@ def can_decode(model: PreTrainedModel, capacity: int) -> bool:
         return False
     window, rope = getattr(config, "sliding_window", None), getattr(config, "rope_parameters", None) or {}
     return ((window is None or capacity <= window) and rope.get("rope_type", "default") in _ROPES
-            and getattr(config, "hidden_act", "gelu") in ACTIVATIONS)
+            and all(getattr(config, name, "gelu") in ACTIVATIONS for name in _NAMES_OF_ACTIVATIONS))
 
 
-def _llama(decoder: Decoder) -> nn.Module:
-    """Builds the blocks; returns the final norm, which is still to be taken of the last change."""
+def _llama(decoder: Decoder) -> None:
     base, config = decoder.model.model, decoder.model.config
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, base.layers[0].self_attn.head_dim
     angles = base.rotary_emb(decoder.hidden, torch.arange(decoder.capacity, device=decoder.hidden.device)[None])
-    rotation = tuple(part[0].contiguous() for part in angles)
-    context, change, normed = decoder.buffer(heads * width), None, decoder.normed
-    q, k, v = decoder.buffer(heads * width), decoder.buffer(groups * width), decoder.buffer(groups * width)
-    gate, up = decoder.buffer(config.intermediate_size), decoder.buffer(config.intermediate_size)
+    rotation, change = tuple(part[0].contiguous() for part in angles), None
     for layer in base.layers:
         attention, ffn = layer.self_attn, layer.mlp
         options: dict[str, Any] = {"rotation": rotation}
@@ -108,42 +157,69 @@ def _llama(decoder: Decoder) -> nn.Module:
             options |= {"norms": (attention.q_norm.weight.detach(), attention.k_norm.weight.detach()),
                         "epsilon": attention.q_norm.variance_epsilon}
         decoder.normalise(layer.input_layernorm, change)
-        for linear, out in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)):
-            decoder.multiply(linear, normed, out)
-        decoder.attend(q, k, v, context, groups, width, attention.scaling, **options)
-        change = decoder.multiply(attention.o_proj, context, decoder.change)
+        change = decoder.attention(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                                   attention.head_dim, attention.scaling, **options)
         decoder.normalise(layer.post_attention_layernorm, change)
-        decoder.multiply(ffn.gate_proj, normed, gate)
-        decoder.multiply(ffn.up_proj, normed, up)
-        decoder.steps.activate(config.hidden_act, gate, up, gate)
-        decoder.multiply(ffn.down_proj, gate, decoder.change)
-    return base.norm
+        change = decoder.feed_forward(config.hidden_act, ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+    decoder.normalise(base.norm, change)
 
 
-def _mpt(decoder: Decoder) -> nn.Module:
+def _mpt(decoder: Decoder) -> None:
     base, heads = decoder.model.transformer, decoder.model.config.n_heads
-    width = decoder.model.config.d_model
     device = decoder.hidden.device
     slopes = build_mpt_alibi_tensor(heads, 2, device=device)[:, 0, :1]
     bias = slopes * torch.arange(decoder.capacity, device=device)  # -slope times the distance
-    qkv, context, inner = decoder.buffer(3 * width), decoder.buffer(width), decoder.buffer(4 * width)
-    q, k, v = qkv.chunk(3, dim=1)
     change = None
     for block in base.blocks:
         attention, ffn = block.attn, block.ffn
         decoder.normalise(block.norm_1, change)
-        decoder.multiply(attention.Wqkv, decoder.normed, qkv)
+        qkv = decoder.multiply(attention.Wqkv, decoder.normed, "qkv")
         if attention.clip_qkv:
             decoder.steps.add(functools.partial(qkv.clamp_, -attention.clip_qkv, attention.clip_qkv))
-        decoder.attend(q, k, v, context, heads, width // heads, attention.softmax_scale, bias=bias)
-        change = decoder.multiply(attention.out_proj, context, decoder.change)
+        q, k, v = qkv.chunk(3, dim=1)
+        context = decoder.attend(q, k, v, q.shape[1] // heads, attention.softmax_scale, bias=bias)
+        change = decoder.multiply(attention.out_proj, context, "change")
         decoder.normalise(block.norm_2, change)
-        decoder.multiply(ffn.up_proj, decoder.normed, inner)
-        decoder.steps.activate("gelu", inner, None, inner)
-        decoder.multiply(ffn.down_proj, inner, decoder.change)
-    return base.norm_f
+        change = decoder.feed_forward("gelu", ffn.up_proj, None, ffn.down_proj)
+    decoder.normalise(base.norm_f, change)
 
 
-PLANS: dict[str, Callable[[Decoder], nn.Module]] = {
-    "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "mpt": _mpt}
-"""transformers' model_type -> what adds the blocks' steps."""
+def _t5(decoder: Decoder) -> None:
+    base, config = decoder.model.decoder, decoder.model.config
+    last = decoder.capacity - 1
+    biases = base.block[0].layer[0].SelfAttention.compute_bias(1, last + 1, past_seen_tokens=last)  # for all blocks
+    bias, change = biases[0, :, 0].detach().flip(1).contiguous(), None  # by the distance from the last position
+    for block in base.block:
+        own, cross, ffn = block.layer[0].SelfAttention, block.layer[1].EncDecAttention, block.layer[2].DenseReluDense
+        decoder.normalise(block.layer[0].layer_norm, change)
+        change = decoder.attention(own.q, own.k, own.v, own.o, config.d_kv, own.scaling, bias=bias)
+        decoder.normalise(block.layer[1].layer_norm, change)
+        change = decoder.attention(cross.q, None, None, cross.o, config.d_kv, cross.scaling)
+        decoder.normalise(block.layer[2].layer_norm, change)
+        first, factor = (ffn.wi_0, ffn.wi_1) if config.is_gated_act else (ffn.wi, None)
+        change = decoder.feed_forward(config.dense_act_fn, first, factor, ffn.wo)
+    decoder.normalise(base.final_layer_norm, change)
+    if getattr(config, "scale_decoder_outputs", False):  # the first version, not 1.1 and mT5
+        decoder.steps.add(functools.partial(decoder.normed.mul_, config.d_model**-0.5))
+
+
+def _whisper(decoder: Decoder) -> None:
+    base, text, change = decoder.model.model.decoder, decoder.text, decoder.change
+    table, places = base.embed_positions.weight.detach(), torch.zeros_like(text.starts)
+    decoder.steps.add(functools.partial(torch.sub, text.position, text.starts, out=places))
+    decoder.steps.add(functools.partial(torch.index_select, table, 0, places, out=change))
+    for layer in base.layers:
+        own, cross = layer.self_attn, layer.encoder_attn
+        decoder.normalise(layer.self_attn_layer_norm, change)
+        change = decoder.attention(own.q_proj, own.k_proj, own.v_proj, own.out_proj, own.head_dim, own.scaling)
+        decoder.normalise(layer.encoder_attn_layer_norm, change)
+        change = decoder.attention(cross.q_proj, None, None, cross.out_proj, cross.head_dim, cross.scaling)
+        decoder.normalise(layer.final_layer_norm, change)
+        change = decoder.feed_forward(base.config.activation_function, layer.fc1, None, layer.fc2)
+    decoder.normalise(base.layer_norm, change)
+
+
+PLANS: dict[str, Callable[[Decoder], None]] = {
+    "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "mpt": _mpt, "t5": _t5, "mt5": _t5,
+    "whisper": _whisper}
+"""transformers' model_type -> what adds the steps of its blocks and of the norm behind them."""

@@ -36,6 +36,8 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
                                   if not isinstance(criterion, EosTokenCriteria | MaxLengthCriteria))
     ids: Any = torch.cat([input_ids, input_ids.new_full((num_rows, most - length), padding)], dim=1)
     columns: tuple[torch.Tensor, ...] = ids.unbind(1)
+    states, mask = model_inputs.get("encoder_outputs"), model_inputs.get("attention_mask")
+    masks = (model_inputs.get("decoder_attention_mask"), mask) if states else (mask,)
     prompt = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_inputs)
     outputs = model(**prompt, return_dict=True)
     logits, cache = outputs.logits[:, -1], outputs.past_key_values
@@ -58,8 +60,8 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
         if length == most or all(is_done):
             break
         if decoder is None:
-            decoder = Decoder(model, num_rows, most)
-            decoder.start(cache, input_ids.shape[1], model_inputs.get("attention_mask"))
+            decoder = Decoder(model, num_rows, most, states[0].shape[1] if states else 0)
+            decoder.start(cache, *masks)
         logits = decoder.step(tokens)
     if streamer is not None:
         streamer.end()

@@ -88,14 +88,15 @@ class Steps:
         self._calls += calls
         self._products += calls
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, keys: torch.Tensor,
-               values: torch.Tensor, position: torch.Tensor, starts: torch.Tensor, scale: float,
+    def attend(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, out: torch.Tensor,
+               keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor, starts: torch.Tensor, scale: float,
                rotation: tuple[torch.Tensor, torch.Tensor] | None = None, bias: torch.Tensor | None = None,
                norms: tuple[torch.Tensor, torch.Tensor] | None = None, epsilon: float = 0.0) -> None:
-        """Append k, v (B, heads of both * head_dim) to a cache, and let q (B, heads * head_dim) attend to it.
+        """Append k, v (B, heads of both * head_dim) to a cache, and let q (B, heads * head_dim) attend to it; without k
+        and v, as in cross-attention, to what is there.
 
-        `keys` as `key_cache` makes it, `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: where
-        the new token goes, below the capacity; `starts` (B,) int64: each row's first position. `rotation`: cosines and
+        `keys` as `key_cache` makes it, `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: the last
+        one, where k and v go, below the capacity; `starts` (B,) int64: each row's first one. `rotation`: cosines and
         sines (capacity, rotary width) by the distance from the start; `bias` (heads, capacity) by the distance between
         q and k; `norms` (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of
         one tensor's rows.
@@ -116,10 +117,12 @@ class Steps:
             self._at(query_norm, head_dim), self._at(key_norm, head_dim), epsilon)
         q_at, k_at, v_at = (self._at(part, num_rows, heads * head_dim, is_part=True)
                             for part, heads in ((q, num_heads), (k, num_groups), (v, num_groups)))
-        if k.stride(0) != v.stride(0):
-            raise ValueError(f"rows of k are {k.stride(0)} numbers apart, those of v {v.stride(0)}; it must be as many")
+        k_stride, v_stride = (0 if part is None else part.stride(0) for part in (k, v))
+        if (k is None) != (v is None) or k_stride != v_stride:
+            raise ValueError(f"k is {describe(k)}, with rows {k_stride} numbers apart, and v {describe(v)}, with rows "
+                             f"{v_stride} apart; both must be alike, or both missing")
         self.add(functools.partial(
-            attention.attend, q_at, k_at, v_at, self._at(out, num_rows, num_heads * head_dim), q.stride(0), k.stride(0),
+            attention.attend, q_at, k_at, v_at, self._at(out, num_rows, num_heads * head_dim), q.stride(0), k_stride,
             torch.get_num_threads()))
 
     def _at(self, tensor: torch.Tensor | None, *shape: int | None, dtype: torch.dtype = torch.float32,

@@ -115,6 +115,10 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
                     parts.append(scores.softmax(0) @ known_values[row, group, start:place + 1])
             expected.append(torch.cat(parts).view(rows, -1))
         assert_as_exact("attention", out, *expected)
+    again, alone = torch.empty_like(out), Steps()  # of what is there, as in cross-attention
+    alone.attend(q, None, None, again, cache, values, position, starts, 0.3, rotation, bias, norms, 1e-5)
+    alone.run()
+    assert torch.equal(again, out)
     found = cache.transpose(3, 4).flatten(2, 3)[:, :, :first + 3]
     assert_as_exact("keys", found, known[0][0][:, :, :first + 3], known[1][0][:, :, :first + 3])
     assert torch.equal(values, known[0][1])
@@ -152,6 +156,7 @@ def test_what_does_not_fit_reaches_no_native_code():
                  lambda s: s.multiply(row(3, 7), None, one, row(1, 3)),
                  lambda s: s.multiply(row(3, 8), None, one, row(1, 4)),
                  lambda s: s.attend(one, one, one, row(1, 12), keys, cache, place, place, 1.0),
+                 lambda s: s.attend(one, one, None, row(1, 8), keys, cache, place, place, 1.0),
                  lambda s: s.attend(one, one, one, row(1, 8), cache, cache, place, place, 1.0),
                  lambda s: s.attend(one, one, one, row(1, 8), keys, cache, place, place.int(), 1.0),
                  lambda s: s.attend(one, one, one, row(1, 8), keys, cache, place, place, 1.0, (row(5, 6), row(5, 6))),

@@ -155,10 +155,12 @@ struct AttentionOf {
         float* values = a.values + head * a.capacity * dim;
         const float *cosine = a.cosine + (last - first) * a.rotary, *sine = a.sine + (last - first) * a.rotary;
         float *query = scratch, *scores = scratch + dim;
-        turn(a, k, a.key_norm, cosine, sine, query);
-        for (int64_t i = 0; i < dim; ++i)
-            keys[(last / kKeyBlock * dim + i) * kKeyBlock + last % kKeyBlock] = query[i];
-        std::memcpy(values + last * dim, v, 4 * dim);
+        if (k) {
+            turn(a, k, a.key_norm, cosine, sine, query);
+            for (int64_t i = 0; i < dim; ++i)
+                keys[(last / kKeyBlock * dim + i) * kKeyBlock + last % kKeyBlock] = query[i];
+            std::memcpy(values + last * dim, v, 4 * dim);
+        }
         for (int64_t h = 0; h < shared; ++h) {
             turn(a, q + h * dim, a.query_norm, cosine, sine, query);
             for (int64_t p = 0; p < room; p += kKeyBlock)

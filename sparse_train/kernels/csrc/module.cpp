@@ -388,7 +388,7 @@ void activate_at(int kind, uintptr_t x, uintptr_t factor, uintptr_t y, int64_t c
 }
 
 // q, k and v have rows of `q_stride` and `kv_stride` numbers, which begin with num_heads or num_groups heads: they may
-// be parts of one product. out is (num_rows, num_heads * head_dim).
+// be parts of one product. k and v are 0 where nothing is appended. out is (num_rows, num_heads * head_dim).
 void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_stride,
                int64_t kv_stride, int num_threads) {
     const int64_t shared = a.num_heads / a.num_groups, width = a.num_heads * a.head_dim;
@@ -402,8 +402,9 @@ void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintpt
         if (scratch.size() < scratch_size) scratch.resize(scratch_size);
         const int64_t row = task / a.num_groups, group = task % a.num_groups;
         const int64_t query = group * shared * a.head_dim, key = row * kv_stride + group * a.head_dim;
-        tier->steps.attend(a, row, group, at<const float>(q) + row * q_stride + query, at<const float>(k) + key,
-                           at<const float>(v) + key, at<float>(out) + row * width + query, scratch.data());
+        tier->steps.attend(a, row, group, at<const float>(q) + row * q_stride + query,
+                           k ? at<const float>(k) + key : nullptr, v ? at<const float>(v) + key : nullptr,
+                           at<float>(out) + row * width + query, scratch.data());
     }
 }
 

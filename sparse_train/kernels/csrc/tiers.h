@@ -20,13 +20,13 @@ constexpr int64_t kKeyBlock = 16;  // tokens whose keys lie side by side, entry 
 
 inline int64_t blocks(int64_t capacity) { return (capacity + kKeyBlock - 1) / kKeyBlock; }
 
-// Self-attention of one new token per row of a batch, over a cache of keys and values.
+// Attention of one new token per row of a batch, over a cache of keys and values.
 struct Attention {
     int64_t num_rows, num_heads, num_groups, head_dim, capacity;  // num_groups: heads of keys and values
     float scale;
     float* keys;    // (num_rows, num_groups, blocks(capacity), head_dim, kKeyBlock)
     float* values;  // (num_rows, num_groups, capacity, head_dim)
-    const int64_t *position, *starts;    // where the new token goes; each row's first position (num_rows,)
+    const int64_t *position, *starts;    // the last position, a new token's; each row's first position (num_rows,)
     int64_t rotary;                      // how many of the head_dim entries turn; 0: none
     const float *cosine, *sine;          // (capacity, rotary), by the distance from a row's start
     const float* bias;                   // (num_heads, capacity), added to a score by its distance; may be null
@@ -37,7 +37,8 @@ struct Attention {
 // The steps of a decoder between its products (decode.h).
 struct Steps {
     // The query heads that share head `group` of keys and values, of one row of the batch: q and out are (num_heads /
-    // num_groups, head_dim), k and v (head_dim,). `scratch` has room for head_dim numbers and blocks(capacity) blocks.
+    // num_groups, head_dim); k and v (head_dim,) go to the last position, and are null if the cache has all that q
+    // attends to. `scratch` has room for head_dim numbers and blocks(capacity) blocks.
     void (*attend)(const Attention&, int64_t row, int64_t group, const float* q, const float* k, const float* v,
                    float* out, float* scratch);
     // hidden += change, where there is one; out = norm(hidden) * weight + bias; a layer norm or an RMS norm.
