@@ -145,6 +145,7 @@ PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
     "sparsegpt": PrunerEntry("sparse_train.pruning.sparsegpt:SparseGPT", keys=("damping", "block_size")),
     "wanda": PrunerEntry("sparse_train.pruning.wanda:Wanda"),
     "admm": PrunerEntry("sparse_train.pruning.admm:Admm", refits=True, keys=("damping",)),
+    "alps": PrunerEntry("sparse_train.pruning.alps:Alps", refits=True, keys=("damping",)),
 })
 """prune.method. The target is a subclass of sparse_train.pruning.Pruner."""
 

@@ -8,16 +8,11 @@ from sparse_train.errors import UserError
 from sparse_train.pruning import build_pruner
 from sparse_train.pruning.refit import refit
 from sparse_train.registry import PRUNERS, PrunerEntry
+from tests.layer_errors import layer_error
 from tests.test_admm import prune_layer
 from tests.test_pruning import METHODS, make_problem
 
 PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}]
-
-
-def layer_error(updated, weight, hessian):
-    """tr(d H d^T), relative to that of a layer without weights."""
-    difference, whole, hessian = (updated - weight).double(), weight.double(), hessian.double()
-    return float(((difference @ hessian) * difference).sum() / ((whole @ hessian) * whole).sum())
 
 
 def _least_squares(weight, keep, hessian):
@@ -55,7 +50,7 @@ def test_a_method_keeps_its_bits_and_gets_the_values_of_least_squares(method, pa
 
 def test_which_methods_are_refitted_and_what_that_reads():
     for method in METHODS:
-        for refit_key, expected in ((None, method == "admm"), (False, False), (True, True)):
+        for refit_key, expected in ((None, method in ("admm", "alps")), (False, False), (True, True)):
             spec = PruneConfig(method=method, sparsity=0.5, refit=refit_key)
             assert spec.refits == expected
             assert spec.calibrates == (method != "magnitude" or expected)

@@ -43,16 +43,16 @@ class PruneConfig(Section):
     batch_size: Positive = 16
     """Calibration examples per forward pass."""
     refit: bool | None = None
-    """Whether the bits of the method get the values with the least error of the layer's outputs; None: as its paper
-    does, which is true for admm. With magnitude and wanda it needs calibration data and a Hessian, as sparsegpt
-    does."""
+    """Whether the bits of the method get the values with the least error of the layer's outputs; None: true
+    for admm and alps, false for the others. With magnitude and wanda it needs calibration data and a Hessian, as
+    sparsegpt does."""
     damping: Annotated[float, Field(gt=0)] = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt, admm, refit,
+    """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt, admm, alps, refit,
     compress.rounding=compensated)."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
     options: dict[str, Any] = {}  # noqa: RUF012
-    """Settings of admm, or of a method that another package adds; the method's own schema checks them."""
+    """Settings of admm and alps, or of a method that another package adds; the method's own schema checks them."""
 
     @property
     def levels(self) -> tuple["PruneLevel", ...]:

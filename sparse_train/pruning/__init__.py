@@ -6,7 +6,7 @@
     layers.py        which linears are pruned, and how far
     allocation.py    the sparsity of each block
     pruner.py        the interface of a method
-    magnitude.py, wanda.py, sparsegpt.py, admm.py
+    magnitude.py, wanda.py, sparsegpt.py, admm.py, alps.py
                      a method each
     compensation.py  columns that take over the errors of those before them
     refit.py         the best values for given bits

@@ -42,11 +42,7 @@ class Admm(Pruner[Hessian]):
 
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         """The updated weight is fp32."""
-        layer.require_finite(statistics)
-        hessian, dead = statistics.damped(layer.spec.damping)
-        spec, scale = layer.spec, hessian.diagonal().sqrt()
-        hessian /= scale[:, None] * scale
-        weight = (layer.weight.detach().float() * scale).masked_fill(dead, 0)
+        spec, (weight, hessian, scale) = layer.spec, with_unit_diagonal(layer, statistics)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(
             hessian + self.options.penalty * torch.eye(len(hessian), device=hessian.device)))
         target = weight @ hessian
@@ -60,3 +56,13 @@ class Admm(Pruner[Hessian]):
             x = (target + self.options.penalty * (z - u)) @ inverse
         keep = keep_best((x + u).abs(), layer)
         return (x + u) * keep / scale, keep
+
+
+def with_unit_diagonal(layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight (R, C) fp32, damped Hessian (C, C), scale (C,)) of inputs divided by `scale`, with which the diagonal is
+    1. Columns that never fire have weight 0. Raises UserError where something is not finite."""
+    layer.require_finite(statistics)
+    hessian, dead = statistics.damped(layer.spec.damping)
+    scale = hessian.diagonal().sqrt()
+    hessian /= scale[:, None] * scale
+    return (layer.weight.detach().float() * scale).masked_fill(dead, 0), hessian, scale
