@@ -4,6 +4,7 @@
 
     job.py      what every stage gets: config, inputs, the folder to write, progress, deadline
     stage.py    a stage as data: its kind, its inputs, the keys of the config that its result depends on
+    ledger.py   work that the ranks of a stage share, and that is kept when it is stopped
 
 Stages share folders on disk and nothing in memory.
 """

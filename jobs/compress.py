@@ -21,18 +21,16 @@ from sparse_train.compress import (
 )
 from sparse_train.inference import load
 from sparse_train.jobs.job import Job
-from sparse_train.models import Processor, load_model, load_processor
+from sparse_train.models import Processor, load_model, load_processor, open_model
 from sparse_train.pruning import calibration_batches
-from sparse_train.sparse import sparse_linears
 from sparse_train.tasks import build_task, in_order, scored_examples
 
 
 def run(job: Job) -> dict[str, Any]:
     config = job.config
     (source,) = job.inputs
-    model, processor = load_model(source.path), load_processor(source.path, config.task.language)
-    weights = {name: linear.weight for name, linear in sparse_linears(model).items()}
-    task = build_task(config.task)
+    model, tensors = open_model(source.path)  # without data: both exports read and write one tensor after the other
+    processor, task = load_processor(source.path, config.task.language), build_task(config.task)
     examples, num_left_out = scored_examples(task, processor, config.evaluate)
     scores = {}
     compensated = [precision for precision in config.compress.precisions
@@ -42,13 +40,13 @@ def run(job: Job) -> dict[str, Any]:
     for precision in config.compress.precisions:
         rounded = _round(job, processor, precision, next(parts)) if precision in compensated else None
         folder = job.out / f"sparse-{precision}"
-        export_sparse(model, processor, precision, folder, config.compress.int8_head, rounded)
+        export_sparse(model, processor, precision, folder, config.compress.int8_head, rounded, tensors)
         # On the kernels and the quantised weights of `generate`, in transformers' loop, whatever the batch.
         score = task.score(load(folder).model, processor, examples, config.evaluate,
                            functools.partial(in_order, progress=next(parts)(precision)))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}
-    export_dense(model, processor, job.out / "dense")
-    if names := unpruned_zeros(job.out / "dense", weights):
+    export_dense(model, processor, job.out / "dense", tensors)
+    if names := unpruned_zeros(job.out / "dense", ((name, tensors.weight(name)) for name in tensors.shapes)):
         raise RuntimeError(f"the dense export differs from the sparse weights in {', '.join(names)}")
     metrics = {"loss": source.stage.model_name, "scores": scores, "num_bytes": _num_bytes(job)}
     artifacts.write_json(job.out / "scores.json", metrics)

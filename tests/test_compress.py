@@ -17,7 +17,7 @@ from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError, printable
 from sparse_train.inference import PackedLinear, load
 from sparse_train.launch.cli import main
-from sparse_train.models import load_model, load_processor, own_tensors, save_model
+from sparse_train.models import load_model, load_processor, open_model, own_tensors, save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, TensorFolder, densify, sparse_linears, sparsify
 from tests.models import tiny_model, tiny_mpt, tiny_tokenizer
@@ -68,7 +68,7 @@ def test_the_dense_export_is_read_by_from_pretrained_with_every_zero_in_place(tm
     model = _sparse_model()
     weights = _weights(model)
     export_dense(model, tiny_tokenizer(), tmp_path)
-    assert unpruned_zeros(tmp_path, weights) == []
+    assert unpruned_zeros(tmp_path, weights.items()) == []
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for name, weight in weights.items():
@@ -85,7 +85,7 @@ def test_the_audit_names_a_weight_that_came_back_or_changed(spoil, tmp_path):
     place = (~weights[name].keep if spoil == "alive" else weights[name].keep).nonzero()[0]
     dense.get_submodule(name).weight.data[*place] += 1
     save_model(tmp_path, dense, tiny_tokenizer())
-    assert unpruned_zeros(tmp_path, weights) == [name]
+    assert unpruned_zeros(tmp_path, weights.items()) == [name]
 
 
 def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
@@ -212,6 +212,22 @@ def test_an_int8_head_leaves_the_embedding_and_the_model_as_they_are(family, tmp
         load_model(folder)
 
 
+@pytest.mark.parametrize("family", ["mpt", "llama", "t5", "whisper"])
+def test_a_model_that_is_read_as_it_is_written_gives_the_same_files(family, tmp_path):
+    model, processor = tiny_model(family)
+    sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    save_model(tmp_path / "student", model, processor)
+    for precision, int8_head in (("fp32", False), ("bf16", False), ("int8", True), ("int4", False), ("dense", False)):
+        for name, (given, source) in {"whole": (model, None), "read": open_model(tmp_path / "student")}.items():
+            if precision == "dense":
+                export_dense(given, processor, tmp_path / f"{name}-dense", source)
+            else:
+                export_sparse(given, processor, precision, tmp_path / f"{name}-{precision}", int8_head, source=source)
+        whole, read = ({file.name: file.read_bytes() for file in (tmp_path / f"{name}-{precision}").iterdir()}
+                       for name in ("whole", "read"))
+        assert read == whole, precision
+
+
 @pytest.mark.parametrize("backend", ["portable", kernels.backend()])
 def test_generation_is_that_of_the_dense_model(backend, tmp_path):
     model = _sparse_model()
@@ -295,3 +311,43 @@ def test_loading_takes_little_more_memory_than_the_folder(tmp_path):
                             capture_output=True, text=True).stdout
     size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
     assert int(output.split()[-1]) < 1.15 * size
+
+
+@pytest.mark.slow
+def test_exporting_takes_the_memory_of_a_few_tensors(tmp_path):
+    """However many there are, and of the model on disk next to nothing."""
+    torch.manual_seed(0)
+    model = tiny_mpt(d_model=1024, n_layers=8, vocab_size=300)
+    largest, size = 4 * 4096 * 1024, sum(parameter.nbytes for parameter in model.parameters())
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and "blocks" in name:
+            sparsify(model, {name: BitmaskTensor.from_dense(linear.weight, torch.rand_like(linear.weight) < 0.5)})
+    save_model(tmp_path / "large", model, tiny_tokenizer())
+    save_model(tmp_path / "small", _sparse_model(), tiny_tokenizer())
+    script = """if True:
+        import sys
+        from pathlib import Path
+        from sparse_train.compress import export_dense, export_sparse, unpruned_zeros
+        from sparse_train.models import load_processor, open_model
+        from sparse_train.sparse import format
+        format._FILE_BYTES = 1  # a tensor per file
+        def memory(key):
+            return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+        for source in map(Path, sys.argv[1:]):  # the first is for what every model loads of code
+            model, tensors = open_model(source)
+            processor = load_processor(source)
+            for precision in ("fp32", "bf16", "int8", "int4", "dense"):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+                before, made = memory("VmRSS"), source / precision
+                if precision == "dense":
+                    export_dense(model, processor, made, tensors)
+                    assert not unpruned_zeros(made, ((name, tensors.weight(name)) for name in tensors.shapes))
+                else:
+                    export_sparse(model, processor, precision, made, source=tensors)
+                print(precision, memory("VmHWM") - before)"""
+    output = subprocess.run([sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], check=True,
+                            capture_output=True, text=True).stdout
+    peaks = dict(line.split() for line in output.splitlines())
+    # Quantising has an index and several copies of a tensor's values in memory.
+    assert len(peaks) == 5 and 10 * largest < 0.5 * size
+    assert max(map(int, peaks.values())) < 10 * largest, peaks

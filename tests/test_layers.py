@@ -106,7 +106,7 @@ def test_what_is_ignored_stays_a_dense_linear_in_every_folder(models, tmp_path):
             assert isinstance(loaded.get_submodule(name), SparseLinear)
             assert isinstance(runtime.get_submodule(name), PackedLinear)
     export_dense(sparse, tiny_tokenizer(), tmp_path / "dense")
-    assert unpruned_zeros(tmp_path / "dense", weights) == []
+    assert unpruned_zeros(tmp_path / "dense", weights.items()) == []
 
 
 def test_parameters_are_counted_as_they_are_pruned(models):

@@ -20,7 +20,7 @@ def quantise_rows(weight: BitmaskTensor) -> Codes:
     values = weight.values.float()
     largest = torch.zeros(weight.shape[0]).scatter_reduce_(0, rows, values.abs(), "amax")
     scale = torch.where(largest > 0, largest / 127, 1.0)
-    codes = (values / scale[rows]).round().clamp(-127, 127).to(torch.int8)
+    codes = (values / scale[rows]).round_().clamp_(-127, 127).to(torch.int8)
     return BitmaskTensor(codes, weight.bitmask, weight.shape), scale
 
 
@@ -38,7 +38,7 @@ def quantise_groups(weight: BitmaskTensor) -> Codes:
     low, high = (none.scatter_reduce(0, groups, values, reduce) for reduce in ("amin", "amax"))
     scale = (torch.where(-low > high, low, high) / -8).bfloat16()
     scale = torch.where(scale == 0, 1, scale)
-    codes = (values / scale.float()[groups]).round().clamp(-8, 7).to(torch.int8)
+    codes = (values / scale.float()[groups]).round_().clamp_(-8, 7).to(torch.int8)
     return BitmaskTensor(codes, weight.bitmask, weight.shape), scale.view(weight.shape[0], num_groups)
 
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from sparse_train import dist
 from sparse_train.compat.deepspeed import convert_to_partitioned, partition
 from sparse_train.config import TeacherConfig, TrainConfig
-from sparse_train.models import DTYPES, load_model, open_model
-from sparse_train.models.checkpoint import ModelFolder
+from sparse_train.models import DTYPES, ModelFolder, load_model, open_model
 from sparse_train.training.engine import student_settings, teacher_settings
 from sparse_train.training.partition import shard_bounds
 
