@@ -1,28 +1,48 @@
 """prune: a model and calibration batches -> the sparse student, each pruned weight a (values, bitmask) pair.
 
-The model is the dense one, or the fine-tuned one of the level before, whose pruned weights stay pruned.
+The model is the dense one, or the fine-tuned one of the level before, whose pruned weights stay pruned. No rank holds
+it: blocks are read one by one, and written as they are finished, so that the same command continues behind the last.
 """
 
+import logging
 from typing import Any
 
 from sparse_train import dist
-from sparse_train.compat.transformers import to_device
-from sparse_train.jobs.job import Job
-from sparse_train.models import load_model, load_processor, save_model
-from sparse_train.pruning import calibration_batches, prune
-from sparse_train.sparse import densify, sparse_linears, sparsify
+from sparse_train.jobs.job import Job, Stopped
+from sparse_train.models import family_of, load_processor, open_model, save_model
+from sparse_train.pruning import build_pruner, calibration_batches, choose_levels, prune_layers
+from sparse_train.pruning.saved import PrunedBlocks
+from sparse_train.sparse import densify
+from sparse_train.training.resources import peak_memory
+from sparse_train.training.stopping import StopMonitor
+
+log = logging.getLogger(__name__)
 
 
 def run(job: Job) -> dict[str, Any]:
-    spec = job.config.prune.levels[job.stage.level]
+    """Collective. Raises Stopped."""
+    level = job.config.prune.levels[job.stage.level]
     (source,) = job.inputs
-    processor, model = load_processor(source.path, job.config.task.language), load_model(source.path)
-    earlier = {name: linear.weight.keep.to(dist.device()) for name, linear in sparse_linears(model).items()}
-    model = to_device(densify(model), dist.device())
-    batches = calibration_batches(spec, job.config.task, processor) if spec.calibrates else ()
-    weights = prune(model, batches, spec, job.progress, earlier)
-    save_model(job.out, sparsify(model, weights), processor)
-    num_kept = sum(weight.values.numel() for weight in weights.values())
-    num_weights = sum(rows * columns for rows, columns in (weight.shape for weight in weights.values()))
+    processor, (model, folder) = load_processor(source.path, job.config.task.language), open_model(source.path)
+    model, blocks = densify(model), PrunedBlocks(job.out / "checkpoints", folder)
+    num_blocks = len(family_of(model).blocks(model))
+    batches = list(calibration_batches(level, job.config.task, processor)) if level.calibrates else []
+    levels = choose_levels(model, batches, level, blocks.earlier, blocks.read_source)
+    with StopMonitor(job.deadline_s) as monitor:
+        for name, weights in prune_layers(model, build_pruner(level), levels, batches, blocks.earlier, blocks.read,
+                                          blocks.num_done):
+            with monitor.saving():
+                blocks.save(weights, job.require_newest_attempt)
+            if dist.rank() == 0:
+                job.progress(blocks.num_done, num_blocks, name)
+            if dist.any_rank(monitor.end_step()):
+                raise Stopped
+    peaks = dist.gather_objects(peak_memory(dist.device()))
+    log.info("at most %.2f GB of memory on this rank", peaks[dist.rank()] / 1e9)
+    if dist.rank() == 0:
+        save_model(job.out, model, processor, blocks.student(model))
+    counts = blocks.counts()
+    num_kept, num_weights = map(sum, zip(*counts.values(), strict=True))
     return {"sparsity": 1 - num_kept / num_weights, "num_prunable": num_weights,
-            "layers": {name: weight.sparsity for name, weight in weights.items()}}
+            "layers": {name: 1 - kept / total for name, (kept, total) in counts.items()},
+            "peak_memory_gb": [peak / 1e9 for peak in peaks]}

@@ -19,7 +19,7 @@ class Kind(StrEnum):
 
 
 _TRAINING = (Kind.DENSE, Kind.FINETUNE)
-_DISTRIBUTED = (*_TRAINING, Kind.EVALUATE)
+_DISTRIBUTED = (*_TRAINING, Kind.PRUNE, Kind.EVALUATE)
 
 
 @dataclass(frozen=True)

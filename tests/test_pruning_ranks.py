@@ -1,15 +1,28 @@
-"""Pruning over ranks: the same bits whatever their number."""
+"""Pruning over ranks and block by block from files: the same bits as of a whole model on one, also after a stop."""
+
+import logging
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparse_train import dist
-from sparse_train.config import PruneConfig
+from sparse_train.config import ModelConfig, PruneConfig, RunConfig
 from sparse_train.errors import UserError
-from sparse_train.pruning import prune
+from sparse_train.jobs import prune as prune_job
+from sparse_train.jobs.job import Input, Job, Stopped
+from sparse_train.jobs.stage import Kind, Stage
+from sparse_train.models import build_model, build_processor, load_model, load_processor, open_model, save_model
+from sparse_train.pruning import calibration_batches, prune
 from sparse_train.pruning.blockwise import assign
+from sparse_train.pruning.saved import PrunedBlocks
+from sparse_train.sparse import densify, sparse_linears, sparsify
 from sparse_train.tasks.batch import collate
-from tests.models import tiny_examples, tiny_model
+from tests.models import tiny_examples, tiny_model, tiny_tokenizer
 from tests.ranks import run_ranks
 
 SPECS = [("llama", {"sparsity": 0.6}), ("t5", {"pattern": "2:4", "method": "wanda"}),
@@ -18,10 +31,17 @@ SPECS = [("llama", {"sparsity": 0.6}), ("t5", {"pattern": "2:4", "method": "wand
 
 def _prune_all(specs):
     """[{name: (values, bitmask)} of each], and the models' weights are those."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products may add in another order on more
-    try:
+    with _one_thread():
         return [_pruned(family, PruneConfig(**spec)) for family, spec in specs]
+
+
+@contextmanager
+def _one_thread():
+    """Products may add in another order on more."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(num_threads)
 
@@ -46,6 +66,86 @@ def test_the_number_of_ranks_changes_no_bit(world, specs):
             assert list(mine) == list(expected)
             for name, tensors in expected.items():
                 assert all(map(torch.equal, mine[name], tensors)), (rank, family, name)
+
+
+def _job(folder, source, out, **prune):
+    """`source`: the name of a model's folder in `folder`, which is pruned into another one there, `out`."""
+    dense = Stage(Kind.DENSE, "dense", external=str(folder / source))
+    return Job(RunConfig(prune={"num_calibration": 6, "batch_size": 2, **prune}),
+               Stage(Kind.PRUNE, "prune", inputs=(dense,)), folder / out, (Input(dense, folder / source),),
+               _ignore)
+
+
+def _ignore(*_):
+    """As a job's progress; ranks get a job pickled."""
+
+
+def _write_dense(folder, family, **size):
+    torch.manual_seed(0)
+    config = ModelConfig(**{"family": family, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, **size})
+    processor = build_processor(config, tiny_tokenizer())
+    save_model(folder / "dense", build_model(config, processor), processor)
+
+
+def _prune_whole(job):
+    """The same with a model that is held, into the folder "whole"."""
+    path, (level,) = job.inputs[0].path, job.config.prune.levels
+    model, processor = load_model(path), load_processor(path)
+    earlier = {name: linear.weight.keep for name, linear in sparse_linears(model).items()}
+    weights = prune(densify(model), calibration_batches(level, job.config.task, processor), level, earlier=earlier)
+    save_model(job.out.with_name("whole"), sparsify(model, weights), processor)
+    return weights
+
+
+@pytest.mark.parametrize("family, keys", [
+    ("mpt", {"sparsity": 0.6}), ("t5", {"pattern": "2:4"}), ("llama", {"sparsity": 0.7, "method": "magnitude"}),
+    ("gpt_neox", {"sparsity": 0.6, "allocation": "owl", "ignore": ("*.1.*",)})])
+def test_a_model_that_is_read_block_by_block_gives_the_files_of_a_whole_one(family, keys, tmp_path):
+    """At two levels: the second one reads a sparse model."""
+    _write_dense(tmp_path, family, n_layers=3)
+    for source, level in (("dense", "first"), ("first", "second")):
+        keys = keys if level == "first" or "pattern" in keys else keys | {"sparsity": 0.8}
+        job = _job(tmp_path, source, level, **keys)
+        metrics = prune_job.run(job)
+        weights = _prune_whole(job)
+        assert metrics["layers"] == {name: weight.sparsity for name, weight in weights.items()}
+        assert metrics["num_prunable"] == sum(rows * columns for rows, columns in (w.shape for w in weights.values()))
+        files = {name: (tmp_path / name / "sparse.safetensors").read_bytes() for name in (level, "whole")}
+        assert files[level] == files["whole"]
+
+
+def _run(num_saved, *place, **changes):
+    """_job(*place) with `changes`; the process dies when it is to save one block more than `num_saved`."""
+    def count():
+        nonlocal num_saved
+        if num_saved == 0:
+            os._exit(1)
+        num_saved = num_saved and num_saved - 1
+
+    with _one_thread():
+        return prune_job.run(replace(_job(*place, sparsity=0.6), require_newest_attempt=count, **changes))
+
+
+def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog):
+    """Killed in the encoder, stopped behind it; then its last block is damaged and half of another lies there."""
+    _write_dense(tmp_path, "t5")
+    whole, place = (tmp_path, "dense", "whole"), (tmp_path, "dense", "out")
+    _run(None, *whole)
+    with pytest.raises(AssertionError, match=r"ranks \[0|Connection"):
+        run_ranks(_run, 3, 1, *place)
+    saved = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in saved.iterdir()] == ["step-00000001"]
+    with pytest.raises(Stopped):
+        _run(None, *place, deadline_s=time.time())
+    damaged = saved / "step-00000002" / "sparse.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    shutil.copytree(saved / "step-00000001", saved / "step-00000003.partial")
+    with caplog.at_level(logging.WARNING):
+        assert PrunedBlocks(saved, open_model(tmp_path / "dense")[1]).num_done == 1
+    assert "pruned again from block 2 on" in caplog.text and "is not the file that was signed" in caplog.text
+    assert len(run_ranks(_run, 2, None, *place)[0]["peak_memory_gb"]) == 2
+    found, expected = ((tmp_path / out / "sparse.safetensors").read_bytes() for out in ("out", "whole"))
+    assert found == expected
 
 
 def _fails():

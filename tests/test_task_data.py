@@ -191,18 +191,18 @@ def test_calibration_may_have_a_task_of_its_own(tmp_path, monkeypatch):
     size = ModelConfig(d_model=32, n_layers=1, max_seq_len=256)
     processor = build_processor(size, tokenizer)
     save_model(tmp_path / "dense", build_model(size, processor), processor)
-    real, given = prune_job.prune, []
+    real, given = prune_job.calibration_batches, []
 
-    def seen(model, batches, *rest):
-        given[:] = list(batches)
-        return real(model, given, *rest)
+    def seen(*arguments):
+        given[:] = real(*arguments)
+        return given
 
-    monkeypatch.setattr(prune_job, "prune", seen)
+    monkeypatch.setattr(prune_job, "calibration_batches", seen)
     dense = Stage(Kind.DENSE, "dense", external=str(tmp_path / "dense"))
     stage, source = Stage(Kind.PRUNE, "prune", inputs=(dense,)), Input(dense, tmp_path / "dense")
     for calibration in (None, {"name": "text", "path": str(tmp_path), "max_length": 100}):
         config = RunConfig(prune={"sparsity": 0.5, "num_calibration": 4, "calibration": calibration})
-        prune_job.run(Job(config, stage, tmp_path / "out", (source,), lambda *_: None))
+        prune_job.run(Job(config, stage, tmp_path / str(calibration is None), (source,), lambda *_: None))
         texts = [tokenizer.decode(row) for batch in given for row in batch.input_ids]
         assert len(texts) == 4 and all(("Question" in text) == (calibration is None) for text in texts)
 

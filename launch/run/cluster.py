@@ -25,15 +25,15 @@ class Resources(Section):
 
     nodes: Positive = 1
     ranks_per_node: Positive = 1
-    """Processes of a training or an evaluation on each node, one per GPU; the other stages have one in all."""
+    """Processes of dense, prune, finetune and evaluate on each node, one per GPU; the other stages have one in all."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     """None: on this machine one per rank where there are that many; on SLURM none are requested."""
     cpus_per_rank: Positive | None = None
     memory: str | None = None
     """Of each node, such as 64G; "0" is all of it."""
     time: str | None = None
-    """Limit in the format of sbatch, such as 30 (minutes) or 1-12:00:00. A training or an evaluation that reaches it
-    saves and is requeued."""
+    """Limit in the format of sbatch, such as 30 (minutes) or 1-12:00:00. A training, a pruning or an evaluation
+    that reaches it saves and is requeued."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -93,7 +93,7 @@ class ClusterConfig(Resources):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}  # noqa: RUF012
     """Variables of each process."""
     preflight: bool = True
-    """Check memory, disk and the shared folder from every rank before a training or an evaluation starts."""
+    """Check memory, disk and the shared folder from every rank before a training, a pruning or an evaluation starts."""
     stages: dict[str, Resources] = {}  # noqa: RUF012
     """Other resources by stage, such as {benchmark: {partition: cpu}, finetune: {nodes: 4}}."""
 

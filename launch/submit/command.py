@@ -14,7 +14,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser(
         "run", help="run a recipe: dense, prune, finetune, evaluate, compress, benchmark, report",
         description="Run the stages of a recipe. Finished stages with unchanged inputs are skipped, a stopped "
-                    "training or evaluation continues from what it saved.")
+                    "training, pruning or evaluation continues from what it saved.")
     run.add_argument("config", help="a YAML recipe, or the name of one of the package's, such as demo")
     run.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                      help="such as prune.sparsity=0.5, cluster.nodes=4")

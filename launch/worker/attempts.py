@@ -28,7 +28,8 @@ class AttemptRecord(BaseModel):
     nodes: tuple[str, ...] = ()
     ranks: int
     from_step: int
-    """How far what it continued from was: a training's step, an evaluation's batches; 0 from the beginning."""
+    """How far what it continued from was: a training's step, a pruning's blocks, an evaluation's batches; 0 from the
+    beginning."""
     started: float = 0.0
     """Seconds since the epoch."""
 

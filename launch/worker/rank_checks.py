@@ -52,6 +52,8 @@ def check_ranks(process: ProcessInfo, config: RunConfig, stage: Stage) -> None:
     dist.agree(_require_sum)
     first_of_nodes = [info.rank for info in ranks if info.local_rank == 0]
     _require_shared_folder(process, first_of_nodes, config.path, log_folder(stage, config))
+    if stage.kind is Kind.PRUNE:  # whose ranks hold a block at a time
+        return
     path = config.dense.path or config.model.path
     model = empty_model(read_config(as_folder(path)) if path else describe(config.model))
     counts = count_parameters(model, config.prune)

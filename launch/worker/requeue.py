@@ -2,10 +2,10 @@
 
     python -m sparse_train.launch.worker.requeue RUN STAGE CODE
 
-A training or an evaluation that was stopped, by a signal or its time limit, has saved its state and continues. A stage
-that lost a rank, or that was stopped and keeps no state, runs again as long as it makes progress. After a mistake in
-the recipe or an error in the code the job would only fail again, so it is not requeued. SLURM itself requeues preempted
-jobs and jobs whose node failed.
+A training, a pruning or an evaluation that was stopped, by a signal or its time limit, has saved its state and
+continues. A stage that lost a rank, or that was stopped and keeps no state, runs again as long as it makes progress.
+After a mistake in the recipe or an error in the code the job would only fail again, so it is not requeued. SLURM itself
+requeues preempted jobs and jobs whose node failed.
 """
 
 import subprocess

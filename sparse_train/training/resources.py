@@ -1,5 +1,7 @@
 """Memory and device load of the nodes, for the lines of metrics."""
 
+import resource
+
 import psutil
 import torch
 
@@ -26,3 +28,10 @@ def _usage(device: torch.device) -> list[float]:
     except Exception:  # the driver's library is missing or refuses; that must not end a training
         load = 0.0
     return [memory_gb, torch.cuda.memory_reserved(device) / 1e9, load]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of memory that this process has had at most, of the device where that has its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

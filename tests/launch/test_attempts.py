@@ -103,12 +103,12 @@ def test_requeues_of_slurm_itself_do_not_count(run):
 
 
 def test_a_stopped_stage_without_state_has_so_many_attempts(run):
-    logs = run / "logs" / "prune"
+    logs = run / "logs" / "compress"
     reasons = []
     for attempt in (Attempt("7", 0), Attempt("7", 1)):
         attempts.begin(logs, _process(str(attempt), num_ranks=1), 0)
         write_ending(logs, attempt, Ending("stopped"))
-        reasons.append(reason_to_run_again(run, "prune", attempt, 75))
+        reasons.append(reason_to_run_again(run, "compress", attempt, 75))
         attempts.note_requeue(logs, attempt)
     assert reasons == ["after attempt 1 of 2 from the same step", None]
 
@@ -196,7 +196,7 @@ def test_a_job_that_ended_before_it_began(code, restarts, again, run):
 
 
 @pytest.mark.parametrize("warning, left_s, told", [
-    ("SIGUSR2", 100, "stage prune met its time limit and keeps no state"), ("SIGUSR2", 3600, None),
+    ("SIGUSR2", 100, "stage compress met its time limit and keeps no state"), ("SIGUSR2", 3600, None),
     ("SIGTERM", 100, None),
 ])
 def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warning, left_s, told, run, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_stage_without_state_that_meets_its_time_limit_is_not_tried_again(warn
     config = read_run(run)
     with pytest.raises(UserError if told else Stopped, match=told):
         process.StageProcess(_process(num_ranks=1), config, ClusterConfig(executor="slurm", preflight=False),
-                             find_stage(config, "prune"), 0).run()
+                             find_stage(config, "compress"), 0).run()
 
 
 def test_the_dense_model_of_another_run_that_is_missing_is_named(tmp_path):
