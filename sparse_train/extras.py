@@ -11,6 +11,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "wandb": ("wandb",),
     "gguf": ("gguf", "accelerate"),
+    "cuda": ("triton",),
 }
 
 

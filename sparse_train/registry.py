@@ -126,6 +126,7 @@ TASKS = Registry("task", "sparse_train.tasks", TaskEntry, {
 
 KERNELS = Registry("kernel", "sparse_train.kernels", Entry, {
     "cpu": Entry("sparse_train.kernels.native:KERNELS"),
+    "cuda": Entry("sparse_train.kernels.triton_moves:KERNELS", "cuda"),
 })
 """By the device's type. The CPU's instruction sets are lines of kernels/csrc/tiers.h."""
 

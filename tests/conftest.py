@@ -1,8 +1,13 @@
-"""Ranks of the tests are CPU processes, also where there is a GPU; the tests marked gpu ask for it."""
+"""Ranks of the tests are CPU processes, also where there is a GPU; the tests marked gpu ask for it. Without one, Triton
+interprets its kernels, which it must know before anything imports it."""
 
 import os
 
+import torch
+
 os.environ["DS_ACCELERATOR"] = "cpu"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -119,7 +119,7 @@ def expand(values: Tensor, bitmask: Tensor, num_columns: int, out: Tensor | None
     """(values (nnz,), bitmask (R, 8 * ceil(C / 64))) -> dense (R, C) of the values' dtype, +0 where pruned.
 
     `out` is a contiguous tensor to write to, which autograd does not see. Raises ValueError for arguments that do not
-    fit and, on the CPU, when bits and values do not belong together.
+    fit and, on the CPU, when bits and values do not belong together; on a GPU an assertion stops the device then.
     """
     _check_sparse(values, bitmask, num_columns)
     if out is not None:
@@ -131,7 +131,7 @@ def compact(dense: Tensor, bitmask: Tensor, num_values: int | None = None, out: 
     """Dense (R, C) -> its entries at the kept positions, row-major (nnz,).
 
     `num_values` is nnz where the caller knows it, `out` (nnz,) a contiguous tensor to write to, which autograd does not
-    see. Raises ValueError for arguments that do not fit and for a wrong nnz.
+    see. Raises ValueError for arguments that do not fit and for a wrong nnz, which on a GPU an assertion finds.
     """
     if num_values is None:
         _check_dense(dense, bitmask, 0)
