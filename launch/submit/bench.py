@@ -44,6 +44,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
 
     moves = kinds.add_parser("moves", help="expanding and compacting a 4096 x 4096 weight against copying it")
     moves.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
+    moves.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     moves.add_argument("--repeats", type=_positive, default=30)
     moves.set_defaults(command=_moves)
 
@@ -163,17 +164,22 @@ def _decode(options, console: Console) -> None:
 
 
 def _moves(options, console: Console) -> None:
+    import torch
+
     from sparse_train.bench.moves import move_rows
     from sparse_train.bench.tables import print_measured, spread_cell
-    from sparse_train.cpus import set_threads
+    from sparse_train.cpus import cpu_name, set_threads
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; leave --device out to measure the CPU's kernels")
     set_threads()
-    rows = move_rows(options.sparsity, options.repeats)
+    rows = move_rows(options.sparsity, options.repeats, torch.device(options.device))
     keys = ("kernel", "dtype", "backend", "sparsity", "milliseconds", "fraction_of_copy")
     print_measured(console, (*keys, "spread"), [
         [*(row[key] if isinstance(row[key], str) else f"{row[key]:.2f}" for key in keys),
          spread_cell(row["low"], row["milliseconds"], row["high"])] for row in rows])
-    print(json.dumps({"rows": rows}))
+    name = cpu_name() if options.device == "cpu" else torch.cuda.get_device_name()
+    print(json.dumps({"device": name, "rows": rows}))
 
 
 def _prune(options, console: Console) -> None:

@@ -1,5 +1,6 @@
 """sparse-train bench: what is printed is whole, and what does not depend on the machine is right."""
 
+import itertools
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_train import kernels
 from sparse_train.bench.train import TrainBench, _Products
 from sparse_train.config import TaskConfig
 from sparse_train.launch.cli import main
@@ -176,6 +178,25 @@ def test_numbers_that_leave_nothing_to_measure_are_refused(arguments, told, caps
     assert stop.value.code == 2
     line, = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")])])
+def test_moves_are_rows_of_a_device(device, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_train.bench.moves._SHAPE", (128, 256))
+    monkeypatch.setattr("sparse_train.bench.moves._GPU_BYTES", 1 << 20)
+    assert main(["bench", "moves", "--device", device, "--sparsity", "0.5", "--repeats", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    backends = kernels.backends() if device == "cpu" else ("triton",)
+    assert [(row["dtype"], row["backend"], row["kernel"]) for row in rows] == list(itertools.product(
+        ("float32", "bfloat16"), backends, ("expand", "compact")))
+    assert all(row["milliseconds"] > 0 and row["fraction_of_copy"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_moves_on_a_gpu_that_is_not_there_are_one_line(capsys):
+    assert main(["bench", "moves", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sparse-train: --device cuda: torch sees no GPU")
 
 
 @pytest.mark.gpu
