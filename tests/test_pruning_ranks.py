@@ -98,7 +98,7 @@ def _prune_whole(job):
 
 
 @pytest.mark.parametrize("family, keys", [
-    ("mpt", {"sparsity": 0.6}), ("t5", {"pattern": "2:4"}), ("llama", {"sparsity": 0.7, "method": "magnitude"}),
+    ("mpt", {"sparsity": 0.6, "reconstruction": {"steps": 3}}), ("t5", {"pattern": "2:4"}), ("llama", {"sparsity": 0.7, "method": "magnitude"}),
     ("gpt_neox", {"sparsity": 0.6, "allocation": "owl", "ignore": ("*.1.*",)})])
 def test_a_model_that_is_read_block_by_block_gives_the_files_of_a_whole_one(family, keys, tmp_path):
     """At two levels: the second one reads a sparse model."""
@@ -146,6 +146,28 @@ def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog)
     assert len(run_ranks(_run, 2, None, *place)[0]["peak_memory_gb"]) == 2
     found, expected = ((tmp_path / out / "sparse.safetensors").read_bytes() for out in ("out", "whole"))
     assert found == expected
+
+
+def _trained(steps, *sizes):
+    """Values by linear, of a model for each of `sizes`, the number of examples of a batch."""
+    found = []
+    for size in sizes:
+        model, processor = tiny_model("llama")
+        examples = tiny_examples(processor)
+        batches = [collate(examples[start:start + size], processor) for start in range(0, len(examples), size)]
+        weights = prune(model, batches[dist.rank()::dist.world_size()], PruneConfig(
+            method="magnitude", sparsity=0.6, reconstruction={"steps": steps, "learning_rate": 1e-3}))
+        found.append({name: weight.values for name, weight in weights.items()})
+    return found
+
+
+def test_a_step_of_reconstruction_takes_a_batch_of_each_rank():
+    """Two ranks with an example each are one with both; in the other case the second rank has no batch at all."""
+    start, expected = _trained(0, 2, 4), _trained(6, 2, 4)
+    for found in run_ranks(_trained, 2, 6, 1, 4):
+        for mine, alone, before in zip(found, expected, start, strict=True):
+            for name, values in alone.items():
+                assert (mine[name] - values).norm() < 0.01 * (values - before[name]).norm(), name
 
 
 def _fails():

@@ -12,6 +12,13 @@ from sparse_train.registry import PRUNERS
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+class ReconstructionConfig(Section):
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Of Adam, each on one calibration batch; 0: the values stay those of the method."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Of the first step; it falls linearly to zero."""
+
+
 class PruneConfig(Section):
     method: Annotated[str, AfterValidator(PRUNERS.check)] = "sparsegpt"
     """One of the table PRUNERS of sparse_train/registry.py."""
@@ -51,6 +58,8 @@ class PruneConfig(Section):
     compress.rounding=compensated)."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    """Training of a pruned block's values, until its output is near that of the dense block."""
     options: dict[str, Any] = {}  # noqa: RUF012
     """Settings of admm and alps, or of a method that another package adds; the method's own schema checks them."""
 
@@ -68,7 +77,8 @@ class PruneConfig(Section):
     @property
     def calibrates(self) -> bool:
         """Whether pruning reads training examples."""
-        return PRUNERS.entries[self.method].calibrates or self.refits or self.allocation == "owl"
+        return PRUNERS.entries[self.method].calibrates or self.refits or self.allocation == "owl" or \
+            self.reconstruction.steps > 0
 
     @property
     def group(self) -> tuple[int, int] | None:

@@ -48,6 +48,8 @@ def _below(part: nn.Module, prefix: str, without: set[nn.Module]) -> Iterator[tu
 
 
 def _on_device(tensor: torch.Tensor, read: Read, name: str) -> torch.Tensor:
+    if tensor.device == dist.device():
+        return tensor  # which may be in training
     whole = (read(name) if tensor.is_meta else tensor.detach()).to(dist.device(), tensor.dtype)
     return nn.Parameter(whole, requires_grad=False) if isinstance(tensor, nn.Parameter) else whole
 

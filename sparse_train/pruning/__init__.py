@@ -10,6 +10,8 @@
                      a method each
     compensation.py  columns that take over the errors of those before them
     refit.py         the best values for given bits
+    reconstruction.py
+                     values that a block is trained to
     pattern.py       bits from scores
     calibration.py, statistics.py
                      calibration batches; sums over what they make of a linear's inputs

@@ -2,7 +2,8 @@
 
     per stack: one forward pass of the model; hooks record what each block is called with (calls.py)
     per block: run it on the recorded arguments to collect the method's statistics (collect.py) -> prune its linears ->
-               run it again, which computes the next block's hidden states
+               train what is left (reconstruction.py, if asked for) -> run it again, which computes the next block's
+               hidden states
 
 The decoder's arguments are recorded after the encoder is pruned, so its cross-attention learns from pruned states.
 
@@ -10,6 +11,7 @@ Over ranks: each has its share of the batches, statistics are summed, and each p
 weights it sends to the others. A model may be without data: a block's tensors are then read while they are needed.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple, cast
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparse_train import dist
 from sparse_train.config import PruneConfig, PruneLevel
+from sparse_train.config.pruning import ReconstructionConfig
 from sparse_train.models import block_output, family_of
 from sparse_train.models.filled import Read, filled, filled_when_called
 from sparse_train.pruning.allocation import InputNorms, allocate, outlier_share
@@ -27,6 +30,7 @@ from sparse_train.pruning.calls import Call, record_calls
 from sparse_train.pruning.collect import collect
 from sparse_train.pruning.layers import choose_layers
 from sparse_train.pruning.pruner import Collects, Layer, Pruner, Statistics, build_pruner
+from sparse_train.pruning.reconstruction import Reconstruction
 from sparse_train.pruning.statistics import ColumnNorms
 from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks import Batch
@@ -45,6 +49,8 @@ class Visit(NamedTuple):
     """By name. Their weights are on the device, and may be changed."""
     statistics: dict[str, Statistics]
     """Of all ranks; empty where the method collects none."""
+    run: Callable[[], Iterator[torch.Tensor]]
+    """Gives the block's outputs at the real tokens (N, D) of this rank's batches, one after the other."""
 
 
 def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, progress: Progress | None = None,
@@ -103,8 +109,13 @@ def prune_layers(model: PreTrainedModel, pruner: Pruner, levels: Mapping[str, Pr
     data: pruned ones of the first `num_done` blocks, which are not pruned again, and of those that this has given out.
     Raises UserError where a method that prunes by inputs gets no token.
     """
+    config = next((level.reconstruction for level in levels.values()), ReconstructionConfig())
+    if not pruner.Statistics and not config.steps:
+        batches = ()
     for visit in visit_blocks(model, pruner, levels, batches, read, num_done):
-        yield visit.block, _prune_linears(visit, pruner, levels, earlier)
+        reconstruction = Reconstruction(visit.block, visit.run) if config.steps and visit.linears else None
+        weights = _prune_linears(visit, pruner, levels, earlier)
+        yield visit.block, reconstruction.fit(model, weights, config) if reconstruction else weights
 
 
 @torch.no_grad()
@@ -115,7 +126,7 @@ def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str],
     family = family_of(model)
     blocks, chosen = family.blocks(model), set(names)
     linears = {name: linear for name, linear in family.dense_linears(model).items() if name in chosen}
-    batches = list(batches) if method.Statistics else []
+    batches = list(batches)
     was_training = model.training
     model.eval()
     try:
@@ -143,6 +154,11 @@ def _visit_stack(model: PreTrainedModel, method: Collects, blocks: dict[str, nn.
     def calls(index: int) -> Iterator[Call]:
         return (record[index].with_hidden(states) for record, states in zip(records, hidden, strict=True))
 
+    def outputs(index: int) -> Iterator[torch.Tensor]:
+        block = list(blocks.values())[index]
+        for call, batch in zip(calls(index), batches, strict=True):
+            yield block_output(block(*call.args, **call.kwargs))[batch.attends[side]]
+
     for index, (prefix, block) in enumerate(blocks.items()):
         with filled(block, read, prefix) if read else nullcontext():
             if index >= num_done:
@@ -150,7 +166,7 @@ def _visit_stack(model: PreTrainedModel, method: Collects, blocks: dict[str, nn.
                 statistics = {}
                 if method.Statistics and here:
                     statistics = collect(method, block, here, calls(index), batches, side)
-                yield Visit(prefix, here, statistics)
+                yield Visit(prefix, here, statistics, functools.partial(outputs, index))
                 statistics.clear()  # the caller's loop still holds them while the next ones are collected
             if index < len(blocks) - 1:
                 for number, call in enumerate(calls(index)):

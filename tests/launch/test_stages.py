@@ -105,6 +105,7 @@ def _with(section, key, value):
 def _another(key, tmp_path):
     numbers = TaskConfig(name="numbers")
     special = {"prune.sparsity": 0.5, "prune.method": "magnitude", "prune.calibration": numbers,
+               "prune.reconstruction.steps": 5,
                "task.mix": MixConfig(share=0.5, task=numbers), "evaluate.texts": {"books": TaskConfig(name="text")},
                "task.name": "gsm8k", "benchmark.devices": ("gpu",), "compress.loss": "ce",
                "folder": str(tmp_path / "moved")}
