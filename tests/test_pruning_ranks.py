@@ -98,7 +98,8 @@ def _prune_whole(job):
 
 
 @pytest.mark.parametrize("family, keys", [
-    ("mpt", {"sparsity": 0.6, "reconstruction": {"steps": 3}}), ("t5", {"pattern": "2:4"}), ("llama", {"sparsity": 0.7, "method": "magnitude"}),
+    ("mpt", {"sparsity": 0.6, "reconstruction": {"steps": 3}}), ("t5", {"pattern": "2:4"}),
+    ("llama", {"sparsity": 0.7, "method": "magnitude"}),
     ("gpt_neox", {"sparsity": 0.6, "allocation": "owl", "ignore": ("*.1.*",)})])
 def test_a_model_that_is_read_block_by_block_gives_the_files_of_a_whole_one(family, keys, tmp_path):
     """At two levels: the second one reads a sparse model."""
