@@ -41,6 +41,11 @@ class Job:
         return lambda done, total: self.progress(index * total + done, count * total, note)
 
 
+def finished_file(folder: Path) -> Path:
+    """In a stage's unfinished folder: the work that the ledger keeps, a line each."""
+    return folder / "checkpoints" / "finished.jsonl"
+
+
 class Stopped(BaseException):
     """A stop signal or the deadline ended the stage early; run it again to continue.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparse_train import dist
 from sparse_train.artifacts import parse_json, write_text
-from sparse_train.jobs.job import Job, Stopped
+from sparse_train.jobs.job import Job, Stopped, finished_file
 from sparse_train.tasks import ForEach
 from sparse_train.training.stopping import StopMonitor
 
@@ -62,11 +62,6 @@ class Ledger:
             self._job.require_newest_attempt()
             with open(self._file, "a", encoding="utf-8") as file:
                 file.writelines(map(_line, new, new.values()))
-
-
-def finished_file(folder: Path) -> Path:
-    """Below a stage's unfinished folder."""
-    return folder / "checkpoints" / "finished.jsonl"
 
 
 def num_finished(folder: Path) -> int:

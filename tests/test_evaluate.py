@@ -10,8 +10,8 @@ import torch
 from sparse_train.artifacts import write_json
 from sparse_train.config import PruneConfig, RunConfig
 from sparse_train.jobs import evaluate, report
-from sparse_train.jobs.job import Input, Job, Stopped
-from sparse_train.jobs.ledger import finished_file, num_finished
+from sparse_train.jobs.job import Input, Job, Stopped, finished_file
+from sparse_train.jobs.ledger import num_finished
 from sparse_train.launch.run.stages import build_stages
 from sparse_train.models import save_model
 from sparse_train.pruning import prune

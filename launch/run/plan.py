@@ -8,6 +8,7 @@ from pathlib import Path
 from sparse_train import artifacts
 from sparse_train.config import RunConfig
 from sparse_train.errors import UserError
+from sparse_train.jobs.job import finished_file
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.folder import freeze, partial_folder
@@ -105,9 +106,11 @@ def _work_lost(planned: PlannedStage, config: RunConfig) -> str:
 
 
 def _saved_state(planned: PlannedStage, config: RunConfig) -> str:
-    """How far an unfinished training is that would start over, and why it cannot continue; "" where there is none."""
+    """How far an unfinished stage is that would start over, and why it cannot continue; "" where there is none."""
     partial = partial_folder(planned.stage, config)
     saved = sorted(path.parent.name for path in partial.glob(f"checkpoints/step-*/{artifacts.DONE}"))
+    if (finished := finished_file(partial)).is_file() and (text := finished.read_text(encoding="utf-8")):
+        saved = [f"{len(text.splitlines())} batches"]
     if not saved or not (partial / artifacts.SOURCES).is_file():
         return ""
     reason: str | None = planned.reason

@@ -14,6 +14,7 @@ from sparse_train.config import RunConfig, Section, TaskConfig
 from sparse_train.config.load import load_config
 from sparse_train.config.task import MixConfig
 from sparse_train.errors import UserError
+from sparse_train.jobs.job import finished_file
 from sparse_train.launch.cli import main
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.folder import freeze, partial_folder, read_run
@@ -253,6 +254,16 @@ def test_a_saved_state_is_earlier_work_too(tmp_path):
     check_replaced([_config(tmp_path, "dense.steps=9")], [], True)
     prepare_folder(dense, config)
     assert (step / artifacts.DONE).is_file()
+    evaluate = find_stage(config, "evaluate")
+    prepare_folder(evaluate, config)
+    finished = finished_file(partial_folder(evaluate, config))
+    finished.parent.mkdir()
+    finished.touch()
+    other = [_config(tmp_path, "evaluate.num_examples=9")]
+    check_replaced(other, [], False)
+    finished.write_text('["dense", 0, []]\n' * 7)
+    with pytest.raises(UserError, match="evaluate, unfinished at 7 batches"):
+        check_replaced(other, [], False)
 
 
 def test_clearing_a_state_of_other_settings_may_be_cut_off(tmp_path, monkeypatch):
