@@ -176,15 +176,16 @@ def test_more_positions_than_an_int32_counts(device):
 
 @pytest.mark.slow
 def test_they_compile_for_each_generation_without_spills(tmp_path):
-    """With Triton's own assembler, so no GPU is needed; in a process of its own, in which nothing is interpreted."""
+    """With Triton's own assembler, so no GPU is needed: as a call launches them, with the types and alignments that it
+    finds in its arguments. In a process of its own, in which nothing is interpreted."""
     done = subprocess.run([sys.executable, "-m", "tests.kernels.triton_cubins"], capture_output=True, text=True,
                           encoding="utf-8",
                           env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     found = [dict(word.split("=") for word in line.split()) for line in done.stdout.splitlines()]
-    assert {(row["target"], row["kernel"], row["bytes"]) for row in found} == set(
-        itertools.product(map(str, TARGETS), ("expand", "compact"), ("2", "4"))) | {
-        (str(target), "count", "0") for target in TARGETS}
+    assert [(row["target"], row["bytes"], row["move"], row["kernel"]) for row in found] == list(itertools.product(
+        map(str, TARGETS), ("2", "4"), ("expand", "compact"), ("_count_parts", "_move_parts")))
     for row in found:
         assert row["LOCAL"] == row["STACK"] == "0", row  # nothing is spilled
-        assert int(row["REG"]) <= 128, row  # at least four programs at a time on a multiprocessor
+        assert int(row["REG"]) <= 96, row  # a multiprocessor holds five programs at a time
+        assert float(row["instructions"]) <= 22, row

@@ -6,30 +6,50 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 TARGETS = (80, 90, 100)
-_WARPS = {"count": 1, "expand": 4, "compact": 4}
+_NUM_COLUMNS = 4096
 
 
-def _compile(kernel: str, num_bytes: int, target: int) -> bytes:
-    """As _move launches it for a weight whose addresses and columns are multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class _Driver:
+    """What launches ask of a GPU before they start anything."""
+
+    def __init__(self, target: int):
+        self._target = target
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._target, 32)
+
+    def get_current_device(self):
+        return self._target  # another number for each, so that no kernel is taken for another's
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def launched(target: int, dtype: torch.dtype) -> dict:
+    """{expand, compact: [kernels]} that a move of a weight in CPU memory launches, compiled and not started."""
+    from triton.runtime import JITFunction, driver
 
     from sparse_train.kernels import triton_moves as moves
 
-    function = moves._count_parts if kernel == "count" else moves._move_parts
-    constants = {"TILE_BYTES": moves._MOST_BYTES} | ({} if kernel == "count" else {
-        "EXPANDS": kernel == "expand", "COUNTS": moves._COUNTS})
-    types = {"bits": "*u8", "counts": "*i32", "dense": f"*i{8 * num_bytes}", "values": f"*i{8 * num_bytes}"}
-    aligned = {*types, "num_columns", "row_bytes"}
-    names = function.arg_names
-    source = ASTSource(
-        function, {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in aligned})
-    return triton.compile(source, GPUTarget("cuda", target, 32), {
-        "num_warps": _WARPS[kernel], "debug": kernel != "count", **moves.OPTIONS}).asm["cubin"]
+    kernels, run = [], JITFunction.run
+
+    def compile_only(*args, warmup, **kwargs):
+        kernels.append(run(*args, warmup=True, **kwargs))
+
+    driver.set_active(_Driver(target))
+    JITFunction.run = compile_only
+    try:
+        dense, bits = torch.empty(2, _NUM_COLUMNS, dtype=dtype), torch.empty(2, _NUM_COLUMNS // 8, dtype=torch.uint8)
+        moves.expand(dense.flatten(), bits, _NUM_COLUMNS)
+        moves.compact(dense, bits, dense.numel())
+    finally:
+        JITFunction.run = run
+    return {"expand": kernels[:2], "compact": kernels[2:]}
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -55,16 +75,20 @@ def _instructions_of_loop(cubin: str) -> int:
 
 
 def main() -> None:
+    from sparse_train.kernels import triton_moves as moves
+
     for target in TARGETS:
-        for kernel, sizes in (("expand", (2, 4)), ("compact", (2, 4)), ("count", (0,))):
-            for num_bytes in sizes:
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(_compile(kernel, num_bytes, target))
-                    file.flush()
-                    used = re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", _tool("cuobjdump", "-res-usage", file.name))
-                    per_position = _instructions_of_loop(file.name) * 32 * _WARPS[kernel] / (8 * 256)
-                print(f"target={target} kernel={kernel} bytes={num_bytes} instructions={per_position:.1f}",
-                      *(f"{name}={value}" for name, value in used))
+        for dtype in (torch.bfloat16, torch.float32):
+            for move, kernels in launched(target, dtype).items():
+                for kernel in kernels:
+                    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                        file.write(kernel.asm["cubin"])
+                        file.flush()
+                        used = re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name))
+                        threads, tile = 32 * kernel.metadata.num_warps, 8 * moves._MOST_BYTES
+                        per_position = _instructions_of_loop(file.name) * threads / tile
+                    print(f"target={target} move={move} bytes={dtype.itemsize} kernel={kernel.metadata.name}",
+                          f"instructions={per_position:.1f}", *(f"{name}={value}" for name, value in used))
 
 
 if __name__ == "__main__":
