@@ -75,8 +75,8 @@ def _line(key: tuple[str, int], result: Any) -> str:
 
 def _read(file: Path) -> dict[tuple[str, int], Any]:
     finished = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):  # a killed process may have written half a line
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):  # half a line, where a process was killed or a node died
             name, number, result = parse_json(line)
             finished[name, number] = result
     return finished

@@ -112,8 +112,8 @@ def test_one_rank_and_three_undisturbed_and_stopped_give_the_same_files(tmp_path
     finally:
         torch.set_num_threads(num_threads)
     assert num_finished(killed) == 16
-    with open(finished_file(killed), "a", encoding="utf-8") as file:
-        file.write('["prune on prose", 2, [3, 0.')
+    with open(finished_file(killed), "ab") as file:
+        file.write(b'["prune on prose", 2, [3, 0.\xff')
     # Of the round with text 0, 1 and 2 only the last is missing.
     assert run_ranks(_evaluate_on_ranks, 3, config, tmp_path, killed) == [1, 1, 1]
     expected = _results(tmp_path / "one")

@@ -109,8 +109,8 @@ def _saved_state(planned: PlannedStage, config: RunConfig) -> str:
     """How far an unfinished stage is that would start over, and why it cannot continue; "" where there is none."""
     partial = partial_folder(planned.stage, config)
     saved = sorted(path.parent.name for path in partial.glob(f"checkpoints/step-*/{artifacts.DONE}"))
-    if (finished := finished_file(partial)).is_file() and (text := finished.read_text(encoding="utf-8")):
-        saved = [f"{len(text.splitlines())} batches"]
+    if (finished := finished_file(partial)).is_file() and (lines := finished.read_bytes().count(b"\n")):
+        saved = [f"{lines} batches"]
     if not saved or not (partial / artifacts.SOURCES).is_file():
         return ""
     reason: str | None = planned.reason
