@@ -262,6 +262,42 @@ def test_sparsegpt_without_a_token_is_refused(num_batches):
         prune(_model(), batches, PruneConfig(sparsity=0.5))
 
 
+def test_too_few_tokens_for_a_hessian_are_said_once_with_the_number_that_would_do(caplog):
+    with caplog.at_level(logging.WARNING):
+        prune(_model(), _batches(), PruneConfig(sparsity=0.5))
+    (line,) = caplog.messages
+    columns, num_tokens = 128, 57  # of the widest linear; three batches of 12 + 7
+    assert line.startswith(f"transformer.blocks.0.ffn.down_proj has {columns} columns, and {num_tokens} calibration")
+    assert f"{columns} tokens would do (prune.num_calibration times 3)" in line
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        prune(_model(), 3 * _batches(), PruneConfig(sparsity=0.5))
+        prune(_model(), _batches(), PruneConfig(method="wanda", sparsity=0.5))
+    assert not caplog.messages
+
+
+def test_inputs_that_are_not_finite_name_the_linear_the_batch_and_the_example():
+    batches, model = _batches(), _model()
+
+    def spoil(module, args, output):
+        if torch.equal(args[0], batches[1].input_ids):
+            output[1, 3, 5] = torch.nan  # attention takes it to the tokens behind it in this example
+        return output
+
+    model.transformer.wte.register_forward_hook(spoil)
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.Wqkv: .* not finite in example 2 of calibration batch 2;"):
+        prune(model, batches, PruneConfig(method="wanda", sparsity=0.5))
+
+
+def test_a_sparsity_below_the_one_that_a_model_has_is_refused_before_anything_changes():
+    model, earlier = _model(), {}
+    name = "transformer.blocks.1.ffn.up_proj"
+    earlier[name] = torch.rand(model.get_submodule(name).weight.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.up_proj has 0\.\d+ zeros .*prune\.sparsity=0\.5 is below"):
+        prune(model, _batches(), PruneConfig(sparsity=0.5), earlier=earlier)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), _model().parameters(), strict=True))
+
+
 def test_inputs_that_are_not_one_per_token_are_refused():
     model = _model()
     linear = model.transformer.blocks[0].ffn.down_proj

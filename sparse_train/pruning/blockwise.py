@@ -27,8 +27,8 @@ from sparse_train.models import block_output, family_of
 from sparse_train.models.filled import Read, filled, filled_when_called
 from sparse_train.pruning.allocation import InputNorms, allocate, outlier_share
 from sparse_train.pruning.calls import Call, record_calls
-from sparse_train.pruning.collect import collect
-from sparse_train.pruning.layers import choose_layers
+from sparse_train.pruning.collect import collect, warn_of_few_tokens
+from sparse_train.pruning.layers import choose_layers, require_fewer
 from sparse_train.pruning.pruner import Collects, Layer, Pruner, Statistics, build_pruner
 from sparse_train.pruning.reconstruction import Reconstruction
 from sparse_train.pruning.statistics import ColumnNorms
@@ -78,17 +78,19 @@ def choose_levels(model: PreTrainedModel, batches: Iterable[Batch], level: Prune
     """The linears that are pruned, by module name, each with its settings. Collective; `batches` are this rank's share.
 
     `read` gives the tensors of a model without data. Raises UserError for settings that do not fit the model's linears
-    (see choose_layers).
+    (see choose_layers), or are below the sparsity that an earlier pruning left.
     """
     linears, blocks = family_of(model).dense_linears(model), list(family_of(model).blocks(model))
     levels = choose_layers({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, level)
-    if level.allocation == "uniform":
-        return levels
+    sizes = {name: linears[name].weight.numel() for name in levels}
 
     def num_alive(name: str) -> int | None:
         keep = earlier(name)
         return None if keep is None else int(keep.sum())
 
+    if level.allocation == "uniform":
+        require_fewer(levels, sizes, num_alive)
+        return levels
     shares = {}
     if level.allocation == "owl":
         for visit in visit_blocks(model, InputNorms(), levels, batches, read):
@@ -96,7 +98,6 @@ def choose_levels(model: PreTrainedModel, batches: Iterable[Batch], level: Prune
                 layers = [Layer(name, linear.weight, levels[name]) for name, linear in visit.linears.items()]
                 norms = cast(dict[str, ColumnNorms], visit.statistics)
                 shares[visit.block] = outlier_share(layers, norms, level.outlier_factor)
-    sizes = {name: linears[name].weight.numel() for name in levels}
     return allocate(levels, sizes, blocks, level, shares, num_alive)
 
 
@@ -166,6 +167,8 @@ def _visit_stack(model: PreTrainedModel, method: Collects, blocks: dict[str, nn.
                 statistics = {}
                 if method.Statistics and here:
                     statistics = collect(method, block, here, calls(index), batches, side)
+                    if index == num_done:
+                        warn_of_few_tokens(here, statistics)
                 yield Visit(prefix, here, statistics, functools.partial(outputs, index))
                 statistics.clear()  # the caller's loop still holds them while the next ones are collected
             if index < len(blocks) - 1:

@@ -2,7 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +14,20 @@ from sparse_train import dist
 from sparse_train.errors import UserError
 from sparse_train.pruning.calls import Call, pre_hooks
 from sparse_train.pruning.pruner import Collects, Statistics
+from sparse_train.pruning.statistics import Hessian
 from sparse_train.tasks import Batch
+
+log = logging.getLogger(__name__)
 
 
 def collect(method: Collects, block: nn.Module, linears: dict[str, nn.Linear], calls: Iterable[Call],
             batches: list[Batch], side: str) -> dict[str, Statistics]:
     """Statistics of what each of `linears` (by module name) multiplies while `block` runs on the batches of all ranks,
-    padding left out. Collective. Raises UserError where no token reaches a linear."""
+    padding left out. Collective. Raises UserError where no token reaches a linear, or one that is not finite."""
     collector = _Collector(method, linears, side)
     with pre_hooks(linears.values(), collector.add):
-        for call, batch in zip(calls, batches, strict=True):
-            collector.call, collector.batch = call, batch
+        for number, (call, batch) in enumerate(zip(calls, batches, strict=True), 1):
+            collector.call, collector.batch, collector.number = call, batch, number
             block(*call.args, **call.kwargs)
             collector.finish()
     found = _sum_over_ranks(collector.statistics)
@@ -31,6 +36,18 @@ def collect(method: Collects, block: nn.Module, linears: dict[str, nn.Linear], c
             raise UserError(f"no calibration token reached {name}, whose inputs decide; give more or shorter examples "
                             f"(prune.num_calibration, task.max_length), or {method.without_inputs}")
     return found
+
+
+def warn_of_few_tokens(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Statistics]) -> None:
+    """Where a Hessian of `statistics` is singular for want of tokens: a line about the one that lacks most."""
+    lacks = {name: linears[name].in_features / found.num_tokens for name, found in statistics.items()
+             if isinstance(found, Hessian) and found.num_tokens < linears[name].in_features}
+    if lacks and dist.rank() == 0:
+        name = max(lacks, key=lacks.__getitem__)
+        columns = linears[name].in_features
+        log.warning("%s has %d columns, and %d calibration tokens make a Hessian of that rank at most, so damping "
+                    "decides the rest; %d tokens would do (prune.num_calibration times %d)", name, columns,
+                    statistics[name].num_tokens, columns, math.ceil(lacks[name]))
 
 
 def _sum_over_ranks(mine: dict[str, Statistics]) -> dict[str, Statistics]:
@@ -51,13 +68,14 @@ def _sum_over_ranks(mine: dict[str, Statistics]) -> dict[str, Statistics]:
 
 
 class _Collector:
-    """`add` is a forward pre-hook of linears; `call` and `batch` are what the block runs on.
+    """`add` is a forward pre-hook of linears; `call` and `batch` are what the block runs on, the batch by its `number`.
 
     Linears share their statistics as long as they get the same inputs, as those of queries, keys and values do.
     """
 
     call: Call
     batch: Batch
+    number: int
 
     def __init__(self, method: Collects, linears: dict[str, nn.Linear], side: str):
         self._method, kind = method, method.Statistics
@@ -99,4 +117,9 @@ class _Collector:
         if inputs[..., 0].numel() != is_real.numel():
             raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
                             f"{is_real.numel()}, so padding cannot be left out; {self._method.without_inputs}")
-        return inputs.reshape(-1, inputs.shape[-1])[is_real.flatten()]
+        inputs = inputs.reshape(-1, inputs.shape[-1])[is_real.flatten()]
+        if not torch.isfinite(inputs).all():
+            examples = is_real.nonzero()[~torch.isfinite(inputs).all(1), 0]
+            raise UserError(f"{name}: what reaches it is not finite in example {int(examples[0]) + 1} of calibration "
+                            f"batch {self.number}; the dense model is damaged or overflows")
+        return inputs

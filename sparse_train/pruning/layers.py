@@ -1,6 +1,6 @@
 """Which linears a level of pruning concerns, and how many weights of each survive."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from sparse_train.config import PruneLevel
@@ -26,6 +26,17 @@ def choose_layers(shapes: Mapping[str, tuple[int, int]], level: PruneLevel) -> d
     for name, layer in layers.items():
         _check_shape(name, shapes[name], layer, "sparsity" if layer.sparsity == level.sparsity else "layer_sparsity")
     return layers
+
+
+def require_fewer(levels: Mapping[str, PruneLevel], sizes: Mapping[str, int],
+                  num_alive: Callable[[str], int | None]) -> None:
+    """Raises UserError where an earlier pruning has left a linear fewer weights than its level keeps. `sizes`: number
+    of weights by name; `num_alive`: how many are left, None: all."""
+    for name, level in levels.items():
+        alive = num_alive(name)
+        if alive is not None and alive < num_kept(sizes[name], level.sparsity):
+            raise UserError(f"{name} has {1 - alive / sizes[name]:.4g} zeros from an earlier pruning, which stay, and "
+                            f"prune.sparsity={level.sparsity:g} is below; choose a higher one, or a denser model")
 
 
 def num_kept(num_weights: int, sparsity: float) -> int:
