@@ -220,6 +220,23 @@ def test_linears_share_statistics_exactly_as_long_as_they_share_inputs():
             torch.testing.assert_close(statistics.mean().double(), 2 * inputs.T @ inputs / len(inputs))
 
 
+def test_a_block_ends_at_its_last_inputs_where_the_first_batch_gave_each_linear_its_inputs_once():
+    """The third linear has three products, so the block ends early only where that one does not count."""
+    torch.manual_seed(0)
+    block, attend = _Three(), torch.ones(2, 5, dtype=torch.bool)
+    for names, num_runs in (("ab", 3), ("abc", 9)):
+        runs = []
+        handle = block.c.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        with torch.no_grad():
+            found = collect(build_pruner(PruneConfig(sparsity=0.5)), block,
+                            {name: block.get_submodule(name) for name in names},
+                            [Call((torch.rand(2, 5, 8),), {}) for _ in range(3)],
+                            [Batch(attend.long(), attend, attend.long())] * 3, "decoder")
+        handle.remove()
+        assert len(runs) == num_runs and {name: statistics.num_tokens for name, statistics in found.items()} == {
+            name: 90 if name == "c" else 30 for name in names}
+
+
 @pytest.mark.parametrize("depends", [False, True])
 def test_blocks_are_skipped_only_where_no_other_argument_depends_on_them(depends):
     """Recorded with and without skipping, each block is called with the same masks and positions."""
