@@ -38,7 +38,7 @@ def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     sparsity, compress = rows[-1]["sparsity"], Path(job.path_of(Kind.COMPRESS))
     runtimes = {(name, "torch", "fp32", 0.0): load(job.path_of(Kind.DENSE))}
     for precision in job.config.compress.precisions:
-        runtimes[name, "sparse", precision, sparsity] = load(compress / f"sparse-{precision}")
+        runtimes[name, "sparse", precision, sparsity] = load(compress / f"sparse-{precision}", shared=False)
     rows += decode_rows(runtimes, _example(job), spec.new_tokens, spec.repeats, bandwidth,
                         job.progress_of_part(1, 3, "decode"))
     if spec.reference_layers == "mpt-7b":

@@ -42,7 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         folder = job.out / f"sparse-{precision}"
         export_sparse(model, processor, precision, folder, config.compress.int8_head, rounded, tensors)
         # On the kernels and the quantised weights of `generate`, in transformers' loop, whatever the batch.
-        score = task.score(load(folder).model, processor, examples, config.evaluate,
+        score = task.score(load(folder, shared=False).model, processor, examples, config.evaluate,
                            functools.partial(in_order, progress=next(parts)(precision)))
         scores[precision] = score.metrics | {"num_left_out": num_left_out}
     export_dense(model, processor, job.out / "dense", tensors)

@@ -45,4 +45,4 @@ def sparse_runtimes(dense: Path, sparsities: Iterable[float]) -> Iterator[Runtim
         for precision in PRECISIONS:
             with tempfile.TemporaryDirectory(dir=dense.parent) as folder:
                 export_sparse(model, load_processor(dense), precision, Path(folder), int8_head=True)
-                yield load(folder)
+                yield load(folder, shared=False)

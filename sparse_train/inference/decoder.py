@@ -13,7 +13,7 @@ from torch import nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from sparse_train.kernels import ACTIVATIONS, Steps, key_cache, put_keys
+from sparse_train.kernels import ACTIVATIONS, PackedMatrix, Steps, key_cache, put_keys
 
 _ROPES = {"default", "linear", "llama3", "yarn"}  # their angles do not depend on how long the text is
 _NAMES_OF_ACTIVATIONS = ("hidden_act", "activation_function", "dense_act_fn")  # in a config; MPT has none, but GELU
@@ -65,12 +65,14 @@ class Decoder:
         The weights are those that the model has now."""
         self.model, self.num_rows, self.capacity = model, num_rows, capacity
         self.steps = Steps()
-        self.embedding = model.get_input_embeddings().weight.detach()
-        self.text = _Cache(self.embedding, num_rows, capacity)
-        self.encoded = _Cache(self.embedding, num_rows, num_states)
+        table, self._like = model.get_input_embeddings().weight, torch.empty(0, dtype=torch.float32, device="cpu")
+        self._embed: Callable[[torch.Tensor], torch.Tensor] = (
+            table.rows if isinstance(table, PackedMatrix) else functools.partial(table.detach().index_select, 0))
+        self.text = _Cache(self._like, num_rows, capacity)
+        self.encoded = _Cache(self._like, num_rows, num_states)
         self._place = self.text.position.numpy()  # the same memory
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-        self.hidden, self.normed, self.change = (self.buffer(name, self.embedding.shape[1])
+        self.hidden, self.normed, self.change = (self.buffer(name, table.shape[1])
                                                  for name in ("hidden", "normed", "change"))
         PLANS[model.config.model_type](self)
         self.logits = self.multiply(model.get_output_embeddings(), self.normed, "logits")
@@ -85,7 +87,7 @@ class Decoder:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) the next token of each row -> (B, V) logits, which the next step overwrites."""
-        torch.index_select(self.embedding, 0, tokens, out=self.hidden)
+        self.hidden.copy_(self._embed(tokens))
         self._place += 1
         if self._place[0] >= self.capacity:
             raise IndexError(f"the texts have {self.capacity} tokens, for which this decoder was made")
@@ -94,7 +96,7 @@ class Decoder:
 
     def buffer(self, name: str, width: int) -> torch.Tensor:
         """(B, width), one for all blocks."""
-        return self._buffers.setdefault((name, width), self.embedding.new_zeros(self.num_rows, width))
+        return self._buffers.setdefault((name, width), self._like.new_zeros(self.num_rows, width))
 
     def multiply(self, linear: Any, x: torch.Tensor, out: str) -> torch.Tensor:
         """A linear or a PackedLinear, into the buffer of that name."""

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError, first_line
 from sparse_train.inference.decoding import loop_for
-from sparse_train.inference.packed_linear import PackedLinear
-from sparse_train.kernels import PackedMatrix
-from sparse_train.models import Processor, fill, load_processor, open_model
+from sparse_train.inference.packed_linear import PackedEmbedding, PackedLinear
+from sparse_train.inference.shared import pack_shared
+from sparse_train.kernels import PackedMatrix, pack
+from sparse_train.models import ModelFolder, Processor, fill, load_processor, open_model
 from sparse_train.sparse import replace_module
 from sparse_train.tasks import Example, generate, read
 from sparse_train.tasks.batch import encode_prompt
@@ -85,24 +88,59 @@ class Runtime:
                             f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error
 
 
-def load(folder: str | Path) -> Runtime:
+def load(folder: str | Path, shared: bool = True) -> Runtime:
     """Sparse folders (fp32, bf16, int8, int4; activations are fp32) run on the native kernels; dense ones on torch.
 
+    `shared`: large sparse weights lie in a file that all processes map (shared.py), else in memory of this process.
     Raises UserError for a folder that is not a complete checkpoint.
     """
     model, tensors = open_model(folder, quantised=True)
     precision, head = "fp32", model.get_output_embeddings()
-    for name, shape in tensors.shapes.items():
+    tables = _bf16_tables(model, tensors) if tensors.shapes else {}
+
+    def packed_weight(name: str) -> PackedMatrix:
+        if name in tables:
+            return _pack_whole(tensors.get(f"{name}.weight"))
         weight = tensors.weight(name)
-        bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None
-        packed = PackedMatrix(weight.values, weight.bitmask, shape[1], tensors.scale(name))
-        if model.get_submodule(name) is not head:
+        return PackedMatrix(weight.values, weight.bitmask, tensors.shapes[name][1], tensors.scale(name))
+
+    # The largest first: beside it lies what it is packed from, and the fewer others the better.
+    names = [*dict.fromkeys(tables.values()), *tensors.shapes]
+    weights = (pack_shared(tensors.folder, names, packed_weight) if shared
+               else {name: packed_weight(name) for name in names})
+    for name in (*tables, *tensors.shapes):
+        packed, module = weights[tables.get(name, name)], model.get_submodule(name)
+        if name in tensors.shapes and module is not head:
             precision = packed.precision
-        replace_module(model, name, PackedLinear(packed, bias))
+        bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None
+        replace_module(model, name, PackedEmbedding(packed) if isinstance(module, nn.Embedding) else
+                       PackedLinear(packed, bias))
+    for tied, source in list(model.all_tied_weights_keys.items()):
+        if {tied, source} & {f"{name}.weight" for name in tables}:
+            del model.all_tied_weights_keys[tied]
     fill(model, tensors)
-    if tensors.shapes:
+    if weights:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     return Runtime(model.eval(), load_processor(folder), precision)
+
+
+def _bf16_tables(model: PreTrainedModel, tensors: ModelFolder) -> dict[str, str]:
+    """Names of the embedding's modules and of the head, where they are stored in BF16: -> the first with its weight."""
+    owners = {id(module.weight): "" for module in (model.get_input_embeddings(), model.get_output_embeddings())
+              if type(module) in (nn.Embedding, nn.Linear)}
+    tables = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (type(module) in (nn.Embedding, nn.Linear) and id(module.weight) in owners
+                and tensors.spec(f"{name}.weight")[1] == "BF16"):
+            owners[id(module.weight)] = owners[id(module.weight)] or name
+            tables[name] = owners[id(module.weight)]
+    return tables
+
+
+def _pack_whole(weight: torch.Tensor) -> PackedMatrix:
+    """A dense weight (R, C)."""
+    rows, columns = weight.shape
+    return PackedMatrix(weight.flatten(), pack(torch.ones(1, columns, dtype=torch.bool)).expand(rows, -1), columns)
 
 
 def _refuse_to_save(*args: Any, **options: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""PackedLinear: the layer of sparse inference, for new tokens and for prompts."""
+"""PackedLinear: the layer of sparse inference, for new tokens and for prompts. PackedEmbedding: a lookup in BF16."""
 
 import torch
 from torch import nn
@@ -29,3 +29,18 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.weight.num_bytes}"
+
+
+class PackedEmbedding(nn.Module):
+    """tokens (...,) -> (..., D) fp32, rows of a PackedMatrix (V, D), which a tied head may have as well."""
+
+    def __init__(self, weight: PackedMatrix):
+        super().__init__()
+        self.weight = weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.weight.rows(tokens)
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"

@@ -1,11 +1,14 @@
 """PackedMatrix: the operand of inference, in the memory of native code."""
 
+import ctypes
 import functools
 import itertools
 import time
 import weakref
 from collections.abc import Callable
+from typing import Self
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -49,15 +52,41 @@ class PackedMatrix:
             scale = scale.float()
         scale = None if scale is None else consecutive(scale)
         values, bitmask = consecutive(values.float() if values.dtype == torch.float16 else values), consecutive(bitmask)
-        self.shape = (len(bitmask), num_columns)
-        self.density = values.numel() / max(1, self.shape[0] * self.shape[1])
-        self._scale, self._stored = scale, values.dtype
-        self.precision = "int4" if is_int4 else _PRECISIONS[values.dtype]
-        self._packed = _native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
-                                      *self.shape, values.numel(), values.element_size(), is_int4,
-                                      torch.get_num_threads())
+        self._hold(_native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
+                                  len(bitmask), num_columns, values.numel(), values.element_size(), is_int4,
+                                  torch.get_num_threads()))
+
+    @classmethod
+    def from_block(cls, block: memoryview) -> Self:
+        """One whose `block` was this, maybe in another process. Raises ValueError where the size is another one; its
+        numbers are not checked, so take it from nobody else."""
+        matrix, memory = cls.__new__(cls), np.frombuffer(block, np.uint8)
+        matrix._hold(_native.Packed(memory.ctypes.data, memory.nbytes), memory)
+        return matrix
+
+    def _hold(self, packed: _native.Packed, memory: object = None) -> None:
+        self._packed, self._memory = packed, memory
+        self.shape = (packed.num_rows, packed.num_columns)
+        self.density = packed.num_values / max(1, self.shape[0] * self.shape[1])
+        self._stored = {4: torch.float32, 2: torch.bfloat16, 1: torch.int8}[packed.size]
+        self.precision = "int4" if packed.is_int4 else _PRECISIONS[self._stored]
         self._number = next(_numbers)
         _matrices[self._number] = self
+
+    @property
+    def block(self) -> memoryview:
+        """All that products read, as one piece of memory that lasts as long as the matrix. `from_block` takes a copy of
+        it on any instruction set of this kind of processor."""
+        address, num_bytes = self._packed.block
+        return memoryview((ctypes.c_ubyte * num_bytes).from_address(address))
+
+    def _scale(self) -> torch.Tensor:
+        """(R,) float32 of int8, (R, groups) bfloat16 of INT4: a copy, for products with many rows."""
+        rows, columns = self.shape
+        scale = (torch.empty(rows, -(-columns // reference.GROUP), dtype=torch.bfloat16, device=CPU)
+                 if self.precision == "int4" else torch.empty(rows, dtype=torch.float32, device=CPU))
+        self._packed.copy_scale(scale.data_ptr())
+        return scale
 
     dtype, device = torch.float32, CPU
     """Of the activations that it multiplies, which is what code asks a layer's weight for."""
@@ -101,23 +130,38 @@ class PackedMatrix:
             raise ValueError(f"x is {describe(x)}; it needs rows of {self.shape[1]} float32 numbers on the cpu")
         return OPS.matmul(self._number, x, self.shape[0])
 
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """`indices` (...,) int64 -> (..., C) float32: the lookup of an FP32 or BF16 embedding. Raises IndexError for a
+        row that there is not."""
+        check_tensor("indices", indices, *indices.shape, device=CPU, dtypes=(torch.int64,))
+        if self._stored == torch.int8:
+            raise ValueError(f"an {self.precision} weight gives no rows; an embedding is fp32 or bf16")
+        return OPS.rows(self._number, indices, self.shape[1])
+
     def to_dense(self) -> torch.Tensor:
         """(R, C) float32, integers times their scale: for products with many rows at once."""
         dense = self._expanded()
-        return dense * self._scale[:, None] if self._scale is not None and self.precision == "int8" else dense
+        return dense * self._scale()[:, None] if self.precision == "int8" else dense
 
     def _expanded(self) -> torch.Tensor:
         """(R, C) float32, int8 values without their scale, INT4 with it."""
         stored = torch.empty(self.shape, dtype=self._stored, device=CPU)
         self._packed.expand(stored.data_ptr(), torch.get_num_threads())
         dense = stored.float()
-        if self._scale is not None and self.precision == "int4":
+        if self.precision == "int4":
+            scale = self._scale()
             # In place: `scale_of_columns` would take as much memory as the weight does here.
             num_whole = self.shape[1] // reference.GROUP
             groups, rest = dense.tensor_split([num_whole * reference.GROUP], 1)
-            groups.unflatten(1, (num_whole, reference.GROUP)).mul_(self._scale[:, :num_whole, None])
-            rest.mul_(self._scale[:, num_whole:])
+            groups.unflatten(1, (num_whole, reference.GROUP)).mul_(scale[:, :num_whole, None])
+            rest.mul_(scale[:, num_whole:])
         return dense
+
+    def _rows(self, indices: torch.Tensor) -> torch.Tensor:
+        indices = consecutive(indices)
+        out = torch.empty(*indices.shape, self.shape[1], dtype=torch.float32, device=CPU)
+        self._packed.gather(indices.data_ptr(), indices.numel(), out.data_ptr())
+        return out
 
     def _matvec(self, x: torch.Tensor) -> torch.Tensor:
         x = consecutive(x)
@@ -134,10 +178,10 @@ class PackedMatrix:
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         is_sparse = self.density <= break_even(x.numel() // self.shape[1])
         multiply = self._skipping if is_sparse else self._expanding
-        if self._scale is None:
+        if self._stored != torch.int8:
             return multiply(x)
         codes, step = reference.quantise(x)
-        return multiply(codes) * (step * self._scale if self.precision == "int8" else step)
+        return multiply(codes) * (step * self._scale() if self.precision == "int8" else step)
 
     def _expanding(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (..., C) -> (..., R), the product with int8 values without their scale, or with the weight."""
@@ -194,3 +238,7 @@ define_operator("matvec(SymInt packed, Tensor x, SymInt num_rows) -> Tensor",
 define_operator("matmul(SymInt packed, Tensor x, SymInt num_rows) -> Tensor",
                 lambda packed, x, num_rows: _matrices[packed]._matmul(x),
                 lambda packed, x, num_rows: x.new_empty(*x.shape[:-1], num_rows))
+define_operator("rows(SymInt packed, Tensor indices, SymInt num_columns) -> Tensor",
+                lambda packed, indices, num_columns: _matrices[packed]._rows(indices),
+                lambda packed, indices, num_columns: indices.new_empty(*indices.shape, num_columns,
+                                                                       dtype=torch.float32))

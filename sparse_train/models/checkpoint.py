@@ -101,6 +101,10 @@ class ModelFolder(TensorFolder):
     def get(self, name: str) -> torch.Tensor:
         return self._read(self._sources.get(name, Source(name)))
 
+    def spec(self, name: str) -> tuple[Shape, str]:
+        source = self._sources.get(name, Source(name))
+        return super().spec(name if source.conversion else source.name)
+
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """As in TensorFolder; a conversion's result is computed whole, and cut."""
         source = self._sources.get(name, Source(name))

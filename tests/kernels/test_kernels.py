@@ -206,6 +206,35 @@ def test_to_dense_is_what_matvec_multiplies_with(backend, dtype, shape):
     assert torch.equal(packed.to_dense(), weight.float())
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (63, 200), (130, 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "int4"])
+def test_a_copy_of_the_block_is_the_matrix(backend, dtype, shape):
+    packed, weight = _packed(*_weight(shape, 0.4, dtype), dtype)
+    block, other = bytearray(packed.block), _packed(*_weight(shape, 0.4, dtype), dtype)[0]
+    assert block == other.block  # no byte is left to chance
+    again = kernels.PackedMatrix.from_block(memoryview(block))
+    for key in ("shape", "density", "precision", "num_bytes"):
+        assert getattr(again, key) == getattr(packed, key)
+    assert torch.equal(again.to_dense(), packed.to_dense()) and torch.equal(again.to_dense(), weight.float())
+    x = torch.randn(20, shape[1], generator=torch.Generator().manual_seed(3))
+    assert torch.equal(again.matvec(x[:3]), packed.matvec(x[:3])) and torch.equal(again.matmul(x), packed.matmul(x))
+    with pytest.raises(ValueError, match=f"of {len(block)} bytes has {len(block) - 64}"):
+        kernels.PackedMatrix.from_block(memoryview(block)[:-64])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (63, 200), (130, 257)])
+@pytest.mark.parametrize("density", [0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_an_embedding(backend, dtype, density, shape):
+    packed, weight = _packed(*_weight(shape, density, dtype), dtype)
+    indices = torch.randint(shape[0], (2, 40), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(packed.rows(indices), functional.embedding(indices, weight.float()))
+    assert packed.rows(indices[:, :0]).shape == (2, 0, shape[1])
+    for row in (-1, shape[0]):
+        with pytest.raises(IndexError, match=f"row {row} of a weight with {shape[0]}"):
+            packed.rows(torch.tensor([0, row]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_values_and_bits(dtype):
     dense, keep = _weight((63, 256), 0.25, dtype)

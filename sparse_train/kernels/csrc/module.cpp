@@ -1,6 +1,7 @@
 // The Python module: threads, tiers and packed matrices. Pointers and sizes arrive checked by the modules that
 // call it: native.py, ops.py, packed.py, steps.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -13,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "block.h"
 #include "buffer.h"
 #include "int4_codes.h"
 #include "tiers.h"
@@ -128,33 +130,61 @@ inline int nearest(double v) {
     return int(v + kShift - kShift);
 }
 
-// The operand of decoding: bits and values in tiles of rows, and for integers scales and row sums.
+// The operand of decoding: all that products read, in one block of memory (block.h), which others may have made.
 class Packed {
 public:
     // `size` of a value: 4 (float), 2 (bfloat16) or 1 (int8). `scale` of int8: floats of the rows; with `is_int4` the
     // values are codes of four bits, and the scales bfloat16 of each row's groups.
     Packed(uintptr_t values, uintptr_t bits, uintptr_t scale, int64_t num_rows, int64_t num_columns, int64_t num_values,
-           int size, bool is_int4, int num_threads)
-        : counted_(bits, num_rows, num_columns, num_values, num_threads), size_(size) {
-        const Rows from = counted_.rows;
-        Rows& rows = counted_.rows;
-        const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows, value_bytes = is_int4 ? 0 : num_values * size;
-        if (is_int4) pack_int4(from, at<const int8_t>(values), at<const uint16_t>(scale), num_threads);
-        else if (size == 1) pack_int8(at<const int8_t>(values), at<const float>(scale));
-        values_ = allocate(value_bytes + 64);  // spare bytes: the last load is a whole register
-        bits_ = allocate(8 * num_tiles * kTileRows * rows.num_words);
-        std::memset(values_.get() + value_bytes, 0, 64);
+           int size, bool is_int4, int num_threads) {
+        const Counted counted(bits, num_rows, num_columns, num_values, num_threads);
+        const Rows& from = counted.rows;
+        Block::Header header{num_rows, num_columns, num_values, size, is_int4, 0};
+        std::vector<int64_t> starts;
+        if (is_int4) {
+            starts = code_starts(from, num_values > kBytesPerThread ? num_threads : 1);
+            header.num_code_bytes = starts.back();
+        }
+        own_ = Block::allocate(header);
+        block_ = Block(own_.get());
+        view();
+        std::copy_n(from.offsets, num_rows + 1, block_.offsets);
+        std::copy(starts.begin(), starts.end(), block_.starts);
+        if (size == 1 && !is_int4) pack_int8(at<const int8_t>(values), at<const float>(scale));
 #pragma omp parallel for num_threads(num_threads) if (num_values * size > kBytesPerThread)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) pack_tile(from, at<const uint8_t>(values), kTileRows * tile);
-        rows.bits = bits_.get();
-        rows.tile = kTileRows;
-        num_bytes_ += value_bytes + 8 * num_rows * from.num_words;
+        for (int64_t r = 0; r < num_rows; r += kTileRows) {
+            pack_tile(from, at<const uint8_t>(values), r);
+            if (is_int4) pack_codes(from, at<const int8_t>(values), at<const uint16_t>(scale), block_, r);
+        }
+    }
+
+    // A block that another Packed made, maybe in another process; it stays where it is, and is only read.
+    Packed(uintptr_t block, int64_t num_bytes) : block_(at<uint8_t>(block)) {
+        if (block_.num_bytes != num_bytes)
+            throw std::invalid_argument("a packed weight of " + std::to_string(block_.num_bytes) + " bytes has " +
+                                        std::to_string(num_bytes));
+        view();
+    }
+
+    const Block& block() const { return block_; }
+
+    // To `scale` as it was given: (num_rows,) floats, or (num_rows, groups) bfloat16.
+    void copy_scale(uintptr_t scale) const {
+        if (!is_int4_) {
+            std::copy_n(block_.scale, rows_.num_rows, at<float>(scale));
+            return;
+        }
+        const int64_t num_groups = block_.header->num_groups();
+        for (int64_t r = 0; r < rows_.num_rows; ++r)
+            for (int64_t g = 0; g < num_groups; ++g)
+                at<uint16_t>(scale)[r * num_groups + g] =
+                    int4_.scales_of(rows_, r & -kTileRows, Int4::kGroup * g)[r % kTileRows];
     }
 
     // y (num_vectors, num_rows) from x (num_vectors, num_columns). False, and y is not written, where x is not finite.
     bool matvec(uintptr_t x, uintptr_t y, int64_t num_vectors, int num_threads) const {
         const float* input = at<const float>(x);
-        if (!is_finite(input, num_vectors * counted_.rows.num_columns)) return false;
+        if (!is_finite(input, num_vectors * rows_.num_columns)) return false;
         if (size_ == 1) matvec_integer(input, at<float>(y), num_vectors, num_threads);
         else matvec_float(input, at<float>(y), num_vectors, num_threads);
         return true;
@@ -164,7 +194,7 @@ public:
     void matmul(uintptr_t x, int64_t num_x, uintptr_t y, int num_threads) const {
         constexpr int64_t kMostX = 256;     // at once: what the sums and the tiles then take still fits caches
         constexpr int64_t kMostRows = 512;  // that a tile of x is read for, while it is in the first-level cache
-        const Rows& rows = counted_.rows;
+        const Rows& rows = rows_;
         const int64_t most_x = std::min(num_x, kMostX);
         const Buffer tiles = allocate(4 * 64 * rows.num_words * ((most_x + 15) / 16 * 16));
         const int64_t useful = rows.offsets[rows.num_rows] * most_x / kProductsPerThread;
@@ -185,7 +215,7 @@ public:
                     const int64_t end = std::min(r + part, rows.num_rows);
                     const AtHand these = at_hand(r, end);
                     tier->matmul.multiply(these.rows, size_, these.values, (const float*)tiles.get(), count,
-                                          at<float>(y) + m * rows.num_rows, r, end, int4_ ? &int4_->view() : nullptr);
+                                          at<float>(y) + m * rows.num_rows, r, end, is_int4_ ? &int4_ : nullptr);
                 }
             }
         }
@@ -194,46 +224,75 @@ public:
     // Writes (num_rows, num_columns) values as they are stored: float32, bfloat16, or int8 without scales.
     void expand(uintptr_t dense, int num_threads) const {
         constexpr int64_t kPart = 64;  // rows whose codes of four bits are bytes for a while
-        over_rows(counted_.rows, num_threads, size_, [&](int64_t first, int64_t last) {
+        over_rows(rows_, num_threads, size_, [&](int64_t first, int64_t last) {
             for (int64_t end; first < last; first = end) {
-                end = int4_ ? std::min(first + kPart, last) : last;
+                end = is_int4_ ? std::min(first + kPart, last) : last;
                 const AtHand these = at_hand(first, end);
                 tier->expand(these.rows, size_, these.values, at<void>(dense), first, end);
             }
         });
     }
 
+    // out (count, num_columns) float32 <- the rows of these indices, of float or bfloat16 values.
+    void gather(uintptr_t indices, int64_t count, uintptr_t out) const {
+        const int64_t num_columns = rows_.num_columns;
+        std::vector<uint8_t> dense(kTileRows * num_columns * size_);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = at<const int64_t>(indices)[i], first = row & -kTileRows;
+            if (row < 0 || row >= rows_.num_rows)
+                throw std::out_of_range("row " + std::to_string(row) + " of a weight with " +
+                                        std::to_string(rows_.num_rows));
+            Rows tile = rows_;
+            tile.bits = rows_.words(first, 0), tile.offsets = rows_.offsets + first;
+            tile.skipped = rows_.offsets[first], tile.num_rows = std::min(kTileRows, rows_.num_rows - first);
+            tier->expand(tile, size_, block_.values + size_ * tile.skipped, dense.data(), 0, tile.num_rows);
+            const uint8_t* from = dense.data() + (row - first) * num_columns * size_;
+            float* to = at<float>(out) + i * num_columns;
+            if (size_ == 4) std::memcpy(to, from, 4 * num_columns);
+            else for (int64_t k = 0; k < num_columns; ++k) to[k] = from_bf16(((const uint16_t*)from)[k]);
+        }
+    }
+
     int64_t num_bytes() const { return num_bytes_; }
 
 private:
+    void view() {
+        const Block::Header& header = *block_.header;
+        size_ = int(header.size), is_int4_ = header.is_int4 != 0;
+        rows_ = {block_.bits, block_.offsets, header.num_rows, header.num_columns, header.num_words(), kTileRows};
+        int4_ = {block_.values, block_.starts, block_.group_scales};
+        num_bytes_ = header.num_values * header.size + 8 * header.num_rows * ((header.num_columns + 63) / 64);
+        if (header.is_int4) {
+            num_bytes_ += (header.num_values + 1) / 2 - header.num_values +
+                          int64_t(sizeof(double) + sizeof(uint16_t) * header.num_groups()) * header.num_rows;
+        } else if (header.size == 1) {
+            num_bytes_ += int64_t(sizeof(float) + sizeof(double)) * header.num_rows;
+        }
+    }
+
     // From rows one after the other to a tile.
     void pack_tile(const Rows& from, const uint8_t* values, int64_t first) {
-        const Rows& rows = counted_.rows;
-        uint8_t* to = int4_ ? nullptr : values_.get() + size_ * rows.offsets[first];
-        uint8_t* bits = bits_.get() + 8 * first * rows.num_words;
+        const int64_t num_words = rows_.num_words;
+        uint8_t* to = is_int4_ ? nullptr : block_.values + size_ * from.offsets[first];
+        uint8_t* bits = block_.bits + 8 * first * num_words;
         int64_t next[kTileRows];
-        for (int64_t i = 0; i < kTileRows; ++i) next[i] = rows.offsets[std::min(first + i, rows.num_rows)];
-        for (int64_t w = 0; w < rows.num_words; ++w)
+        for (int64_t i = 0; i < kTileRows; ++i) next[i] = from.offsets[std::min(first + i, from.num_rows)];
+        for (int64_t w = 0; w < num_words; ++w)
             for (int64_t i = 0; i < kTileRows; ++i, bits += 8) {
                 const uint64_t word = from.word_or_none(first + i, w);
                 const int64_t kept = __builtin_popcountll(word);
                 std::memcpy(bits, &word, 8);
-                if (int4_) continue;
+                if (is_int4_) continue;
                 to = std::copy_n(values + size_ * next[i], size_ * kept, to);  // memcpy may not copy nothing from null
                 next[i] += kept;
             }
     }
 
-    void pack_int4(const Rows& from, const int8_t* codes, const uint16_t* scale, int num_threads) {
-        Rows& rows = counted_.rows;
-        row_sums_.assign(rows.num_rows, 0);
-        int4_ = std::make_unique<const Int4Codes>(from, codes, scale, row_sums_.data(),
-                                                  from.offsets[from.num_rows] > kBytesPerThread ? num_threads : 1);
-        rows.num_words += rows.num_words % Int4::kGroup;
-        scale_.assign(rows.num_rows, 1.0f);
-        const int64_t num_groups = rows.num_words / Int4::kGroup;
-        num_bytes_ = (from.offsets[from.num_rows] + 1) / 2 +
-                     int64_t(sizeof(double) + sizeof(uint16_t) * num_groups) * rows.num_rows;
+    void pack_int8(const int8_t* values, const float* scale) {
+        const int64_t num_rows = rows_.num_rows;
+        std::copy_n(scale, num_rows, block_.scale);
+        for (int64_t r = 0; r < num_rows; ++r)
+            for (int64_t i = block_.offsets[r]; i < block_.offsets[r + 1]; ++i) block_.row_sums[r] += values[i];
     }
 
     struct AtHand {
@@ -246,29 +305,20 @@ private:
     AtHand at_hand(int64_t first, int64_t last) const {
         constexpr int64_t kSpare = 64;  // so far past the last value unpack_i4 writes and expand reads
         static thread_local std::vector<int8_t> codes;
-        Rows rows = counted_.rows;
-        if (!int4_) return {rows, values_.get()};
+        Rows rows = rows_;
+        if (!is_int4_) return {rows, block_.values};
         rows.skipped = rows.offsets[first];
         codes.resize(rows.start(last) + kSpare);
-        tier->unpack_i4(rows, int4_->view(), codes.data(), first, last);
+        tier->unpack_i4(rows, int4_, codes.data(), first, last);
         return {rows, codes.data()};
     }
 
-    void pack_int8(const int8_t* values, const float* scale) {
-        const Rows& rows = counted_.rows;
-        scale_.assign(scale, scale + rows.num_rows);
-        row_sums_.assign(rows.num_rows, 0);
-        for (int64_t r = 0; r < rows.num_rows; ++r)
-            for (int64_t i = rows.offsets[r]; i < rows.offsets[r + 1]; ++i) row_sums_[r] += values[i];
-        num_bytes_ = int64_t(sizeof(float) + sizeof(double)) * rows.num_rows;
-    }
-
     // Columns are padded to whole words, and vectors do not start at the same places of the first-level cache's sets.
-    int64_t stride(int64_t spare) const { return 64 * counted_.rows.num_words + spare; }
+    int64_t stride(int64_t spare) const { return 64 * rows_.num_words + spare; }
 
     void matvec_float(const float* input, float* y, int64_t num_vectors, int num_threads) const {
         static thread_local std::vector<float> copy;
-        const Rows& rows = counted_.rows;
+        const Rows& rows = rows_;
         Vectors<float> x{input, rows.num_columns, num_vectors};
         if (num_vectors > 1 || rows.num_columns % 64) {
             x.stride = stride(16);
@@ -278,8 +328,8 @@ private:
             x.data = copy.data();
         }
         over_rows(rows, num_threads, size_, [&](int64_t first, int64_t last) {
-            if (size_ == 2) tier->matvec_bf16(rows, (const uint16_t*)values_.get(), x, y, first, last);
-            else tier->matvec_f32(rows, (const float*)values_.get(), x, y, first, last);
+            if (size_ == 2) tier->matvec_bf16(rows, (const uint16_t*)block_.values, x, y, first, last);
+            else tier->matvec_f32(rows, (const float*)block_.values, x, y, first, last);
         });
     }
 
@@ -311,7 +361,7 @@ private:
         static thread_local std::vector<uint8_t> codes;
         static thread_local std::vector<Quantised> scales;
         static thread_local std::vector<int64_t> sums;
-        const Rows& rows = counted_.rows;
+        const Rows& rows = rows_;
         const int64_t between = stride(64);
         codes.resize(num_vectors * between);
         scales.resize(num_vectors);
@@ -322,24 +372,25 @@ private:
         const Quantised* of = scales.data();
         int64_t* output = sums.data();
         over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
-            if (int4_) tier->matvec_i4(rows, int4_->view(), x, y, first, last);
-            else tier->matvec_i8(rows, (const int8_t*)values_.get(), x, output, first, last);
+            if (is_int4_) tier->matvec_i4(rows, int4_, x, y, first, last);
+            else tier->matvec_i8(rows, (const int8_t*)block_.values, x, output, first, last);
             for (int64_t m = 0; m < num_vectors; ++m) {
-                const int zero = of[m].zero - (int4_ ? 0 : tier->x_offset);
+                const int zero = of[m].zero - (is_int4_ ? 0 : tier->x_offset);
                 for (int64_t i = m * rows.num_rows, r = first; r < last; ++r) {
-                    const double sum = int4_ ? double(y[i + r]) : double(output[i + r]);
-                    y[i + r] = float(scale_[r] * of[m].step * (sum - zero * row_sums_[r]));
+                    const double sum = is_int4_ ? double(y[i + r]) : double(output[i + r]);
+                    const double step = is_int4_ ? of[m].step : block_.scale[r] * of[m].step;
+                    y[i + r] = float(step * (sum - zero * block_.row_sums[r]));
                 }
             }
         });
     }
 
-    Counted counted_;
-    int size_;
-    Buffer values_, bits_;
-    std::vector<float> scale_;      // of rows
-    std::vector<double> row_sums_;  // of the values, for int4 times the scales of their groups
-    std::unique_ptr<const Int4Codes> int4_;  // instead of `values_`
+    Buffer own_;  // none where the block is another's
+    Block block_;
+    int size_ = 0;
+    bool is_int4_ = false;
+    Rows rows_{};
+    Int4 int4_{};
     int64_t num_bytes_ = 0;
 };
 
@@ -434,8 +485,19 @@ NB_MODULE(_native, m) {
         .def("attend", &attend_at, release());
     nb::class_<Packed>(m, "Packed")
         .def(nb::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, bool, int>())
+        .def(nb::init<uintptr_t, int64_t>())
+        .def_prop_ro("block", [](const Packed& p) {
+            return std::make_pair((uintptr_t)p.block().header, p.block().num_bytes);
+        })
+        .def_prop_ro("num_rows", [](const Packed& p) { return p.block().header->num_rows; })
+        .def_prop_ro("num_columns", [](const Packed& p) { return p.block().header->num_columns; })
+        .def_prop_ro("num_values", [](const Packed& p) { return p.block().header->num_values; })
+        .def_prop_ro("size", [](const Packed& p) { return p.block().header->size; })
+        .def_prop_ro("is_int4", [](const Packed& p) { return p.block().header->is_int4 != 0; })
+        .def("copy_scale", &Packed::copy_scale)
         .def("matvec", &Packed::matvec, release())
         .def("matmul", &Packed::matmul, release())
         .def("expand", &Packed::expand, release())
+        .def("gather", &Packed::gather, release())
         .def_prop_ro("num_bytes", &Packed::num_bytes);
 }
