@@ -31,12 +31,12 @@ SPECS = [("llama", {"sparsity": 0.6}), ("t5", {"pattern": "2:4", "method": "wand
 
 def _prune_all(specs):
     """[{name: (values, bitmask)} of each], and the models' weights are those."""
-    with _one_thread():
+    with one_thread():
         return [_pruned(family, PruneConfig(**spec)) for family, spec in specs]
 
 
 @contextmanager
-def _one_thread():
+def one_thread():
     """Products may add in another order on more."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def _ignore(*_):
     """As a job's progress; ranks get a job pickled."""
 
 
-def _write_dense(folder, family, **size):
+def write_dense(folder, family, **size):
     torch.manual_seed(0)
     config = ModelConfig(**{"family": family, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, **size})
     processor = build_processor(config, tiny_tokenizer())
@@ -103,7 +103,7 @@ def _prune_whole(job):
     ("gpt_neox", {"sparsity": 0.6, "allocation": "owl", "ignore": ("*.1.*",)})])
 def test_a_model_that_is_read_block_by_block_gives_the_files_of_a_whole_one(family, keys, tmp_path):
     """At two levels: the second one reads a sparse model."""
-    _write_dense(tmp_path, family, n_layers=3)
+    write_dense(tmp_path, family, n_layers=3)
     for source, level in (("dense", "first"), ("first", "second")):
         keys = keys if level == "first" or "pattern" in keys else keys | {"sparsity": 0.8}
         job = _job(tmp_path, source, level, **keys)
@@ -123,13 +123,13 @@ def _run(num_saved, *place, **changes):
             os._exit(1)
         num_saved = num_saved and num_saved - 1
 
-    with _one_thread():
+    with one_thread():
         return prune_job.run(replace(_job(*place, sparsity=0.6), require_newest_attempt=count, **changes))
 
 
 def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog):
     """Killed in the encoder, stopped behind it; then its last block is damaged and half of another lies there."""
-    _write_dense(tmp_path, "t5")
+    write_dense(tmp_path, "t5")
     whole, place = (tmp_path, "dense", "whole"), (tmp_path, "dense", "out")
     _run(None, *whole)
     with pytest.raises(AssertionError, match=r"ranks \[0|Connection"):
@@ -171,17 +171,45 @@ def test_a_step_of_reconstruction_takes_a_batch_of_each_rank():
                 assert (mine[name] - values).norm() < 0.01 * (values - before[name]).norm(), name
 
 
-def _fails():
-    try:
-        _pruned("mpt", PruneConfig(sparsity=0.6, damping=1e-30))
-    except UserError as error:
-        return str(error)
-    return ""
+def _peak_memory(folder):
+    with one_thread():
+        return prune_job.run(_job(folder, "dense", "out", sparsity=0.75))["peak_memory_gb"]
 
 
-def test_what_one_rank_cannot_prune_is_said_by_all():
-    messages = run_ranks(_fails, 2)
-    assert messages[0] == messages[1] and "its Hessian is singular" in messages[0]
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
+    """Blocks of 10 MB, all of which are 231 MB more. The allocator keeps some of what is freed."""
+    peaks = {}
+    for num_blocks in (2, 24):
+        folder = tmp_path / str(num_blocks)
+        write_dense(folder, "llama", d_model=512, d_ff=1024, n_layers=num_blocks)
+        peaks[num_blocks] = run_ranks(_peak_memory, 2, folder, timeout_s=600)[0]
+    print(peaks)
+    assert (tmp_path / "24" / "dense" / "model.safetensors").stat().st_size > 250e6
+    for few, many in zip(*peaks.values(), strict=True):
+        assert many - few < 0.06  # GB
+
+
+def _message(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def _fail():
+    """What is said of a Hessian that is singular, and of a token of the second batch alone that is not finite."""
+    model, processor = tiny_model("llama")
+    batches = [collate([example], processor) for example in tiny_examples(processor)]
+    mine, *others = (set(batches[index].input_ids.flatten().tolist()) for index in (1, 0, 2, 3))
+    model.get_input_embeddings().weight.data[min(mine.difference(*others))] = torch.nan
+    return [_message(_pruned, "mpt", PruneConfig(sparsity=0.6, damping=1e-30)),
+            _message(prune, model, batches[dist.rank()::dist.world_size()], PruneConfig(sparsity=0.6))]
+
+
+def test_what_one_rank_meets_is_said_by_all():
+    messages = run_ranks(_fail, 2)
+    assert messages[0] == messages[1] and "its Hessian is singular" in messages[0][0]
+    assert "is not finite in example 1 of calibration batch 2;" in messages[0][1]
 
 
 def test_linears_are_divided_by_their_cost():

@@ -26,12 +26,17 @@ def collect(method: Collects, block: nn.Module, linears: dict[str, nn.Linear], c
     """Statistics of what each of `linears` (by module name) multiplies while `block` runs on the batches of all ranks,
     padding left out. Collective. Raises UserError where no token reaches a linear, or one that is not finite."""
     collector = _Collector(method, linears, side)
-    with pre_hooks(linears.values(), collector.add):
-        for number, (call, batch) in enumerate(zip(calls, batches, strict=True), 1):
-            collector.call, collector.batch, collector.number = call, batch, number
-            with suppress(_AllSeen):
-                block(*call.args, **call.kwargs)
-            collector.finish_batch()
+
+    def run_block() -> None:
+        with pre_hooks(linears.values(), collector.add):
+            for number, (call, batch) in enumerate(zip(calls, batches, strict=True)):
+                collector.call, collector.batch = call, batch
+                collector.number = 1 + dist.rank() + number * dist.world_size()  # as calibration_batches deals them
+                with suppress(_AllSeen):
+                    block(*call.args, **call.kwargs)
+                collector.finish_batch()
+
+    dist.agree(run_block)
     found = _sum_over_ranks(collector.statistics)
     for name, statistics in found.items():
         if not statistics.num_tokens:

@@ -1,6 +1,6 @@
-"""Whatever happens to a training job, it ends with the bits of an undisturbed one, and no job is left hanging.
+"""Whatever happens to a training or a pruning, it ends with the bits of an undisturbed one, and no job is left hanging.
 
-Each test disturbs a fine-tune of two nodes with two ranks in the middle and lets SLURM and the job do the rest.
+Each test disturbs one of two nodes with two ranks in the middle and lets SLURM and the job do the rest.
 """
 
 import os
@@ -12,7 +12,12 @@ import subprocess
 import psutil
 import pytest
 
+from sparse_train import artifacts
+from sparse_train.jobs import prune as prune_job
+from sparse_train.jobs.job import Job
+from sparse_train.launch.run.folder import read_inputs, read_run
 from sparse_train.launch.run.slurm_queue import read_jobs
+from sparse_train.launch.run.stages import find_stage
 from sparse_train.launch.worker import attempts
 from tests.cluster.conftest import (
     LONG,
@@ -24,12 +29,13 @@ from tests.cluster.conftest import (
     wait_for_end,
 )
 from tests.launch.test_pipeline import RECIPE, _cli
+from tests.test_pruning_ranks import one_thread, write_dense
 
 _STAGE = "finetune/squarehead"
 
 
-def _restarted(run, num_attempts=2):
-    wait_for(lambda: len(attempts.read_attempts(run / "logs" / _STAGE)) >= num_attempts, 120, f"attempt {num_attempts}")
+def _restarted(run, num_attempts=2, stage=_STAGE):
+    wait_for(lambda: len(attempts.read_attempts(run / "logs" / stage)) >= num_attempts, 120, f"attempt {num_attempts}")
 
 
 def test_the_whole_pipeline_and_its_dependents(undisturbed):
@@ -80,6 +86,27 @@ def test_a_killed_rank(rank, started, undisturbed):
     require_same_end(started, undisturbed, num_attempts=2)
 
 
+def test_a_killed_rank_of_a_pruning(place, tmp_path):
+    """It continues behind the last block, and ends with the bits of one undisturbed process."""
+    write_dense(tmp_path, "llama", n_layers=60, max_seq_len=256)
+    _cli("run", RECIPE, f"folder='{tmp_path}'", "--on", place, "--stages", "prune", f"dense.path='{tmp_path}/dense'",
+         "prune.batch_size=2")
+    run = tmp_path / "tiny"
+    wait_for((run / "prune.partial" / "checkpoints" / "step-00000005" / artifacts.DONE).is_file, 120, "block 5")
+    os.kill(_ranks(run, "prune")[3], signal.SIGKILL)
+    _restarted(run, stage="prune")
+    assert wait_for_end(run, "prune").state == "COMPLETED"
+    records = attempts.read_attempts(run / "logs" / "prune")
+    assert len(records) == 2 and len(set(records[1].nodes)) == 2 and 5 <= records[1].from_step < 60
+    metrics = artifacts.require_manifest(run / "prune")["metrics"]
+    assert len(metrics["peak_memory_gb"]) == records[1].ranks == 4
+    config = read_run(run)
+    stage = find_stage(config, "prune")
+    with one_thread():
+        prune_job.run(Job(config, stage, tmp_path / "alone", read_inputs(stage, config), lambda *_: None))
+    assert (run / "prune" / "sparse.safetensors").read_bytes() == (tmp_path / "alone/sparse.safetensors").read_bytes()
+
+
 def test_scancel_and_the_same_command_again(started, undisturbed, place):
     _cli("cancel", started)
     assert wait_for_end(started, _STAGE).state == "CANCELLED"
@@ -116,9 +143,9 @@ def _lives(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def _ranks(run):
+def _ranks(run, stage=_STAGE):
     """Their pids on this machine, by rank."""
-    started, job = {}, read_jobs(run)[_STAGE]
+    started, job = {}, read_jobs(run)[stage]
     for process in psutil.process_iter():
         try:
             given, command = process.environ(), process.cmdline()
