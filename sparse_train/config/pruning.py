@@ -15,7 +15,7 @@ _Fraction = Annotated[float, Field(ge=0, lt=1)]
 class ReconstructionConfig(Section):
     steps: Annotated[int, Field(ge=0)] = 0
     """Of Adam, each on one calibration batch; 0: the values stay those of the method."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Of the first step; it falls linearly to zero."""
 
 
