@@ -1,6 +1,7 @@
-"""Speed of a sparse model on an accelerator, where its weights are expanded and then multiplied, in BF16.
+"""Speed of a sparse model on an accelerator, in BF16, beside dense torch.
 
-No kernel there multiplies with the bits yet; these rows are the baseline for one, beside dense torch.
+    expand   weights are expanded and then multiplied, as a model is decoded there
+    sparse   the product of triton_matvec.py, for linears; no model runs with it yet
 """
 
 import functools
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import functional
 
 from sparse_train.bench.decode import decode_rows
 from sparse_train.bench.layers import rows_of
 from sparse_train.bench.timing import interleave
 from sparse_train.compat.transformers import to_device
+from sparse_train.extras import require
 from sparse_train.inference import Runtime
 from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import BitmaskTensor, SparseLinear
@@ -33,24 +35,29 @@ def device_bandwidth(device: torch.device, num_bytes: int = 1 << 30, repeats: in
 @torch.inference_mode()
 def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandwidth: float,
                       device: torch.device, progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """As layer_rows, for torch's dense product and for expanding the weight before it."""
-    inputs = [torch.randn(1, weight.shape[1], dtype=_DTYPE, device=device) for weight in weights]
-    engines: dict[tuple[str, str], list[nn.Module]] = {("torch", "bf16"): [], ("expand", "bf16"): []}
-    for weight in weights:
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        dense.weight = nn.Parameter(weight.to_dense().to(device, _DTYPE))
-        engines["torch", "bf16"].append(dense)
-        engines["expand", "bf16"].append(SparseLinear(weight).to(_DTYPE).to(device))
+    """As layer_rows, for torch's dense product, for expanding the weight before it, and for the sparse product."""
+    require("cuda")
+    from sparse_train.kernels.triton_matvec import RunMatrix
 
-    def one_pass(modules: list[nn.Module]) -> None:
-        for module, x in zip(modules, inputs, strict=True):
-            y = module(x)
+    inputs = [torch.randn(1, weight.shape[1], dtype=_DTYPE, device=device) for weight in weights]
+    products: dict[tuple[str, str], list[Callable[[torch.Tensor], torch.Tensor]]] = {}
+    num_bytes: dict[tuple[str, str], int] = {}
+    for weight in weights:
+        dense, layer = weight.to_dense().to(device, _DTYPE), SparseLinear(weight).to(_DTYPE).to(device)
+        runs = RunMatrix(layer.values, layer.bitmask, weight.shape[1])
+        for engine, product, size in (
+                ("torch", functools.partial(functional.linear, weight=dense), dense.nbytes),
+                ("expand", layer, layer.values.nbytes + layer.bitmask.nbytes),
+                ("sparse", lambda x, runs=runs: runs.matvec(x[0])[None], runs.num_bytes)):
+            products.setdefault((engine, "bf16"), []).append(product)
+            num_bytes[engine, "bf16"] = num_bytes.get((engine, "bf16"), 0) + size
+
+    def one_pass(key: tuple[str, str]) -> None:
+        for product, x in zip(products[key], inputs, strict=True):
+            y = product(x)
         float(y[0, 0])  # waits for the device
 
-    timings = interleave({key: functools.partial(one_pass, modules) for key, modules in engines.items()}, repeats,
-                         progress)
-    num_bytes = {key: sum(p.nbytes for module in modules for p in module.parameters())
-                 for key, modules in engines.items()}
+    timings = interleave({key: functools.partial(one_pass, key) for key in products}, repeats, progress)
     return rows_of(model, weights, timings, num_bytes, bandwidth)
 
 

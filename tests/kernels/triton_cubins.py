@@ -1,9 +1,10 @@
 """Triton's kernels compiled for GPUs that need not be there. As a program, `python -m tests.kernels.triton_cubins`: the
-registers and memory of each, and how many instructions a thread spends on a position."""
+registers and memory of each, and how many instructions a thread spends on a position or, in a product, on a nonzero."""
 
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,11 +31,12 @@ class _Driver:
         return 0
 
 
-def launched(target: int, dtype: torch.dtype) -> dict:
-    """{expand, compact: [kernels]} that a move of a weight in CPU memory launches, compiled and not started."""
+def _launched(target: int) -> dict:
+    """{call: [(kernel, positions or nonzeros of a program's step)]} of calls on a weight in CPU memory, which compile
+    what they launch and do not start it."""
     from triton.runtime import JITFunction, driver
 
-    from sparse_train.kernels import triton_moves as moves
+    from sparse_train.kernels import triton_matvec, triton_moves
 
     kernels, run = [], JITFunction.run
 
@@ -43,13 +45,22 @@ def launched(target: int, dtype: torch.dtype) -> dict:
 
     driver.set_active(_Driver(target))
     JITFunction.run = compile_only
+    found, bits = {}, torch.full((2, _NUM_COLUMNS // 8), 255, dtype=torch.uint8)
     try:
-        dense, bits = torch.empty(2, _NUM_COLUMNS, dtype=dtype), torch.empty(2, _NUM_COLUMNS // 8, dtype=torch.uint8)
-        moves.expand(dense.flatten(), bits, _NUM_COLUMNS)
-        moves.compact(dense, bits, dense.numel())
+        for dtype in (torch.bfloat16, torch.float32):
+            dense = torch.zeros(2, _NUM_COLUMNS, dtype=dtype)
+            for move, call in (("expand", partial(triton_moves.expand, dense.flatten(), bits, _NUM_COLUMNS)),
+                               ("compact", partial(triton_moves.compact, dense, bits, dense.numel()))):
+                kernels.clear()
+                call()
+                found[f"{move}-{dtype.itemsize}"] = [(kernel, 8 * triton_moves._MOST_BYTES) for kernel in kernels]
+        kernels.clear()
+        values = torch.zeros(bits.numel() * 8, dtype=torch.bfloat16)
+        triton_matvec.RunMatrix(values, bits, _NUM_COLUMNS).matvec(values[:_NUM_COLUMNS])
+        found["product"] = [(kernel, 32 * kernel.metadata.num_warps * triton_matvec._CHUNK) for kernel in kernels]
     finally:
         JITFunction.run = run
-    return {"expand": kernels[:2], "compact": kernels[2:]}
+    return found
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -75,20 +86,16 @@ def _instructions_of_loop(cubin: str) -> int:
 
 
 def main() -> None:
-    from sparse_train.kernels import triton_moves as moves
-
     for target in TARGETS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for move, kernels in launched(target, dtype).items():
-                for kernel in kernels:
-                    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                        file.write(kernel.asm["cubin"])
-                        file.flush()
-                        used = re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name))
-                        threads, tile = 32 * kernel.metadata.num_warps, 8 * moves._MOST_BYTES
-                        per_position = _instructions_of_loop(file.name) * threads / tile
-                    print(f"target={target} move={move} bytes={dtype.itemsize} kernel={kernel.metadata.name}",
-                          f"instructions={per_position:.1f}", *(f"{name}={value}" for name, value in used))
+        for call, kernels in _launched(target).items():
+            for kernel, step in kernels:
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(kernel.asm["cubin"])
+                    file.flush()
+                    used = re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name))
+                    instructions = _instructions_of_loop(file.name) * 32 * kernel.metadata.num_warps / step
+                print(f"target={target} call={call} kernel={kernel.metadata.name} instructions={instructions:.1f}",
+                      *(f"{name}={value}" for name, value in used), f"shared={kernel.metadata.shared}")
 
 
 if __name__ == "__main__":

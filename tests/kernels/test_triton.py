@@ -17,6 +17,7 @@ from tests.kernels.triton_cubins import TARGETS
 
 triton = pytest.importorskip("triton")
 moves = pytest.importorskip("sparse_train.kernels.triton_moves")
+matvec = pytest.importorskip("sparse_train.kernels.triton_matvec")
 _HAS_GPU = torch.cuda.is_available()
 _GPU = [pytest.mark.gpu, pytest.mark.skipif(not _HAS_GPU, reason="needs a CUDA device; torch sees none")]
 _EACH_DEVICE = pytest.mark.parametrize("device", [
@@ -174,6 +175,32 @@ def test_more_positions_than_an_int32_counts(device):
     assert torch.equal(kernels.compact(dense, mask, len(values)), values)
 
 
+@_EACH_DEVICE
+@pytest.mark.parametrize(("shape", "density"), [
+    ((1, 1), 1.0), ((1, 1), 0.0), ((5, 70), 0.3), ((40, 300), 0.5), ((33, 1500), 0.004), ((70, 128), 0.1),
+    ((2, 4097), 0.2), ((3, 2100), 0.9), ((0, 64), 1.0)])
+def test_a_product_is_exact_up_to_rounding(shape, density, device):
+    """Also of rows that keep all or nothing, of the last rows of a block, and over distances that zeros must bridge."""
+    generator = torch.Generator().manual_seed(2)
+    keep = _random_keep(shape, density, device)
+    keep[5:6] = torch.arange(shape[1], device=device) % 1020 == 0  # the greatest distance, several times
+    dense = torch.randn(shape, generator=generator).bfloat16().to(device) * keep
+    x = torch.randn(shape[1], generator=generator).bfloat16().to(device)
+    y = matvec.RunMatrix(dense[keep], kernels.pack(keep), shape[1]).matvec(x)
+    # In whatever order they are added, n products err by at most n half rounding errors of the sum of their sizes.
+    bound = keep.sum(1) * torch.finfo(torch.float32).eps / 2 * (dense.double().abs() @ x.double().abs())
+    assert y.dtype == torch.float32 and ((y - dense.double() @ x.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("dtype", "num_columns", "told"), [
+    (torch.float32, 64, "values is"), (torch.bfloat16, 128, "the bitmask is"), (torch.bfloat16, 0, "num_columns is 0"),
+    (torch.bfloat16, 40_000, "num_columns is 40000")])
+def test_a_weight_that_no_product_takes_is_refused(dtype, num_columns, told):
+    mask = torch.zeros(2, 8 * -(-num_columns // 64) if num_columns != 128 else 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=told):
+        matvec.RunMatrix(torch.zeros(0, dtype=dtype), mask, num_columns)
+
+
 @pytest.mark.slow
 def test_they_compile_for_each_generation_without_spills(tmp_path):
     """With Triton's own assembler, so no GPU is needed: as a call launches them, with the types and alignments that it
@@ -183,8 +210,9 @@ def test_they_compile_for_each_generation_without_spills(tmp_path):
                           env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     found = [dict(word.split("=") for word in line.split()) for line in done.stdout.splitlines()]
-    assert [(row["target"], row["bytes"], row["move"], row["kernel"]) for row in found] == list(itertools.product(
-        map(str, TARGETS), ("2", "4"), ("expand", "compact"), ("_count_parts", "_move_parts")))
+    assert {(row["target"], row["call"], row["kernel"]) for row in found} == set(itertools.product(
+        map(str, TARGETS), [f"{move}-{size}" for move in ("expand", "compact") for size in (2, 4)],
+        ("_count_parts", "_move_parts"))) | {(str(target), "product", "_matvec") for target in TARGETS}
     for row in found:
         assert row["LOCAL"] == row["STACK"] == "0", row  # nothing is spilled
         assert int(row["REG"]) <= 96, row  # a multiprocessor holds five programs at a time
