@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_train.config import PruneConfig
+from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.pruning import prune
 from sparse_train.tasks.batch import collate
@@ -82,3 +83,8 @@ def test_values_that_training_makes_worse_stay_those_of_pruning(caplog):
         _, after = _pruned(batches, sparsity=0.5, reconstruction={"steps": 3, "learning_rate": 10.0})
     assert "model.layers.0: reconstruction would raise its error" in caplog.text
     assert all(torch.equal(weight.values, before[name].values) for name, weight in after.items())
+
+
+def test_without_a_token_there_is_nothing_to_compare():
+    with pytest.raises(UserError, match=r"no calibration token reached model\.layers\.0"):
+        _pruned([], method="magnitude", sparsity=0.5, reconstruction={"steps": 1})

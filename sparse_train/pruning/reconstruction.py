@@ -17,6 +17,7 @@ from torch import nn
 
 from sparse_train import dist
 from sparse_train.config.pruning import ReconstructionConfig
+from sparse_train.errors import UserError
 from sparse_train.sparse import BitmaskTensor, SparseLinear
 from sparse_train.sparse.swap import replace_module
 
@@ -79,9 +80,12 @@ class Reconstruction:
 
     @torch.no_grad()
     def _error(self) -> float:
-        """Over all batches of all ranks."""
+        """Over all batches of all ranks. Raises UserError where they have no token."""
         sums = torch.zeros(2, dtype=torch.float64, device=dist.device())
         for output, target in zip(self._run(), self._targets, strict=True):
             sums += torch.stack([(output - target).square().sum(), target.square().sum()])
         error, energy = dist.sum_over_ranks(sums).tolist()
+        if not energy:
+            raise UserError(f"no calibration token reached {self._name}, whose output prune.reconstruction compares; "
+                            "give more or shorter examples (prune.num_calibration, task.max_length)")
         return error / energy
