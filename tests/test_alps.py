@@ -45,7 +45,7 @@ def _definition(weight, hessian, spec, rho):
 @pytest.mark.parametrize("penalty", [0.1, 3000.0])
 def test_alps_is_its_definition(pattern, penalty):
     """A first rho that is too large changes no bits, and falls."""
-    weight, _, hessian = make_problem()
+    weight, _, hessian = make_problem(rows=32)
     updated, keep = prune_layer("alps", weight, hessian, **pattern, refit=False, options={"penalty": penalty})
     expected, expected_keep, lowest = _definition(weight, hessian, PruneConfig(method="alps", **pattern), penalty)
     assert (lowest < penalty) == (penalty > 1)
