@@ -51,3 +51,11 @@ def test_alps_is_its_definition(pattern, penalty):
     assert (lowest < penalty) == (penalty > 1)
     assert torch.equal(keep, expected_keep)
     torch.testing.assert_close(updated.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_values_are_those_of_the_bits_where_the_last_iteration_begins_anew():
+    """With this rho hardly a bit changes in three iterations, and there is no fourth."""
+    weight, _, hessian = make_problem(rows=128, columns=256, tokens=1000)
+    updated, keep = prune_layer("alps", weight, hessian, sparsity=0.5, refit=False,
+                                options={"iterations": 3, "penalty": 3.0})
+    assert torch.equal(updated != 0, keep)

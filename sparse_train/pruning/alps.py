@@ -66,7 +66,8 @@ class Alps(Pruner[Hessian]):
             growth = next((factor for share, factor in _GROWTH if changed > share), None)
             if not has_grown and changed <= _SLOW and rho > _LEAST:
                 rho /= _FALL
-                d, u, seen = weight * first, torch.zeros_like(weight), first
+                keep = seen = first
+                d, u = weight * first, torch.zeros_like(weight)
             elif growth is None or (changed < _SETTLED and index > _SETTLED_AFTER):
                 break
             else:
