@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_train.config import PruneConfig, RunConfig
+from sparse_train.errors import UserError
 from sparse_train.launch.run.stages import find_stage
 from sparse_train.models import family_of
 from sparse_train.pruning import prune
@@ -72,7 +73,8 @@ def test_the_budget_is_exact_whatever_the_bounds(seed):
                                                                                    strict=True) if 1 < count < bound]
     assert all(abs(a - b) <= 1 / m + 1 / n for a, m in inside for b, n in inside)  # one shift for all
     assert all(num_kept(size, 1 - count / size) == count for count, size in zip(counts, sizes, strict=True))
-    assert _divide(3, [4] * 4, [0.0] * 4, [4, 0, 4, 4]) and _divide(6, [4] * 4, [0.5] * 4, [4] * 4) == [2, 2, 1, 1]
+    assert _divide(3, [4] * 4, [0.0] * 4, [4, 0, 4, 4]) == [1, 0, 1, 1]
+    assert _divide(6, [4] * 4, [0.5] * 4, [4] * 4) == [2, 2, 1, 1]
 
 
 def _outlier_shares(model, factor):
@@ -129,6 +131,22 @@ def test_blocks_without_a_pruned_linear_do_not_count():
     (level,) = PruneConfig(sparsity=0.5, allocation="atp").levels
     found = allocate({"a.0.q": level}, {"a.0.q": 9}, ["a.0"], level, {}, lambda name: None)
     assert num_kept(9, found["a.0.q"].sparsity) == num_kept(9, 0.5)
+
+
+def test_a_spread_that_leaves_nothing_of_a_block_is_refused():
+    """All blocks but one have nearly as many outliers, so their mean is near the top of the spread."""
+    names = [f"h.{index}.q" for index in range(12)]
+    shares = {f"h.{index}": 0.05 + index / 1000 if index else 0.0 for index in range(12)}
+
+    def counts(spread):
+        (level,) = PruneConfig(sparsity=0.9, allocation="owl", allocation_spread=spread).levels
+        found = allocate(dict.fromkeys(names, level), dict.fromkeys(names, 4096), list(shares), level, shares,
+                         lambda name: None)
+        return [num_kept(4096, spec.sparsity) for spec in found.values()]
+
+    assert min(counts(0.05)) == counts(0.05)[0] > 50
+    with pytest.raises(UserError, match=r"allocation_spread=0\.08 leaves nothing of h\.0 at sparsity 0\.9"):
+        counts(0.08)
 
 
 @pytest.mark.parametrize("keys, message", [

@@ -140,7 +140,7 @@ class PruneConfig(Section):
         if self.layer_sparsity:
             raise ValueError(f"layer_sparsity and allocation={self.allocation} both decide the sparsity of a layer; "
                              "leave one of them out")
-        if sparsities[-1] + self.allocation_spread >= 1:
+        if self.allocation == "atp" and sparsities[-1] + self.allocation_spread >= 1:  # owl: allocate, from shares
             raise ValueError(f"allocation_spread={self.allocation_spread} leaves nothing of the sparsest blocks at "
                              f"sparsity={sparsities[-1]}; give less than {1 - sparsities[-1]:g}")
 

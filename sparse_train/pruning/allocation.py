@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from sparse_train.config import PruneLevel
+from sparse_train.errors import UserError
 from sparse_train.pruning.layers import num_kept
 from sparse_train.pruning.pruner import Layer
 from sparse_train.pruning.statistics import ColumnNorms
@@ -36,7 +37,8 @@ def allocate(specs: Mapping[str, PruneLevel], sizes: Mapping[str, int], blocks: 
 
     `sizes`: number of weights by name. `blocks`: names of the model's blocks as it runs them; those without a linear do
     not count. `shares`: outlier_share by block, read by owl alone. `num_alive`: how many weights of a linear an earlier
-    level of a chain left; None: all.
+    level of a chain left; None: all. Raises UserError where the spread leaves nothing of a block: with owl, one that
+    has far fewer outliers than most lies up to 2 * spread below them.
     """
     members = {block: [name for name in specs if name.startswith(f"{block}.")] for block in blocks}
     members = {block: names for block, names in members.items() if names}
@@ -44,11 +46,17 @@ def allocate(specs: Mapping[str, PruneLevel], sizes: Mapping[str, int], blocks: 
     unit = 2 * level.allocation_spread / ((max(needs) - min(needs)) or 1)
     names = [name for block in members.values() for name in block]
     alive = [num_alive(name) for name in names]
-    counts = _divide(sum(num_kept(sizes[name], level.sparsity) for name in names), [sizes[name] for name in names],
-                     [unit * need for need, block in zip(needs, members.values(), strict=True) for _ in block],
-                     [sizes[name] if most is None else most for name, most in zip(names, alive, strict=True)])
-    return {name: specs[name].model_copy(update={"sparsity": 1 - count / sizes[name]})
-            for name, count in zip(names, counts, strict=True)}
+    uniform = {name: num_kept(sizes[name], level.sparsity) for name in names}
+    counts = dict(zip(names, _divide(
+        sum(uniform.values()), [sizes[name] for name in names],
+        [unit * need for need, block in zip(needs, members.values(), strict=True) for _ in block],
+        [sizes[name] if most is None else most for name, most in zip(names, alive, strict=True)]), strict=True))
+    for prefix, block in members.items():
+        if all(counts[name] == 1 < uniform[name] for name in block):  # the least that a linear may have
+            raise UserError(f"prune.allocation={level.allocation} with prune.allocation_spread="
+                            f"{level.allocation_spread:g} leaves nothing of {prefix} at sparsity {level.sparsity:g}; "
+                            "choose a smaller spread")
+    return {name: specs[name].model_copy(update={"sparsity": 1 - counts[name] / sizes[name]}) for name in names}
 
 
 def outlier_share(block: Sequence[Layer], statistics: Mapping[str, ColumnNorms], factor: float) -> float:
