@@ -185,21 +185,23 @@ def _moves(options, console: Console) -> None:
 def _prune(options, console: Console) -> None:
     import torch
 
+    from sparse_train import dist
     from sparse_train.bench.prune import ASSUMPTIONS, PHASES, prune_rows
     from sparse_train.cpus import cpu_name, set_threads
 
     set_threads()
     rows = prune_rows(options.methods or list(PRUNERS.entries), options.width, options.tokens, options.sparsity)
     if not options.json:
-        console.print(f"a block of MPT, {options.width} wide, {options.tokens:,} tokens, on {torch.get_num_threads()} "
-                      "threads; seconds", highlight=False)
+        console.print(f"a block of MPT, {options.width} wide, {rows[0]['num_tokens']:,} tokens, on "
+                      f"{torch.get_num_threads()} threads; seconds", highlight=False)
         print_table(console, ("method", *PHASES, "all"), [
             [row["method"], *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
              f"{sum(row['seconds'].values()):.2f}"] for row in rows])
         print_table(console, ("hours", *(f"{name} on {count}" for name, count, _ in rows[0]["models"])), [
             [row["method"], *(f"{seconds / 3600:.2f}" for _, _, seconds in row["models"])] for row in rows])
         console.print("assumed: " + "; ".join(ASSUMPTIONS), highlight=False, soft_wrap=True)
-    print(json.dumps({"device": cpu_name(), "threads": torch.get_num_threads(), "assumptions": ASSUMPTIONS,
+    name = cpu_name() if dist.device().type == "cpu" else torch.cuda.get_device_name()
+    print(json.dumps({"device": name, "threads": torch.get_num_threads(), "assumptions": ASSUMPTIONS,
                       "rows": rows}))
 
 

@@ -6,7 +6,7 @@ the phases inside it. Weights and tokens are random, which changes no shape.
 
 import functools
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,17 +23,17 @@ from sparse_train.models.empty import from_config
 from sparse_train.pruning import Layer, Pruner, build_pruner, prune
 from sparse_train.tasks import Batch
 
-_SEQUENCE = 2048  # tokens of an example; shorter if there are fewer in all
+_SEQUENCE = 2048  # tokens of an example; shorter if there are fewer in all, and only whole ones count
 _DECOMPOSITIONS = ((torch.linalg, "cholesky"), (torch.linalg, "cholesky_ex"), (torch.linalg, "eigh"),
                    (torch, "cholesky_inverse"))
-_PASSES = 2  # to collect statistics, and to compute what the next block reads
 PHASES = ("forward", "statistics", "decompositions", "updates", "other")
 
 MODELS = {"MPT-7B": (4096, 32), "MPT-30B": (7168, 48)}
 """Width and number of blocks."""
 MODEL_TOKENS = 128 * _SEQUENCE
 ASSUMPTIONS = (
-    f"{MODEL_TOKENS:,} calibration tokens, shared over the devices; two passes through each block",
+    f"{MODEL_TOKENS:,} calibration tokens, shared over the devices; two passes through each block, the "
+    "first up to the inputs of its last linear",
     "forward passes and statistics grow with the square of the width",
     "so do the updates of methods that decompose nothing; otherwise both grow with its cube",
     "a linear is pruned on one device, the largest of a block first; devices wait for each other at each block",
@@ -48,7 +48,7 @@ class BlockCost:
     width: int
     num_tokens: int
     seconds: dict[str, float]
-    """By phase; forward is both passes."""
+    """By phase; forward is both passes: one to collect statistics, one for what the next block reads."""
     linears: dict[str, float]
     """By name, seconds of decompositions and updates."""
 
@@ -100,9 +100,12 @@ def _measure(method: str, width: int, num_tokens: int, sparsity: float) -> Block
         for owner, name, phase in watched:
             patches.enter_context(patch.object(owner, name, clock.of(phase, getattr(owner, name))))
         clock.of("other", prune)(model, batches, spec)
-    if clock.calls["forward"]:  # what follows a model's last block is not computed, so its only block runs once
-        clock.seconds["forward"] *= _PASSES * len(batches) / clock.calls["forward"]
-    return BlockCost(method, width, num_tokens, {phase: clock.seconds[phase] for phase in PHASES}, linears)
+        if clock.seconds["forward"]:  # outputs of a model's last block, its only one, are not computed
+            model.eval()
+            for batch in batches:
+                with torch.no_grad():
+                    model(**batch.inputs(), use_cache=False)
+    return BlockCost(method, width, length * len(batches), {phase: clock.seconds[phase] for phase in PHASES}, linears)
 
 
 def _batch(length: int) -> Batch:
@@ -115,7 +118,6 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.calls: Counter[str] = Counter()
         self._inside = 0.0
 
     def of(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +130,6 @@ class _Clock:
             finally:
                 spent = _now() - start
                 self.seconds[phase] += spent - self._inside
-                self.calls[phase] += 1
                 self._inside = before + spent
         return timed
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.mpt.modeling_mpt import MptBlock
 
 from sparse_train import kernels
 from sparse_train.bench.train import TrainBench, _Products
@@ -144,12 +145,16 @@ def test_each_loss_has_the_gradient_of_its_plain_formula(tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
-def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(capsys):
-    command = ["bench", "prune", "--width", "128", "--tokens", "96", "--methods"]
+def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(capsys, monkeypatch):
+    """5,000 tokens are two whole examples. Only the first one's pass for statistics goes on to the block's end."""
+    forward, ended = MptBlock.forward, []
+    monkeypatch.setattr(MptBlock, "forward", lambda *args, **kwargs: [forward(*args, **kwargs), ended.append(1)][0])
+    command = ["bench", "prune", "--width", "128", "--tokens", "5000", "--methods"]
     assert main([*command, "magnitude,sparsegpt"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    assert "262,144 calibration tokens" in table[-1] and len(found["rows"]) == 2
+    assert "262,144 calibration tokens" in table[-1] and "4,096 tokens" in table[0] and len(found["rows"]) == 2
+    assert len(ended) == 2 + 3  # sparsegpt's, of the warm-up and of the measurement
     for row, is_read in zip(found["rows"], (False, True), strict=True):
         seconds, linears = row["seconds"], row["linears"]
         assert [seconds[phase] > 0 for phase in ("forward", "statistics", "decompositions")] == [is_read] * 3
@@ -158,7 +163,7 @@ def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(caps
         power = 3 if is_read else 2
         for name, num_devices, whole in row["models"]:
             scale, num_blocks = (4096 / 128, 32) if name == "MPT-7B" else (7168 / 128, 48)
-            passes = (seconds["forward"] + seconds["statistics"]) * 262_144 / 96 / num_devices
+            passes = (seconds["forward"] + seconds["statistics"]) * 262_144 / 4096 / num_devices
             pruned = sum(linears.values()) if num_devices == 1 else max(linears.values())
             assert whole == pytest.approx(
                 num_blocks * (scale**2 * (passes + seconds["other"]) + scale**power * pruned))
