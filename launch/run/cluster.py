@@ -82,7 +82,8 @@ class ClusterConfig(Resources):
     executor: Literal["local", "slurm"] = "local"
     """local: processes on this machine; slurm: jobs, one per stage. Both are started by submitit."""
     silence_s: Annotated[float, Field(gt=0)] = 600
-    """Ranks give up when one of them sends no heartbeat for this long, or when a collective takes twice as long."""
+    """Ranks give up when one of them sends no heartbeat for this long. In trainings also when a collective takes twice
+    as long; in a pruning or an evaluation a rank may be busy for hours while the others wait."""
     warning_s: Positive = 120
     """SLURM sends its warning signal this long before the time limit or a preemption; training then saves."""
     tries: Positive = 3

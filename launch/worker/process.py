@@ -106,7 +106,7 @@ class StageProcess:
 
     def _run_on_ranks(self) -> None:
         started = time.time()
-        heartbeat = join_ranks(self.info, self.cluster, self.port, self.logs)
+        heartbeat = join_ranks(self.info, self.cluster, self.port, self.logs, not self.stage.is_training)
         if self.cluster.preflight:
             check_ranks(self.info, self.config, self.stage)
         try:

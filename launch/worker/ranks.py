@@ -16,17 +16,20 @@ from sparse_train.launch.worker.process_info import ProcessInfo
 
 log = logging.getLogger(__name__)
 _GIVE_UP_S = 10
+_APART = timedelta(days=1)
+"""In a pruning or an evaluation a rank may be at one linear or batch for hours while the others wait for it."""
 
 
-def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Path | None = None) -> Heartbeat:
+def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Path | None = None,
+               works_apart: bool = False) -> Heartbeat:
     """Make this process the rank that it was started as, and watch the others. Collective.
 
-    `port`: of the rendezvous on the first node; `logs`: where an ending is written when another rank falls silent.
+    `port`: of the rendezvous on the first node; `logs`: where an ending is written when another rank falls silent;
+    `works_apart`: the ranks meet after work that may take one of them much longer than another.
     """
     set_threads(process.ranks_on_node)
     # Twice silence_s: a collective that times out cannot say whose fault it is, so the heartbeat should come first.
-    dist.start(process.rank, process.num_ranks, process.local_rank, process.ranks_on_node, process.nodes[0], port,
-               timedelta(seconds=2 * cluster.silence_s))
+    limit = timedelta(seconds=2 * cluster.silence_s)
 
     def give_up(silence: str) -> None:
         # Storage may be unreachable too, so exit even where writing the ending blocks.
@@ -39,4 +42,14 @@ def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Pa
                 write_ending(logs, process.attempt, Ending("lost", silence, process.rank))
         os._exit(EXIT_CODES["lost"])
 
-    return Heartbeat(process.host, process.nodes[0], cluster.silence_s, give_up)
+    # Until there are heartbeats, a rank that never comes ends the others as soon in either case.
+    joining = threading.Timer(limit.total_seconds(), give_up,
+                              (f"the ranks have not met in {limit.total_seconds():g} s",))
+    joining.daemon = True
+    joining.start()
+    try:
+        dist.start(process.rank, process.num_ranks, process.local_rank, process.ranks_on_node, process.nodes[0], port,
+                   _APART if works_apart else limit)
+        return Heartbeat(process.host, process.nodes[0], cluster.silence_s, give_up)
+    finally:
+        joining.cancel()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 from collections import namedtuple
 
 import pytest
@@ -10,8 +11,11 @@ from sparse_train import dist
 from sparse_train.config import FinetuneConfig, RunConfig, TrainConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
+from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.stages import find_stage
-from sparse_train.launch.worker import rank_checks
+from sparse_train.launch.worker import rank_checks, ranks
+from sparse_train.launch.worker.endings import EXIT_CODES
+from sparse_train.launch.worker.process import StageProcess
 from sparse_train.launch.worker.process_info import Attempt, ProcessInfo
 from sparse_train.launch.worker.rank_checks import check_ranks, checkpoint_bytes, state_bytes
 from tests.launch.test_pipeline import RECIPE
@@ -62,6 +66,41 @@ def test_it_refuses_early_with_one_line_on_every_rank(problem, said, stage, tmp_
     told = run_ranks(_look, 2, tmp_path, problem, stage)
     assert told[0] == told[1]
     assert (said in told[0] and "\n" not in told[0]) if said else told[0] is None
+
+
+def _join(monkeypatch, start, folder, stage, **cluster):
+    """As a rank of the stage does, with `start` in place of what meets the other rank."""
+    monkeypatch.setattr(dist, "start", start)
+    monkeypatch.setattr(ranks, "set_threads", lambda *_: None)
+    config = load_config(RunConfig, RECIPE, [f"folder='{folder}'"])
+    info = ProcessInfo(1, 2, 0, 1, "node1", ("node0", "node1"), Attempt("7", 0))
+    with pytest.raises(_Started) as caught:
+        StageProcess(info, config, ClusterConfig(**cluster), find_stage(config, stage), 1)._run_on_ranks()
+    return caught.value
+
+
+class _Started(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage, limit_s", [("finetune/ce", 1200), ("prune", 86400), ("evaluate", 86400)])
+def test_where_ranks_work_apart_they_wait_for_each_other(stage, limit_s, tmp_path, monkeypatch):
+    def start(*arguments):
+        raise _Started(arguments[-1].total_seconds())
+
+    assert _join(monkeypatch, start, tmp_path, stage).args == (limit_s,)
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(tmp_path, monkeypatch):
+    left, codes = threading.Event(), []
+
+    def start(*_):
+        assert left.wait(10)
+        raise _Started
+
+    monkeypatch.setattr("os._exit", lambda code: (codes.append(code), left.set()))
+    _join(monkeypatch, start, tmp_path, "prune", silence_s=0.01)
+    assert codes == [EXIT_CODES["lost"]]
 
 
 @pytest.mark.parametrize("kinds, limit, used, stat", [
