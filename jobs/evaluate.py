@@ -4,6 +4,8 @@ of them has kept of general text (evaluate.texts). The ranks share the batches; 
 import json
 from typing import Any
 
+from torch import nn
+
 from sparse_train import dist
 from sparse_train.artifacts import write_json
 from sparse_train.compat.transformers import to_device
@@ -29,9 +31,7 @@ def _score_all(job: Job, ledger: Ledger) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for source in job.inputs:
         stage, model = source.stage, load_model(source.path, DTYPES[spec.precision])
-        linears = sparse_linears(model).values()
-        num_weights = sum(linear.in_features * linear.out_features for linear in linears)
-        sparsity = 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
+        sparsity = _sparsity(model)
         # Dense products are faster for batches of many tokens, and give the same score.
         model = densify(to_device(model, dist.device()))
         score = task.score(model, processor, examples, spec, ledger.part(stage.id))
@@ -44,6 +44,14 @@ def _score_all(job: Job, ledger: Ledger) -> dict[str, Any]:
         if dist.rank() == 0:
             with open(job.out / f"{stage.id.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
+        del model  # before the next one is loaded
     if dist.rank() == 0:
         write_json(job.out / "scores.json", rows)
     return {row["stage"]: row["metrics"] for row in rows}
+
+
+def _sparsity(model: nn.Module) -> float:
+    """Of its sparse linears together; 0 without any."""
+    linears = sparse_linears(model).values()
+    num_weights = sum(linear.in_features * linear.out_features for linear in linears)
+    return 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from sparse_train.jobs import evaluate, report
 from sparse_train.jobs.job import Input, Job, Stopped, finished_file
 from sparse_train.jobs.ledger import num_finished
 from sparse_train.launch.run.stages import build_stages
-from sparse_train.models import save_model
+from sparse_train.models import load_model, save_model
 from sparse_train.pruning import prune
-from sparse_train.sparse import sparsify
+from sparse_train.sparse import sparse_linears, sparsify
 from tests.models import tiny_model
 from tests.ranks import run_ranks
 
@@ -48,15 +49,32 @@ def _models(family, folder):
     save_model(folder / "prune", sparsify(model, weights), processor)
 
 
+def _watch_memory(monkeypatch, num_models):
+    """A progress that fails where a model's sparse weights live beside its dense ones; fails where more than
+    `num_models` models are loaded at a time."""
+    models, layers = [], []
+
+    def load(*arguments):
+        assert sum(model() is not None for model in models) < num_models
+        model = load_model(*arguments)
+        models.append(weakref.ref(model))
+        layers.extend(map(weakref.ref, sparse_linears(model).values()))
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", load)
+    return lambda *_: [pytest.fail("a sparse layer lives on") for layer in layers if layer()]
+
+
 @pytest.mark.parametrize(("family", "task"), [("llama", "numbers"), ("whisper", "dialtones")])
-def test_scores_in_bf16_are_those_in_fp32_but_for_rounding(family, task, tmp_path):
+def test_scores_in_bf16_are_those_in_fp32_but_for_rounding(family, task, tmp_path, monkeypatch):
+    """No more models are held than check_ranks counts."""
     _models(family, tmp_path)
     texts = family == "llama"
     found = {}
     for precision in ("fp32", "bf16"):
         config, folder = _config(task, texts, precision=precision), tmp_path / precision
         stages = {stage.id: stage for stage in build_stages(config)}
-        evaluate.run(_job(config, tmp_path, folder))
+        evaluate.run(_job(config, tmp_path, folder, _watch_memory(monkeypatch, 1 + texts)))
         write_json(tmp_path / "scores.json", {"loss": "squarehead", "scores": {}, "num_bytes": {"dense": 1}})
         scored = (Input(stages["evaluate"], folder), Input(stages["compress"], tmp_path))
         data = report._collect(Job(config, stages["report"], tmp_path, scored, lambda *_: None))

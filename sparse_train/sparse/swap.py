@@ -33,8 +33,10 @@ def sparsify(model: Model, weights: Mapping[str, BitmaskTensor]) -> Model:
 
 
 def densify(model: Model) -> Model:
-    """Replace every SparseLinear by an `nn.Linear` with the zeros in place; returns `model`."""
-    for name, sparse in sparse_linears(model).items():
+    """Replace every SparseLinear by an `nn.Linear` with the zeros in place, one after the other; returns `model`."""
+    remaining = sparse_linears(model)  # held no longer than the model does, so that no two models are in memory
+    for name in list(remaining):
+        sparse = remaining.pop(name)
         linear = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")
         linear.weight = nn.Parameter(sparse.weight.to_dense())
         linear.register_parameter("bias", sparse.bias)
