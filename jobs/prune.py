@@ -27,7 +27,7 @@ def run(job: Job) -> dict[str, Any]:
     model, blocks = densify(model), PrunedBlocks(job.out / "checkpoints", folder)
     num_blocks = len(family_of(model).blocks(model))
     batches = list(calibration_batches(level, job.config.task, processor)) if level.calibrates else []
-    levels = choose_levels(model, batches, level, blocks.earlier, blocks.read_source)
+    levels = choose_levels(model, batches, level, blocks.earlier, folder.get_dense)
     with StopMonitor(job.deadline_s) as monitor:
         for name, weights in prune_layers(model, build_pruner(level), levels, batches, blocks.earlier, blocks.read,
                                           blocks.num_done):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_train import dist
+from sparse_train import artifacts, dist
 from sparse_train.config import ModelConfig, PruneConfig, RunConfig
 from sparse_train.errors import UserError
 from sparse_train.jobs import prune as prune_job
@@ -127,7 +127,7 @@ def _run(num_saved, *place, **changes):
         return prune_job.run(replace(_job(*place, sparsity=0.6), require_newest_attempt=count, **changes))
 
 
-def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog):
+def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog, monkeypatch):
     """Killed in the encoder, stopped behind it; then its last block is damaged and half of another lies there."""
     write_dense(tmp_path, "t5")
     whole, place = (tmp_path, "dense", "whole"), (tmp_path, "dense", "out")
@@ -142,8 +142,13 @@ def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog)
     damaged.write_bytes(damaged.read_bytes()[:-1])
     shutil.copytree(saved / "step-00000001", saved / "step-00000003.partial")
     with caplog.at_level(logging.WARNING):
-        assert PrunedBlocks(saved, open_model(tmp_path / "dense")[1]).num_done == 1
+        blocks = PrunedBlocks(saved, open_model(tmp_path / "dense")[1])
+    assert blocks.num_done == 1
     assert "pruned again from block 2 on" in caplog.text and "is not the file that was signed" in caplog.text
+    (saved / "step-00000002.partial").mkdir()  # of an attempt that goes on elsewhere
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="is not signed"):
+        patched.setattr(artifacts, "publish", _ignore)  # as on a node that does not see it yet
+        blocks.save({}, _ignore)
     assert len(run_ranks(_run, 2, None, *place)[0]["peak_memory_gb"]) == 2
     found, expected = ((tmp_path / out / "sparse.safetensors").read_bytes() for out in ("out", "whole"))
     assert found == expected

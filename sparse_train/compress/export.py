@@ -87,9 +87,7 @@ def _read(name: str, tensor: torch.Tensor, source: ModelFolder | None) -> torch.
     """`tensor` itself or, where it has no data, what `source` has under its name, in its dtype."""
     if not tensor.is_meta or source is None:
         return tensor
-    module = name.removesuffix(".weight")
-    stored = source.weight(module).to_dense() if module in source.shapes else source.get(name)
-    return stored.to(tensor.dtype)
+    return source.get_dense(name).to(tensor.dtype)
 
 
 def unpruned_zeros(folder: Path, weights: Iterable[tuple[str, BitmaskTensor]]) -> list[str]:

@@ -49,7 +49,8 @@ class PrunedBlocks:
         return self._folder / f"step-{self.num_done + 1:08d}"
 
     def _add_next(self) -> None:
-        if any(self._next().glob("*.safetensors")):  # none where no linear of a block is pruned
+        """Raises UserError where this node does not see the block."""
+        if artifacts.require_manifest(self._next())["files"]:  # none where no linear of a block is pruned
             tensors = TensorFolder(self._next())
             self._pruned |= dict.fromkeys(tensors.shapes, tensors)
         self.num_done += 1
@@ -59,6 +60,7 @@ class PrunedBlocks:
         if dist.rank() == 0:
             require_newest_attempt()
             partial = self._next().with_suffix(".partial")
+            artifacts.clear(self._folder, (partial.name,))  # of an attempt that did not know yet that it was over
             partial.mkdir(parents=True)
             if weights:
                 write_tensors(partial, ((f"{name}.{part}", tensor) for name, weight in weights.items() for part, tensor
@@ -70,13 +72,7 @@ class PrunedBlocks:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the dense model, with zeros where it has been pruned."""
-        linear = name.removesuffix(".weight")
-        return self._pruned[linear].weight(linear).to_dense() if linear in self._pruned else self.read_source(name)
-
-    def read_source(self, name: str) -> torch.Tensor:
-        """A tensor of the dense model, as it was before."""
-        linear = name.removesuffix(".weight")
-        return self._source.weight(linear).to_dense() if linear in self._source.shapes else self._source.get(name)
+        return self._pruned.get(name.removesuffix(".weight"), self._source).get_dense(name)
 
     def earlier(self, name: str) -> torch.Tensor | None:
         """keep (R, C) of a linear that was sparse before."""
@@ -103,4 +99,4 @@ class PrunedBlocks:
             if linear in self._pruned and part != "bias":
                 yield name, self._pruned[linear].get(name)
             else:
-                yield name, self.read_source(name).to(tensor.dtype) if tensor.is_meta else tensor
+                yield name, self._source.get_dense(name).to(tensor.dtype) if tensor.is_meta else tensor

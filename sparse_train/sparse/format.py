@@ -121,6 +121,11 @@ class TensorFolder:
         with safe_open(self._tensors[name].file, "pt") as opened:
             return self._finite(name, opened.get_tensor(name))
 
+    def get_dense(self, name: str) -> torch.Tensor:
+        """As get, but a sparse weight under its name in the dense model, with zeros in place."""
+        module = name.removesuffix(".weight")
+        return self.weight(module).to_dense() if module in self.shapes else self.get(name)
+
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Entries start..stop-1 of the flattened tensor; only the rows that hold them are read."""
         file, shape, _ = self._tensors[name]
