@@ -30,7 +30,7 @@ def run(job: Job) -> dict[str, Any]:
     levels = choose_levels(model, batches, level, blocks.earlier, folder.get_dense)
     with StopMonitor(job.deadline_s) as monitor:
         for name, weights in prune_layers(model, build_pruner(level), levels, batches, blocks.earlier, blocks.read,
-                                          blocks.num_done):
+                                          blocks.num_done, monitor.begin_step):
             with monitor.saving():
                 blocks.save(weights, job.require_newest_attempt)
             if dist.rank() == 0:

@@ -17,7 +17,7 @@ from sparse_train.jobs import prune as prune_job
 from sparse_train.jobs.job import Input, Job, Stopped
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.models import build_model, build_processor, load_model, load_processor, open_model, save_model
-from sparse_train.pruning import calibration_batches, prune
+from sparse_train.pruning import blockwise, calibration_batches, prune
 from sparse_train.pruning.blockwise import assign
 from sparse_train.pruning.saved import PrunedBlocks
 from sparse_train.sparse import densify, sparse_linears, sparsify
@@ -127,11 +127,24 @@ def _run(num_saved, *place, **changes):
         return prune_job.run(replace(_job(*place, sparsity=0.6), require_newest_attempt=count, **changes))
 
 
+def _take_time_to_record(seconds, monkeypatch):
+    def record(*arguments):
+        nonlocal passed
+        passed += seconds
+        return record_calls(*arguments)
+
+    passed, monotonic, record_calls = 0, time.monotonic, blockwise.record_calls
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + passed)
+    monkeypatch.setattr(blockwise, "record_calls", record)
+
+
 def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog, monkeypatch):
     """Killed in the encoder, stopped behind it; then its last block is damaged and half of another lies there."""
     write_dense(tmp_path, "t5")
     whole, place = (tmp_path, "dense", "whole"), (tmp_path, "dense", "out")
-    _run(None, *whole)
+    with monkeypatch.context() as patched:
+        _take_time_to_record(1000, patched)
+        _run(None, *whole, deadline_s=time.time() + 500)  # blocks do not take as long
     with pytest.raises(AssertionError, match=r"ranks \[0|Connection"):
         run_ranks(_run, 3, 1, *place)
     saved = tmp_path / "out" / "checkpoints"

@@ -102,18 +102,19 @@ def choose_levels(model: PreTrainedModel, batches: Iterable[Batch], level: Prune
 
 
 def prune_layers(model: PreTrainedModel, pruner: Pruner, levels: Mapping[str, PruneLevel], batches: Iterable[Batch],
-                 earlier: Earlier, read: Read | None = None,
-                 num_done: int = 0) -> Iterator[tuple[str, dict[str, BitmaskTensor]]]:
+                 earlier: Earlier, read: Read | None = None, num_done: int = 0,
+                 begin: Callable[[], None] | None = None) -> Iterator[tuple[str, dict[str, BitmaskTensor]]]:
     """For each block in turn: its name, and the sparse weights of its linears among `levels`, by module name.
 
     Collective; `batches` are this rank's share, on the model's device. `read` gives the tensors of a model without
     data: pruned ones of the first `num_done` blocks, which are not pruned again, and of those that this has given out.
+    `begin` is called when the inputs of the first block that is pruned are there, in each stack.
     Raises UserError where a method that prunes by inputs gets no token.
     """
     config = next((level.reconstruction for level in levels.values()), ReconstructionConfig())
     if not pruner.Statistics and not config.steps:
         batches = ()
-    for visit in visit_blocks(model, pruner, levels, batches, read, num_done):
+    for visit in visit_blocks(model, pruner, levels, batches, read, num_done, begin):
         reconstruction = Reconstruction(visit.block, visit.run) if config.steps and visit.linears else None
         weights = _prune_linears(visit, pruner, levels, earlier)
         yield visit.block, reconstruction.fit(model, weights, config) if reconstruction else weights
@@ -121,7 +122,8 @@ def prune_layers(model: PreTrainedModel, pruner: Pruner, levels: Mapping[str, Pr
 
 @torch.no_grad()
 def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str], batches: Iterable[Batch],
-                 read: Read | None = None, num_done: int = 0) -> Iterator[Visit]:
+                 read: Read | None = None, num_done: int = 0,
+                 begin: Callable[[], None] | None = None) -> Iterator[Visit]:
     """The blocks in turn but for the first `num_done`; a block's outputs are computed once the caller has changed its
     weights. `names`: the linears whose inputs count. Otherwise as prune_layers."""
     family = family_of(model)
@@ -135,14 +137,15 @@ def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str],
             for stack in family.stacks:
                 mine = {prefix: block for prefix, block in blocks.items() if prefix.startswith(f"{stack.blocks}.")}
                 if num_done < len(mine):
-                    yield from _visit_stack(model, method, mine, linears, batches, stack.side, read, num_done)
+                    yield from _visit_stack(model, method, mine, linears, batches, stack.side, read, num_done, begin)
                 num_done = max(0, num_done - len(mine))
     finally:
         model.train(was_training)
 
 
 def _visit_stack(model: PreTrainedModel, method: Collects, blocks: dict[str, nn.Module], linears: dict[str, nn.Linear],
-                 batches: list[Batch], side: str, read: Read | None, num_done: int) -> Iterator[Visit]:
+                 batches: list[Batch], side: str, read: Read | None, num_done: int,
+                 begin: Callable[[], None] | None) -> Iterator[Visit]:
     records, hidden = [], []
     if batches:
         without = [*family_of(model).blocks(model).values(), *_untied_head(model)]
@@ -161,6 +164,8 @@ def _visit_stack(model: PreTrainedModel, method: Collects, blocks: dict[str, nn.
             yield block_output(block(*call.args, **call.kwargs))[batch.attends[side]]
 
     for index, (prefix, block) in enumerate(blocks.items()):
+        if begin and index == num_done:
+            begin()
         with filled(block, read, prefix) if read else nullcontext():
             if index >= num_done:
                 here = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.")}

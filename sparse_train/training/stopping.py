@@ -46,6 +46,10 @@ class StopMonitor:
         elif number == signal.SIGTERM and now - self._signal_time > _SAME_EVENT_S:
             os._exit(128 + number)
 
+    def begin_step(self) -> None:
+        """Not needed after another step: what went before this one is not done again and says nothing of the next."""
+        self._step_start = time.monotonic()
+
     def end_step(self) -> bool:
         """To be called after every step: whether this rank wants to stop, because of a signal, or because another step
         and a save would not fit before the deadline."""
@@ -59,8 +63,8 @@ class StopMonitor:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Measures the save inside; it does not count as part of a step."""
+        """Measures the save inside, before or after end_step; it does not count as part of a step."""
         start = time.monotonic()
         yield
-        self._step_start = time.monotonic()
-        self._save_s = self._step_start - start
+        self._save_s = time.monotonic() - start
+        self._step_start += self._save_s

@@ -53,3 +53,19 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save_as_long_as_the_last(monk
         assert not monitor.end_step()  # 120 + 1.5 * (20 + 100) = 300 of 400
         now[0] += 100
         assert monitor.end_step()  # 220 + 1.5 * (100 + 100) = 520
+
+
+def test_a_save_within_a_step_is_no_part_of_it(monkeypatch):
+    """As in a pruning, which saves a block before it asks; what comes before the first is no part of it either."""
+    now = [1000.0]
+    for clock in ("monotonic", "time"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+    for seconds, stops in ((50, False), (150, True)):
+        now[0] = 1000.0
+        with StopMonitor(1600.0) as monitor:
+            now[0] += 300
+            monitor.begin_step()
+            now[0] += seconds
+            with monitor.saving():
+                now[0] += 10
+            assert monitor.end_step() == stops  # 360 + 1.5 * (50 + 10) = 450, 460 + 1.5 * (150 + 10) = 700 of 600
