@@ -116,6 +116,10 @@ def test_logits_of_a_step_are_those_of_the_whole_text(name, config):
         attend_encoder = torch.ones(2, num_states, dtype=torch.long)
         attend_encoder[0, 30:] = attend_encoder[1, :3] = attend_encoder[1, 20:22] = 0
 
+    if config.model_type == "whisper":  # of the spectrogram
+        attend_encoder = torch.ones(2, 2 * num_states, dtype=torch.long)
+        attend_encoder[0, 60:] = 0
+
     def run(model, length):
         encoded = {"encoder_outputs": (states.to(model.dtype),), "attention_mask": attend_encoder} if num_states else {}
         return model(**{name: value[:, :length] for name, value in inputs.items()}, **encoded, use_cache=True)

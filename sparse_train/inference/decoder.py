@@ -79,9 +79,13 @@ class Decoder:
 
     def start(self, cache: Any, attend: torch.Tensor | None, attend_encoder: torch.Tensor | None = None) -> None:
         """Take what the prompts (B, T), and the encoder, left in transformers' cache. `attend` (B, T): 0 at padding,
-        which is on the left; `attend_encoder` (B, states): 0 at padding. None: there is none."""
+        which is on the left; `attend_encoder` (B, states): 0 at padding; one
+        of another length is of what the encoder reads, and left out. None: there is none."""
         if isinstance(cache, EncoderDecoderCache):
-            self.encoded.take(cache.cross_attention_cache, attend_encoder)
+            encoded = cache.cross_attention_cache
+            if attend_encoder is not None and attend_encoder.shape[1] != encoded.get_seq_length():
+                attend_encoder = None  # Whisper's, of the spectrogram: its attention to the states reads none
+            self.encoded.take(encoded, attend_encoder)
             cache = cache.self_attention_cache
         self.text.take(cache, attend)
 
