@@ -4,11 +4,15 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 from sparse_train.config import PruneConfig
+from sparse_train.config.pruning import ReconstructionConfig
 from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.pruning import prune
+from sparse_train.pruning.reconstruction import Reconstruction
+from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks.batch import collate
 from tests.models import tiny_examples, tiny_model
 
@@ -83,6 +87,19 @@ def test_values_that_training_makes_worse_stay_those_of_pruning(caplog):
         _, after = _pruned(batches, sparsity=0.5, reconstruction={"steps": 3, "learning_rate": 10.0})
     assert "model.layers.0: reconstruction would raise its error" in caplog.text
     assert all(torch.equal(weight.values, before[name].values) for name, weight in after.items())
+
+
+def test_values_without_a_gradient_and_blocks_without_an_error_are_left_alone(caplog):
+    """A block may use a linear for some inputs only."""
+    model, x = nn.ModuleDict({"used": nn.Linear(4, 4), "other": nn.Linear(4, 4)}), torch.randn(3, 4)
+    for threshold, moves in ((0.0, False), (0.25, True)):
+        keep = {name: linear.weight.detach().abs() >= threshold for name, linear in model.items()}
+        weights = {name: BitmaskTensor.from_dense(model[name].weight.detach(), keep[name]) for name in keep}
+        found = Reconstruction("block", lambda: iter([model["used"](x)])).fit(
+            model, weights, ReconstructionConfig(steps=5))
+        assert torch.equal(found["other"].values, weights["other"].values)
+        assert torch.equal(found["used"].values, weights["used"].values) != moves
+    assert not caplog.records
 
 
 def test_without_a_token_there_is_nothing_to_compare():

@@ -49,6 +49,8 @@ class Reconstruction:
         finally:
             for name, linear in linears.items():
                 replace_module(model, name, linear)
+        if not before:  # as at sparsity 0
+            return dict(weights)
         if not after < before:
             log.warning("%s: reconstruction would raise its error from %.4g to %.4g and is left out; lower "
                         "prune.reconstruction.learning_rate", self._name, before, after)
@@ -65,7 +67,8 @@ class Reconstruction:
             adam.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
             gradients, energy = [torch.zeros_like(value) for value in values], values[0].new_zeros(())
             for output, target in batches:  # one, or none on a rank that has no batch
-                gradients = list(torch.autograd.grad((output - target).square().sum(), values))
+                gradients = list(torch.autograd.grad((output - target).square().sum(), values,
+                                                     allow_unused=True, materialize_grads=True))
                 energy += target.square().sum()
                 break
             dist.sum_over_ranks(energy)
