@@ -11,7 +11,7 @@ from sparse_train.pruning.pruner import Layer
 from sparse_train.pruning.statistics import Hessian
 from tests.test_pruning import make_problem
 
-_PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}]
+PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}]
 
 
 def prune_layer(method, weight, hessian, earlier=None, **keys):
@@ -39,7 +39,7 @@ def _definition(weight, hessian, spec, rho=1.0):
     return z / scale, keep
 
 
-@pytest.mark.parametrize("pattern", _PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_admm_is_its_definition(pattern):
     weight, _, hessian = make_problem()
     spec = PruneConfig(method="admm", **pattern)

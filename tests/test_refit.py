@@ -9,10 +9,8 @@ from sparse_train.pruning import build_pruner
 from sparse_train.pruning.refit import refit
 from sparse_train.registry import PRUNERS, PrunerEntry
 from tests.layer_errors import layer_error
-from tests.test_admm import prune_layer
+from tests.test_admm import PATTERNS, prune_layer
 from tests.test_pruning import METHODS, make_problem
-
-PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}]
 
 
 def _least_squares(weight, keep, hessian):

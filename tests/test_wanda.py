@@ -1,5 +1,6 @@
 """Wanda against its definition, row by row in plain Python."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from sparse_train.errors import UserError
 from sparse_train.models import family_of
 from sparse_train.pruning import prune
 from sparse_train.pruning.pruner import Layer
-from sparse_train.pruning.statistics import ColumnNorms
+from sparse_train.pruning.statistics import ColumnNorms, Hessian
 from sparse_train.pruning.wanda import Wanda
 from sparse_train.tasks import Batch
 from tests.models import tiny_mpt
@@ -48,6 +49,14 @@ def test_each_row_keeps_its_own_largest_scores_and_nothing_is_updated(sparsity):
     pruned, keep = _prune(weight, inputs, sparsity=sparsity)
     assert _kept(keep) == [_best(row, round((1 - sparsity) * 16)) for row in _scores(weight, inputs)]
     assert torch.equal(pruned, weight * keep)
+
+
+def test_a_hessian_has_the_norms_of_columns():
+    """prune.refit collects it in their place."""
+    found = [kind(16, torch.device("cpu")) for kind in (ColumnNorms, Hessian)]
+    for part, statistics in itertools.product(_problem()[1].split(20), found):
+        statistics.add(part)
+    torch.testing.assert_close(found[1].norms(), found[0].norms(), rtol=1e-6, atol=0)
 
 
 def test_groups_keep_their_largest_scores():

@@ -48,7 +48,7 @@ class Hessian:
         return hessian, dead
 
     def norms(self) -> torch.Tensor:
-        """Those of ColumnNorms."""
+        """Those of ColumnNorms, but for rounding."""
         return (self.mean().diagonal() * (self.num_tokens / 2)).sqrt()
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
