@@ -10,7 +10,7 @@ from typing import Any
 from sparse_train import dist
 from sparse_train.jobs.job import Job, Stopped
 from sparse_train.models import family_of, load_processor, open_model, save_model
-from sparse_train.pruning import build_pruner, calibration_batches, choose_levels, prune_layers
+from sparse_train.pruning import build_pruner, calibration_batches, choose_specs, prune_layers
 from sparse_train.pruning.saved import PrunedBlocks
 from sparse_train.sparse import densify
 from sparse_train.training.resources import peak_memory
@@ -27,9 +27,9 @@ def run(job: Job) -> dict[str, Any]:
     model, blocks = densify(model), PrunedBlocks(job.out / "checkpoints", folder)
     num_blocks = len(family_of(model).blocks(model))
     batches = list(calibration_batches(level, job.config.task, processor)) if level.calibrates else []
-    levels = choose_levels(model, batches, level, blocks.earlier, folder.get_dense)
+    specs = choose_specs(model, batches, level, blocks.earlier, folder.get_dense)
     with StopMonitor(job.deadline_s) as monitor:
-        for name, weights in prune_layers(model, build_pruner(level), levels, batches, blocks.earlier, blocks.read,
+        for name, weights in prune_layers(model, build_pruner(level), specs, batches, blocks.earlier, blocks.read,
                                           blocks.num_done, monitor.begin_step):
             with monitor.saving():
                 blocks.save(weights, job.require_newest_attempt)

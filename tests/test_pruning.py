@@ -306,12 +306,16 @@ def test_inputs_that_are_not_finite_name_the_linear_the_batch_and_the_example():
         prune(model, batches, PruneConfig(method="wanda", sparsity=0.5))
 
 
-def test_a_sparsity_below_the_one_that_a_model_has_is_refused_before_anything_changes():
+@pytest.mark.parametrize("keys, message", [
+    ({"sparsity": 0.5}, r"prune\.sparsity=0\.5 is below; choose a higher one"),
+    ({"pattern": "2:4"}, r"prune\.pattern=2:4 keeps more; choose a sparser pattern"),
+])
+def test_a_sparsity_below_the_one_that_a_model_has_is_refused_before_anything_changes(keys, message):
     model, earlier = _model(), {}
     name = "transformer.blocks.1.ffn.up_proj"
     earlier[name] = torch.rand(model.get_submodule(name).weight.shape, generator=torch.Generator().manual_seed(1)) < 0.4
-    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.up_proj has 0\.\d+ zeros .*prune\.sparsity=0\.5 is below"):
-        prune(model, _batches(), PruneConfig(sparsity=0.5), earlier=earlier)
+    with pytest.raises(UserError, match=rf"blocks\.1\.ffn\.up_proj has 0\.\d+ zeros .*{message}"):
+        prune(model, _batches(), PruneConfig(**keys), earlier=earlier)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), _model().parameters(), strict=True))
 
 

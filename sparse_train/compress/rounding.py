@@ -41,8 +41,8 @@ def round_compensated(model: PreTrainedModel, batches: Iterable[Batch], precisio
     keeps = {name: linear.weight.keep for name, linear in sparse_linears(model).items()}
     rounding, level = Rounding(QUANTISERS[precision]), PruneLevel(sparsity=0.0, damping=damping)
     num_blocks = len(family_of(model).blocks(model))
-    levels = dict.fromkeys(keeps, level)
-    for done, _ in enumerate(prune_layers(densify(model), rounding, levels, batches, keeps.get), 1):
+    specs = dict.fromkeys(keeps, level)
+    for done, _ in enumerate(prune_layers(densify(model), rounding, specs, batches, keeps.get), 1):
         if progress:
             progress(done, num_blocks)
     return rounding.rounded

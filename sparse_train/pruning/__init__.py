@@ -20,9 +20,9 @@
 The methods are the table PRUNERS of sparse_train/registry.py.
 """
 
-from sparse_train.pruning.blockwise import choose_levels, prune, prune_layers
+from sparse_train.pruning.blockwise import choose_specs, prune, prune_layers
 from sparse_train.pruning.calibration import calibration_batches
 from sparse_train.pruning.pruner import Layer, Pruner, build_pruner
 
-__all__ = ["Layer", "Pruner", "build_pruner", "calibration_batches", "choose_levels", "prune",
+__all__ = ["Layer", "Pruner", "build_pruner", "calibration_batches", "choose_specs", "prune",
            "prune_layers"]

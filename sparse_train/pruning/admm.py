@@ -49,8 +49,8 @@ class Admm(Pruner[Hessian]):
         x, u = weight, torch.zeros_like(weight)
         for index in range(1, self.options.iterations + 1):
             left = max(0.0, 1 - index / self.options.ramp) if self.options.ramp else 0.0
-            level = replace(layer, spec=spec.model_copy(update={"sparsity": spec.sparsity * (1 - left**3)}))
-            keep = keep_best((x + u).abs(), level)
+            eased = replace(layer, spec=spec.model_copy(update={"sparsity": spec.sparsity * (1 - left**3)}))
+            keep = keep_best((x + u).abs(), eased)
             z = (x + u) * keep
             u += x - z
             x = (target + self.options.penalty * (z - u)) @ inverse

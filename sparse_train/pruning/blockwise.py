@@ -58,14 +58,14 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, p
     """The sparse weight of every linear that is pruned, by module name. The model's weights become the pruned ones.
 
     `batches` are on the model's device; a method without calibration does not read them. Raises UserError as
-    choose_levels and prune_layers do.
+    choose_specs and prune_layers do.
     """
     (level,) = spec.levels  # those of a chain are pruned one by one
     batches, kept = list(batches), (earlier or {}).get
-    levels = choose_levels(model, batches, level, kept)
+    specs = choose_specs(model, batches, level, kept)
     weights: dict[str, BitmaskTensor] = {}
     num_blocks = len(family_of(model).blocks(model))
-    for done, (block, pruned) in enumerate(prune_layers(model, build_pruner(level), levels, batches, kept), 1):
+    for done, (block, pruned) in enumerate(prune_layers(model, build_pruner(level), specs, batches, kept), 1):
         weights |= pruned
         if progress:
             progress(done, num_blocks, block)
@@ -73,7 +73,7 @@ def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, p
 
 
 @torch.no_grad()
-def choose_levels(model: PreTrainedModel, batches: Iterable[Batch], level: PruneLevel, earlier: Earlier,
+def choose_specs(model: PreTrainedModel, batches: Iterable[Batch], level: PruneLevel, earlier: Earlier,
                   read: Read | None = None) -> dict[str, PruneLevel]:
     """The linears that are pruned, by module name, each with its settings. Collective; `batches` are this rank's share.
 
@@ -81,42 +81,42 @@ def choose_levels(model: PreTrainedModel, batches: Iterable[Batch], level: Prune
     (see choose_layers), or are below the sparsity that an earlier pruning left.
     """
     linears, blocks = family_of(model).dense_linears(model), list(family_of(model).blocks(model))
-    levels = choose_layers({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, level)
-    sizes = {name: linears[name].weight.numel() for name in levels}
+    specs = choose_layers({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, level)
+    sizes = {name: linears[name].weight.numel() for name in specs}
 
     def num_alive(name: str) -> int | None:
         keep = earlier(name)
         return None if keep is None else int(keep.sum())
 
     if level.allocation == "uniform":
-        require_fewer(levels, sizes, num_alive)
-        return levels
+        require_fewer(specs, sizes, num_alive)
+        return specs
     shares = {}
     if level.allocation == "owl":
-        for visit in visit_blocks(model, InputNorms(), levels, batches, read):
+        for visit in visit_blocks(model, InputNorms(), specs, batches, read):
             if visit.linears:
-                layers = [Layer(name, linear.weight, levels[name]) for name, linear in visit.linears.items()]
+                layers = [Layer(name, linear.weight, specs[name]) for name, linear in visit.linears.items()]
                 norms = cast(dict[str, ColumnNorms], visit.statistics)
                 shares[visit.block] = outlier_share(layers, norms, level.outlier_factor)
-    return allocate(levels, sizes, blocks, level, shares, num_alive)
+    return allocate(specs, sizes, blocks, level, shares, num_alive)
 
 
-def prune_layers(model: PreTrainedModel, pruner: Pruner, levels: Mapping[str, PruneLevel], batches: Iterable[Batch],
+def prune_layers(model: PreTrainedModel, pruner: Pruner, specs: Mapping[str, PruneLevel], batches: Iterable[Batch],
                  earlier: Earlier, read: Read | None = None, num_done: int = 0,
                  begin: Callable[[], None] | None = None) -> Iterator[tuple[str, dict[str, BitmaskTensor]]]:
-    """For each block in turn: its name, and the sparse weights of its linears among `levels`, by module name.
+    """For each block in turn: its name, and the sparse weights of its linears among `specs`, by module name.
 
     Collective; `batches` are this rank's share, on the model's device. `read` gives the tensors of a model without
     data: pruned ones of the first `num_done` blocks, which are not pruned again, and of those that this has given out.
     `begin` is called when the inputs of the first block that is pruned are there, in each stack.
     Raises UserError where a method that prunes by inputs gets no token.
     """
-    config = next((level.reconstruction for level in levels.values()), ReconstructionConfig())
+    config = next((spec.reconstruction for spec in specs.values()), ReconstructionConfig())
     if not pruner.Statistics and not config.steps:
         batches = ()
-    for visit in visit_blocks(model, pruner, levels, batches, read, num_done, begin):
+    for visit in visit_blocks(model, pruner, specs, batches, read, num_done, begin):
         reconstruction = Reconstruction(visit.block, visit.run) if config.steps and visit.linears else None
-        weights = _prune_linears(visit, pruner, levels, earlier)
+        weights = _prune_linears(visit, pruner, specs, earlier)
         yield visit.block, reconstruction.fit(model, weights, config) if reconstruction else weights
 
 
@@ -191,7 +191,7 @@ def _untied_head(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _prune_linears(visit: Visit, pruner: Pruner, levels: Mapping[str, PruneLevel],
+def _prune_linears(visit: Visit, pruner: Pruner, specs: Mapping[str, PruneLevel],
                    earlier: Earlier) -> dict[str, BitmaskTensor]:
     """Each rank prunes its part of the linears, and has the weights of all in the end. Collective."""
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in visit.linears.items()}
@@ -201,7 +201,7 @@ def _prune_linears(visit: Visit, pruner: Pruner, levels: Mapping[str, PruneLevel
     def prune_mine() -> None:
         for name in (name for name in shapes if rank_of[name] == dist.rank()):
             weight = visit.linears[name].weight
-            pruned, keep = pruner.prune(Layer(name, weight, levels[name], earlier(name)), visit.statistics.get(name))
+            pruned, keep = pruner.prune(Layer(name, weight, specs[name], earlier(name)), visit.statistics.get(name))
             mine[name] = BitmaskTensor.from_dense(pruned.to(weight.dtype), keep)
 
     dist.agree(prune_mine)

@@ -28,15 +28,17 @@ def choose_layers(shapes: Mapping[str, tuple[int, int]], level: PruneLevel) -> d
     return layers
 
 
-def require_fewer(levels: Mapping[str, PruneLevel], sizes: Mapping[str, int],
+def require_fewer(specs: Mapping[str, PruneLevel], sizes: Mapping[str, int],
                   num_alive: Callable[[str], int | None]) -> None:
-    """Raises UserError where an earlier pruning has left a linear fewer weights than its level keeps. `sizes`: number
+    """Raises UserError where an earlier pruning has left a linear fewer weights than its settings keep. `sizes`: number
     of weights by name; `num_alive`: how many are left, None: all."""
-    for name, level in levels.items():
+    for name, spec in specs.items():
         alive = num_alive(name)
-        if alive is not None and alive < num_kept(sizes[name], level.sparsity):
+        if alive is not None and alive < num_kept(sizes[name], spec.sparsity):
+            below, remedy = (f"prune.pattern={spec.pattern} keeps more", "a sparser pattern") if spec.group else (
+                f"prune.sparsity={spec.sparsity:g} is below", "a higher one")
             raise UserError(f"{name} has {1 - alive / sizes[name]:.4g} zeros from an earlier pruning, which stay, and "
-                            f"prune.sparsity={level.sparsity:g} is below; choose a higher one, or a denser model")
+                            f"{below}; choose {remedy}, or a denser model")
 
 
 def num_kept(num_weights: int, sparsity: float) -> int:
