@@ -1,5 +1,7 @@
 """SparseLinear against nn.Linear with masked weights: outputs, gradients, and the way into a model and out of it."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ def test_only_the_kept_values_and_the_input_are_saved_for_backward():
     assert max(saved) <= sparse.values.numel(), "a dense weight was kept alive until backward"
 
 
-def test_sparsify_and_densify_are_inverse():
+def test_sparsify_and_densify_are_inverse(monkeypatch):
     model = nn.Sequential(nn.Linear(70, 5), nn.ReLU(), nn.Linear(5, 3))
     weights = {name: BitmaskTensor.from_dense(model.get_submodule(name).weight.detach(),
                                               torch.rand(model.get_submodule(name).weight.shape) < 0.5)
@@ -64,7 +66,11 @@ def test_sparsify_and_densify_are_inverse():
     assert list(sparse_linears(sparsify(model, weights))) == ["0", "2"]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"0.values", "0.bias", "2.values", "2.bias"}
+    layers, alive, to_dense = list(map(weakref.ref, sparse_linears(model).values())), [], BitmaskTensor.to_dense
+    monkeypatch.setattr(BitmaskTensor, "to_dense", lambda weight: (
+        alive.append(sum(layer() is not None for layer in layers)), to_dense(weight))[1])
     densify(model)
+    assert alive == [2, 1]  # no two models are held
     assert not sparse_linears(model) and torch.equal(model[0].bias, bias)
     assert torch.equal(model[2].weight, weights["2"].to_dense())
 
