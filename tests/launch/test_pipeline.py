@@ -69,7 +69,8 @@ _NO_SOURCE = {"folder", "name", "tracking.wandb", "*.activation_checkpointing", 
 # and which devices are measured, of which each stage has one.
 _ELSEWHERE = {"task.path", "task.subset", "task.*_split", "task.test_share", "task.language*", "task.max_length",
               "task.shots", "task.system", "model.d_ff", "model.n_kv_heads", "model.window_seconds",
-              "finetune.losses.*", "prune.sparsity", "benchmark.devices", "evaluate.texts.*"}
+              "finetune.losses.*", "prune.sparsity", "prune.reconstruction.learning_rate", "benchmark.devices",
+              "evaluate.texts.*"}
 
 
 def test_the_sources_of_each_stage_are_what_its_job_read(run):

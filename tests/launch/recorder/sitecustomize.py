@@ -58,7 +58,9 @@ def _dump(section, **given):
     # The whole config goes to wandb, which is no result.
     if id(section) in _prefix and not isinstance(section, RunConfig):
         for name in type(section).model_fields:
-            getattr(section, name)
+            value = getattr(section, name)
+            if isinstance(value, Section):
+                _dump(value)
     return dump(section, **given)
 
 
