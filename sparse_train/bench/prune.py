@@ -66,7 +66,7 @@ def prune_rows(methods: Sequence[str], width: int, num_tokens: int, sparsity: fl
     """One row per method: a BlockCost, and under `models` [model, devices, seconds] of each of MODELS."""
     rows = []
     for method in methods:
-        _measure(method, 128, 128, sparsity)  # what libraries do at their first call is no phase
+        _measure(method, 128, 512, sparsity)  # what libraries do at their first call is no phase
         cost = _measure(method, width, num_tokens, sparsity)
         rows.append(asdict(cost) | {"models": [
             [name, num_devices, cost.of_model(*size, num_devices)]

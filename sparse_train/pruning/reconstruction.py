@@ -66,11 +66,11 @@ class Reconstruction:
         for step in range(config.steps):
             adam.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
             gradients, energy = [torch.zeros_like(value) for value in values], values[0].new_zeros(())
-            for output, target in batches:  # one, or none on a rank that has no batch
+            if self._targets:  # a rank may have no batch
+                output, target = next(batches)
                 gradients = list(torch.autograd.grad((output - target).square().sum(), values,
                                                      allow_unused=True, materialize_grads=True))
                 energy += target.square().sum()
-                break
             dist.sum_over_ranks(energy)
             for value, gradient in zip(values, gradients, strict=True):
                 value.grad = dist.sum_over_ranks(gradient).div_(energy)
