@@ -1,7 +1,7 @@
 """Speed of a sparse model on an accelerator, in BF16, beside dense torch.
 
     expand   weights are expanded and then multiplied, as a model is decoded there
-    sparse   the product of triton_matvec.py, for linears; no model runs with it yet
+    sparse   the product of triton_matrix.py, for linears; no model runs with it yet
 """
 
 import functools
@@ -37,18 +37,18 @@ def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int
                       device: torch.device, progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """As layer_rows, for torch's dense product, for expanding the weight before it, and for the sparse product."""
     require("cuda")
-    from sparse_train.kernels.triton_matvec import RunMatrix
+    from sparse_train.kernels.triton_matrix import DeviceMatrix
 
     inputs = [torch.randn(1, weight.shape[1], dtype=_DTYPE, device=device) for weight in weights]
     products: dict[tuple[str, str], list[Callable[[torch.Tensor], torch.Tensor]]] = {}
     num_bytes: dict[tuple[str, str], int] = {}
     for weight in weights:
         dense, layer = weight.to_dense().to(device, _DTYPE), SparseLinear(weight).to(_DTYPE).to(device)
-        runs = RunMatrix(layer.values, layer.bitmask, weight.shape[1])
+        runs = DeviceMatrix(layer.values, layer.bitmask, weight.shape[1])
         for engine, product, size in (
                 ("torch", functools.partial(functional.linear, weight=dense), dense.nbytes),
                 ("expand", layer, layer.values.nbytes + layer.bitmask.nbytes),
-                ("sparse", lambda x, runs=runs: runs.matvec(x[0])[None], runs.num_bytes)):
+                ("sparse", runs.matvec, runs.num_bytes)):
             products.setdefault((engine, "bf16"), []).append(product)
             num_bytes[engine, "bf16"] = num_bytes.get((engine, "bf16"), 0) + size
 

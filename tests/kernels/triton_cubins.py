@@ -36,7 +36,7 @@ def _launched(target: int) -> dict:
     what they launch and do not start it."""
     from triton.runtime import JITFunction, driver
 
-    from sparse_train.kernels import triton_matvec, triton_moves
+    from sparse_train.kernels import triton_matrix, triton_moves
 
     kernels, run = [], JITFunction.run
 
@@ -56,8 +56,8 @@ def _launched(target: int) -> dict:
                 found[f"{move}-{dtype.itemsize}"] = [(kernel, 8 * triton_moves._MOST_BYTES) for kernel in kernels]
         kernels.clear()
         values = torch.zeros(bits.numel() * 8, dtype=torch.bfloat16)
-        triton_matvec.RunMatrix(values, bits, _NUM_COLUMNS).matvec(values[:_NUM_COLUMNS])
-        found["product"] = [(kernel, 32 * kernel.metadata.num_warps * triton_matvec._CHUNK) for kernel in kernels]
+        triton_matrix.DeviceMatrix(values, bits, _NUM_COLUMNS).matvec(values[:_NUM_COLUMNS])
+        found["product"] = [(kernel, 32 * kernel.metadata.num_warps * triton_matrix._CHUNK) for kernel in kernels]
     finally:
         JITFunction.run = run
     return found

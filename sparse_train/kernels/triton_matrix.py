@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_train.kernels.arguments import check_bits, check_tensor
+from sparse_train.kernels.arguments import check_bits, check_tensor, consecutive, describe
 from sparse_train.kernels.reference import unpack
 
 _ROWS, _LANES, _CHUNK = 32, 8, 8
@@ -23,16 +23,26 @@ _MOST_COLUMNS = 32_768
 """128 KB of activations in shared memory."""
 
 
-class RunMatrix:
-    """A weight (R, C) of BF16 values, laid out for `matvec`."""
+class DeviceMatrix:
+    """A sparse weight (R, C) laid out for products on a GPU; inference only.
 
-    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int):
-        """Raises ValueError for arguments that do not fit."""
+    `values` (nnz,) bfloat16, and `bitmask` (R, 8 * ceil(C / 64)) uint8 on the same device. `num_rows`, of x, is how
+    many vectors most products will have: the layout is chosen for them, any other number is right too. Products take
+    and give BF16 and sum in FP32. They are launches on torch's current stream that wait for nothing, with memory from
+    torch alone, so a CUDA graph captures them. Raises ValueError for what does not fit.
+    """
+
+    dtype = torch.bfloat16
+    """Of the activations that it multiplies, which is what code asks a layer's weight for."""
+
+    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
+                 scale: torch.Tensor | None = None, num_rows: int = 1):
         check_tensor("values", values, None, dtypes=(torch.bfloat16,))
         check_bits(bitmask, num_columns, device=values.device)
         if not 0 < num_columns <= _MOST_COLUMNS:
             raise ValueError(f"num_columns is {num_columns}; a product on the GPU takes 1 to {_MOST_COLUMNS}")
-        self.shape = (len(bitmask), num_columns)
+        self.shape, self.device, self.precision = (len(bitmask), num_columns), values.device, "bf16"
+        self.density = len(values) / max(1, self.shape[0] * self.shape[1])
         keep = unpack(bitmask, num_columns)
         order = keep.sum(1).argsort(descending=True)
         number = torch.zeros(self.shape, dtype=torch.int64, device=values.device)
@@ -64,17 +74,23 @@ class RunMatrix:
         """What a product reads of the weight."""
         return sum(tensor.nbytes for tensor in (self._values, self._distances, self._starts, self._rows))
 
-    def matvec(self, x: torch.Tensor) -> torch.Tensor:
-        """x (C,) BF16 -> y (R,) FP32."""
-        check_tensor("x", x, self.shape[1], device=self._values.device, dtypes=(torch.bfloat16,))
-        y = x.new_empty(self.shape[0], dtype=torch.float32)
-        if len(y):
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (..., C) BF16 -> (..., R) BF16, with any number of rows: the rule of which kernel is here alone."""
+        if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != self.dtype
+                or x.device != self.device or x.layout != torch.strided):
+            raise ValueError(f"x is {describe(x)}; it needs rows of {self.shape[1]} bfloat16 numbers on {self.device}")
+        y = x.new_empty(*x.shape[:-1], self.shape[0])
+        if y.numel():
+            rows = consecutive(x).view(-1, self.shape[1])
             with torch.cuda.device_of(x):
-                _matvec[(len(self._rows) // _ROWS,)](
-                    self._values, self._distances, self._starts, self._first_chunks, self._rows, x.contiguous(), y,
-                    self.shape[0], self.shape[1], triton.next_power_of_2(self.shape[1]), _ROWS, _LANES, _CHUNK, _STAGES,
-                    num_warps=_ROWS * _LANES // 32, enable_fp_fusion=True)
+                for row, out in zip(rows, y.view(len(rows), -1), strict=True):
+                    _matvec[(len(self._rows) // _ROWS,)](
+                        self._values, self._distances, self._starts, self._first_chunks, self._rows, row, out,
+                        self.shape[0], self.shape[1], triton.next_power_of_2(self.shape[1]), _ROWS, _LANES, _CHUNK,
+                        _STAGES, num_warps=_ROWS * _LANES // 32, enable_fp_fusion=True)
         return y
+
+    matvec = matmul
 
 
 def _bridge(rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
