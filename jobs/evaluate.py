@@ -13,9 +13,9 @@ from sparse_train.jobs.job import Job
 from sparse_train.jobs.ledger import Ledger
 from sparse_train.models import DTYPES, load_model, load_processor
 from sparse_train.sparse import densify, sparse_linears
+from sparse_train.stopping import StopMonitor
 from sparse_train.tasks import build_task, scored_examples
 from sparse_train.tasks.general_text import GeneralText
-from sparse_train.training.stopping import StopMonitor
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 from sparse_train import dist
 from sparse_train.artifacts import parse_json, write_text
 from sparse_train.jobs.job import Job, Stopped, finished_file
+from sparse_train.stopping import StopMonitor
 from sparse_train.tasks import ForEach
-from sparse_train.training.stopping import StopMonitor
 
 
 class Ledger:

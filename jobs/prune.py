@@ -12,9 +12,9 @@ from sparse_train.jobs.job import Job, Stopped
 from sparse_train.models import family_of, load_processor, open_model, save_model
 from sparse_train.pruning import build_pruner, calibration_batches, choose_specs, prune_layers
 from sparse_train.pruning.saved import PrunedBlocks
+from sparse_train.resources import peak_memory
 from sparse_train.sparse import densify
-from sparse_train.training.resources import peak_memory
-from sparse_train.training.stopping import StopMonitor
+from sparse_train.stopping import StopMonitor
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ def run(job: Job) -> dict[str, Any]:
     model, blocks = densify(model), PrunedBlocks(job.out / "checkpoints", folder)
     num_blocks = len(family_of(model).blocks(model))
     batches = list(calibration_batches(level, job.config.task, processor)) if level.calibrates else []
-    specs = choose_specs(model, batches, level, blocks.earlier, folder.get_dense)
+    sparsities = blocks.sparsities(lambda: {name: spec.sparsity for name, spec in choose_specs(
+        model, batches, level, blocks.earlier, folder.get_dense).items()})
+    specs = {name: level.model_copy(update={"sparsity": sparsity}) for name, sparsity in sparsities.items()}
     with StopMonitor(job.deadline_s) as monitor:
         for name, weights in prune_layers(model, build_pruner(level), specs, batches, blocks.earlier, blocks.read,
                                           blocks.num_done, monitor.begin_step):

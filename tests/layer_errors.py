@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import pytest
 import torch
 
 from sparse_train.config import PruneConfig, TaskConfig
@@ -88,5 +89,9 @@ def _rows(path: str) -> Iterator[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m tests.layer_errors GSM8K")
-    for row in _rows(sys.argv[1]):
-        print(row, flush=True)
+    try:
+        for row in _rows(sys.argv[1]):
+            print(row, flush=True)
+    except pytest.skip.Exception as missing:  # as a test says it
+        print(missing, file=sys.stderr)
+        sys.exit(2)

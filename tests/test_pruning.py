@@ -308,6 +308,7 @@ def test_inputs_that_are_not_finite_name_the_linear_the_batch_and_the_example():
 
 @pytest.mark.parametrize("keys, message", [
     ({"sparsity": 0.5}, r"prune\.sparsity=0\.5 is below; choose a higher one"),
+    ({"sparsity": 0.9, "layer_sparsity": {"*.up_proj": 0.3}}, r"prune\.layer_sparsity=0\.3 is below; choose a higher"),
     ({"pattern": "2:4"}, r"prune\.pattern=2:4 keeps more; choose a sparser pattern"),
 ])
 def test_a_sparsity_below_the_one_that_a_model_has_is_refused_before_anything_changes(keys, message):

@@ -89,7 +89,7 @@ def choose_specs(model: PreTrainedModel, batches: Iterable[Batch], level: PruneL
         return None if keep is None else int(keep.sum())
 
     if level.allocation == "uniform":
-        require_fewer(specs, sizes, num_alive)
+        require_fewer(specs, level, sizes, num_alive)
         return specs
     shares = {}
     if level.allocation == "owl":

@@ -24,19 +24,19 @@ def choose_layers(shapes: Mapping[str, tuple[int, int]], level: PruneLevel) -> d
     if not layers:
         raise UserError("prune.targets and prune.ignore leave no linear to prune; let at least one be pruned")
     for name, layer in layers.items():
-        _check_shape(name, shapes[name], layer, "sparsity" if layer.sparsity == level.sparsity else "layer_sparsity")
+        _check_shape(name, shapes[name], layer, _source(layer, level))
     return layers
 
 
-def require_fewer(specs: Mapping[str, PruneLevel], sizes: Mapping[str, int],
+def require_fewer(specs: Mapping[str, PruneLevel], level: PruneLevel, sizes: Mapping[str, int],
                   num_alive: Callable[[str], int | None]) -> None:
-    """Raises UserError where an earlier pruning has left a linear fewer weights than its settings keep. `sizes`: number
-    of weights by name; `num_alive`: how many are left, None: all."""
+    """Raises UserError where an earlier pruning has left a linear fewer weights than its settings, made from `level`,
+    keep. `sizes`: number of weights by name; `num_alive`: how many are left, None: all."""
     for name, spec in specs.items():
         alive = num_alive(name)
         if alive is not None and alive < num_kept(sizes[name], spec.sparsity):
             below, remedy = (f"prune.pattern={spec.pattern} keeps more", "a sparser pattern") if spec.group else (
-                f"prune.sparsity={spec.sparsity:g} is below", "a higher one")
+                f"prune.{_source(spec, level)}={spec.sparsity:g} is below", "a higher one")
             raise UserError(f"{name} has {1 - alive / sizes[name]:.4g} zeros from an earlier pruning, which stay, and "
                             f"{below}; choose {remedy}, or a denser model")
 
@@ -69,6 +69,11 @@ def _sparsity(name: str, level: PruneLevel) -> float:
     if not patterns:
         return level.sparsity
     return level.layer_sparsity[max(patterns, key=lambda pattern: (len(pattern), pattern))]
+
+
+def _source(layer: PruneLevel, level: PruneLevel) -> str:
+    """The key of `prune` where the layer's sparsity comes from."""
+    return "sparsity" if layer.sparsity == level.sparsity else "layer_sparsity"
 
 
 def _check_shape(name: str, shape: tuple[int, int], layer: PruneLevel, key: str) -> None:

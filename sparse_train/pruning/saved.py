@@ -1,5 +1,6 @@
 """Pruned blocks as files, each written and signed as it is finished. They are the only place where a whole student is.
 
+    FOLDER/sparsities.json                     of each linear that is pruned
     FOLDER/step-00000003/sparse.safetensors    weights of the third block, as the student has them; then DONE
 
 A pruning that was killed goes on behind the last one.
@@ -44,6 +45,18 @@ class PrunedBlocks:
                 if path.name not in signed or path.name >= self._next().name:
                     shutil.rmtree(path)
         dist.barrier()
+
+    def sparsities(self, choose: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """Collective. By module name; what an earlier attempt chose counts, because choosing may take a pass over the
+        model."""
+        file = self._folder / "sparsities.json"
+        found = dist.from_rank_0(artifacts.read_json(file) if dist.rank() == 0 and file.is_file() else None)
+        if found is None:
+            found = dict(choose())
+            if dist.rank() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                artifacts.write_json(file, found)
+        return found
 
     def _next(self) -> Path:
         return self._folder / f"step-{self.num_done + 1:08d}"

@@ -8,7 +8,7 @@
     partition.py, sequence.py                 how ranks share a parameter, and the tokens of an example
     order.py, schedule.py                     examples and learning rate of a step
     checkpoint.py, fragments.py, bits.py      saved states; what of them a rank owns; bits that do not change
-    stopping.py, metrics.py, resources.py     when to stop early; lines of metrics; memory and load
+    metrics.py                                lines of metrics
 """
 
 from sparse_train.training.bits import audit

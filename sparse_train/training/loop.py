@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sparse_train import dist
+from sparse_train.stopping import StopMonitor
 from sparse_train.training import checkpoint
 from sparse_train.training.bits import FrozenBits
 from sparse_train.training.metrics import Meter
 from sparse_train.training.run import Hooks, TrainingRun
 from sparse_train.training.step import Trainer
-from sparse_train.training.stopping import StopMonitor
 
 
 @dataclass(frozen=True)

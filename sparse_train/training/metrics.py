@@ -7,7 +7,7 @@ import torch
 
 from sparse_train import dist
 from sparse_train.registry import LOSS_TERMS
-from sparse_train.training.resources import RESOURCES, usage_by_node
+from sparse_train.resources import RESOURCES, usage_by_node
 from sparse_train.training.step import StepResult
 
 _NUM_TOKENS = "num_tokens"

@@ -1,4 +1,4 @@
-"""When a training has to stop early: after a signal, and before the deadline."""
+"""When a stage has to stop early: after a signal, and before the deadline."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The flag that signals and the deadline set. The trainings that obey it are in test_resume."""
+"""The flag that signals and the deadline set. The trainings that obey it are in training/test_resume."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sparse_train.training.stopping import StopMonitor
+from sparse_train.stopping import StopMonitor
 
 
 class _Left(Exception):
