@@ -6,6 +6,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from sparse_train.jobs import prune as prune_job
 from sparse_train.jobs.job import Input, Job, Stopped
 from sparse_train.jobs.stage import Kind, Stage
 from sparse_train.models import build_model, build_processor, load_model, load_processor, open_model, save_model
-from sparse_train.pruning import blockwise, calibration_batches, prune
-from sparse_train.pruning.blockwise import assign
+from sparse_train.pruning import blockwise, calibration_batches, prune, rows
+from sparse_train.pruning.pattern import keep_largest
+from sparse_train.pruning.rows import Piece, divide
 from sparse_train.pruning.saved import PrunedBlocks
 from sparse_train.sparse import densify, sparse_linears, sparsify
 from sparse_train.tasks.batch import collate
@@ -26,12 +28,15 @@ from tests.models import tiny_examples, tiny_model, tiny_tokenizer
 from tests.ranks import run_ranks
 
 SPECS = [("llama", {"sparsity": 0.6}), ("t5", {"pattern": "2:4", "method": "wanda"}),
-         ("mpt", {"sparsity": 0.7, "method": "admm"}), ("opt", {"sparsity": 0.5, "method": "magnitude"})]
+         ("mpt", {"sparsity": 0.7, "method": "admm", "options": {"iterations": 4, "ramp": 2}}),
+         ("opt", {"sparsity": 0.5, "method": "magnitude"}),
+         ("opt", {"sparsity": 0.6, "method": "alps", "options": {"iterations": 8}}),
+         ("llama", {"pattern": "4:8", "method": "admm"})]
 
 
 def _prune_all(specs):
-    """[{name: (values, bitmask)} of each], and the models' weights are those."""
-    with one_thread():
+    """[{name: (values, bitmask)} of each], and the models' weights are those. Linears of more than 8 rows are large."""
+    with one_thread(), patch.object(rows, "PANEL", 8):
         return [_pruned(family, PruneConfig(**spec)) for family, spec in specs]
 
 
@@ -56,7 +61,7 @@ def _pruned(family, spec):
     return {name: (weight.values, weight.bitmask) for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize("world, specs", [(3, SPECS[:2]), *(
+@pytest.mark.parametrize("world, specs", [(3, SPECS[:3]), *(
     pytest.param(world, SPECS, marks=pytest.mark.slow) for world in (2, 3, 5))])
 def test_the_number_of_ranks_changes_no_bit(world, specs):
     """Of four batches, three ranks have two, one and one; the last of five has none."""
@@ -234,6 +239,36 @@ def test_what_one_rank_meets_is_said_by_all():
 
 def test_linears_are_divided_by_their_cost():
     shapes = {"small": (8, 8), "down": (8, 32), "up": (32, 8), "query": (8, 8), "key": (8, 8)}
-    rank_of = assign(shapes, 2)
+    rank_of = {piece.name: piece.rank for piece in divide(shapes, 2, divides_rows=False)}
     assert rank_of["down"] == 0 and {rank for name, rank in rank_of.items() if name != "down"} == {1}
-    assert set(assign(shapes, 1).values()) == {0} and sorted(assign(shapes, 8).values()) == [0, 1, 2, 3, 4]
+    assert {piece.rank for piece in divide(shapes, 1, divides_rows=True)} == {0}
+    assert [piece.rank for piece in divide(shapes, 8, divides_rows=False)] == [0, 1, 2, 3, 4]
+
+
+def test_a_linear_of_more_than_a_ranks_share_is_divided_into_whole_panels():
+    """On 3 ranks that is true of both large ones, but one of them has a single panel."""
+    shapes = {"small": (64, 64), "up": (1000, 256), "down": (256, 1000)}
+    assert divide(shapes, 3, divides_rows=True) == [
+        Piece("down", 0, 256, 0), Piece("up", 0, 1000, 1), Piece("small", 0, 64, 2)]
+    shapes["down"] = (700, 1000)
+    assert divide(shapes, 2, divides_rows=True)[:2] == [Piece("down", 0, 256, 0), Piece("down", 256, 700, 1)]
+    pieces = divide({"down": (700, 1000)}, 5, divides_rows=True)
+    assert [(piece.start, piece.stop) for piece in pieces] == [(0, 0), (0, 256), (256, 256), (256, 512), (512, 700)]
+
+
+def _scores(seed):
+    """With many ties, negative ones and infinite ones."""
+    scores = torch.randn(7, 6, generator=torch.Generator().manual_seed(seed)).mul(3).round()
+    return scores.masked_fill(scores == 4, torch.inf).masked_fill(scores == -4, -torch.inf)
+
+
+def _keep_largest_of_all():
+    edges = [0, 3, 3, 7]
+    mine = slice(edges[dist.rank()], edges[dist.rank() + 1])
+    return [keep_largest(_scores(seed)[mine], count, over_ranks=True) for seed in range(8) for count in (0, 1, 20, 42)]
+
+
+def test_the_largest_of_all_ranks_are_those_of_one():
+    for index, found in enumerate(zip(*run_ranks(_keep_largest_of_all, 3), strict=True)):
+        expected = keep_largest(_scores(index // 4), (0, 1, 20, 42)[index % 4])
+        assert torch.equal(torch.cat(found), expected)

@@ -21,6 +21,7 @@ from sparse_train.config import ModelConfig, PruneConfig
 from sparse_train.models import describe, family_of
 from sparse_train.models.empty import from_config
 from sparse_train.pruning import Layer, Pruner, build_pruner, prune
+from sparse_train.pruning.rows import divide
 from sparse_train.tasks import Batch
 
 _SEQUENCE = 2048  # tokens of an example; shorter if there are fewer in all, and only whole ones count
@@ -36,8 +37,19 @@ ASSUMPTIONS = (
     "first up to the inputs of its last linear",
     "forward passes and statistics grow with the square of the width",
     "so do the updates of methods that decompose nothing; otherwise both grow with its cube",
-    "a linear is pruned on one device, the largest of a block first; devices wait for each other at each block",
+    "devices share a block's linears, the largest first, and wait for each other at each block; with admm and alps the "
+    "rows of a large one are divided, and each device repeats its decompositions",
     "every device is like this one; reading, writing and communication take no time")
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """What pruning a linear takes, in seconds."""
+
+    shape: tuple[int, int]
+    """(R, C)"""
+    decompositions: float
+    updates: float
 
 
 @dataclass(frozen=True)
@@ -49,16 +61,20 @@ class BlockCost:
     num_tokens: int
     seconds: dict[str, float]
     """By phase; forward is both passes: one to collect statistics, one for what the next block reads."""
-    linears: dict[str, float]
-    """By name, seconds of decompositions and updates."""
+    linears: dict[str, LinearCost]
+    """By name."""
+    divides_rows: bool
+    """As Pruner.divides_rows."""
 
     def of_model(self, width: int, num_blocks: int, num_devices: int) -> float:
         """Seconds for a model, as ASSUMPTIONS say."""
         passes = (self.seconds["forward"] + self.seconds["statistics"]) * MODEL_TOKENS / self.num_tokens
-        loads = [0.0] * num_devices
-        for seconds in sorted(self.linears.values(), reverse=True):
-            loads[loads.index(min(loads))] += seconds
-        scale, power = width / self.width, 3 if self.seconds["decompositions"] else 2
+        loads, scale, power = [0.0] * num_devices, width / self.width, 3 if self.seconds["decompositions"] else 2
+        shapes = {name: (int(rows * scale), int(columns * scale))
+                  for name, (rows, columns) in ((name, cost.shape) for name, cost in self.linears.items())}
+        for name, start, stop, device in divide(shapes, num_devices, self.divides_rows):
+            cost = self.linears[name]
+            loads[device] += cost.decompositions + cost.updates * (stop - start) / shapes[name][0]
         return num_blocks * (scale**2 * (passes / num_devices + self.seconds["other"]) + scale**power * max(loads))
 
 
@@ -74,22 +90,24 @@ def prune_rows(methods: Sequence[str], width: int, num_tokens: int, sparsity: fl
     return rows
 
 
-def _measure(method: str, width: int, num_tokens: int, sparsity: float) -> BlockCost:
+def _measure(name: str, width: int, num_tokens: int, sparsity: float) -> BlockCost:
     torch.manual_seed(0)
     length = min(num_tokens, _SEQUENCE)
     heads = width // (64 if width % 128 else 128)
     model = to_device(from_config(describe(ModelConfig(
         family="mpt", d_model=width, n_layers=1, n_heads=heads, max_seq_len=length, vocab_size=512))), dist.device())
     (block,) = family_of(model).blocks(model).values()
-    spec = PruneConfig(method=method, sparsity=sparsity)
+    spec = PruneConfig(method=name, sparsity=sparsity)
     batches = [_batch(length) for _ in range(num_tokens // length)]
-    clock, method_class, linears = _Clock(), type(build_pruner(spec)), {}
+    clock, linears, method = _Clock(), {}, build_pruner(spec)
+    method_class = type(method)
     update = clock.of("updates", method_class.prune)
 
     def prune_linear(pruner: Pruner, layer: Layer, statistics: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        start = _now()
+        before = dict(clock.seconds)
         pruned = update(pruner, layer, statistics)
-        linears[layer.name.rpartition(".")[2]] = _now() - start
+        linears[layer.name.rpartition(".")[2]] = LinearCost((layer.weight.shape[0], layer.weight.shape[1]), *(
+            clock.seconds[phase] - before.get(phase, 0.0) for phase in ("decompositions", "updates")))
         return pruned
 
     with ExitStack() as patches:
@@ -105,7 +123,8 @@ def _measure(method: str, width: int, num_tokens: int, sparsity: float) -> Block
             for batch in batches:
                 with torch.no_grad():
                     model(**batch.inputs(), use_cache=False)
-    return BlockCost(method, width, length * len(batches), {phase: clock.seconds[phase] for phase in PHASES}, linears)
+    seconds = {phase: clock.seconds[phase] for phase in PHASES}
+    return BlockCost(name, width, length * len(batches), seconds, linears, method.divides_rows)
 
 
 def _batch(length: int) -> Batch:

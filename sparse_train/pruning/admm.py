@@ -22,6 +22,7 @@ from sparse_train.config import Section
 from sparse_train.config.base import Positive
 from sparse_train.pruning.pattern import keep_best
 from sparse_train.pruning.pruner import Layer, Pruner
+from sparse_train.pruning.rows import multiply
 from sparse_train.pruning.statistics import Hessian
 
 
@@ -39,13 +40,14 @@ class Admm(Pruner[Hessian]):
     Statistics = Hessian
     Options = AdmmOptions
     options: AdmmOptions
+    divides_rows = True
 
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         """The updated weight is fp32."""
         spec, (weight, hessian, scale) = layer.spec, with_unit_diagonal(layer, statistics)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(
             hessian + self.options.penalty * torch.eye(len(hessian), device=hessian.device)))
-        target = weight @ hessian
+        target = multiply(weight, hessian)
         x, u = weight, torch.zeros_like(weight)
         for index in range(1, self.options.iterations + 1):
             left = max(0.0, 1 - index / self.options.ramp) if self.options.ramp else 0.0
@@ -53,7 +55,7 @@ class Admm(Pruner[Hessian]):
             keep = keep_best((x + u).abs(), eased)
             z = (x + u) * keep
             u += x - z
-            x = (target + self.options.penalty * (z - u)) @ inverse
+            x = multiply(target + self.options.penalty * (z - u), inverse)
         keep = keep_best((x + u).abs(), layer)
         return (x + u) * keep / scale, keep
 

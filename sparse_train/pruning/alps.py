@@ -23,6 +23,7 @@ from sparse_train.config.base import Positive
 from sparse_train.pruning.admm import with_unit_diagonal
 from sparse_train.pruning.pattern import keep_best
 from sparse_train.pruning.pruner import Layer, Pruner
+from sparse_train.pruning.rows import multiply
 from sparse_train.pruning.statistics import Hessian
 
 _INTERVAL = 3  # iterations from one look at the bits to the next
@@ -45,24 +46,25 @@ class Alps(Pruner[Hessian]):
     Statistics = Hessian
     Options = AlpsOptions
     options: AlpsOptions
+    divides_rows = True
 
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         """The updated weight is fp32."""
         weight, hessian, scale = with_unit_diagonal(layer, statistics)
         eigenvalues, vectors = torch.linalg.eigh(hessian)
         eigenvalues.clamp_(min=0)  # rounding may leave some below
-        target, rho, has_grown = weight @ hessian, self.options.penalty, False
+        target, rho, has_grown = multiply(weight, hessian), self.options.penalty, False
         first = keep = seen = keep_best(weight.abs(), layer)
         d, u = weight * first, torch.zeros_like(weight)
         inverse = (vectors / (eigenvalues + rho)) @ vectors.T
         for index in range(1, self.options.iterations + 1):
-            b = (target + rho * (d - u)) @ inverse
+            b = multiply(target + rho * (d - u), inverse)
             keep = keep_best((b + u).abs(), layer)
             d = (b + u) * keep
             u += b - d
             if index % _INTERVAL:
                 continue
-            changed, seen = int((keep ^ seen).sum()) / int(keep.sum()), keep
+            changed, seen = layer.count(keep ^ seen) / layer.count(keep), keep
             growth = next((factor for share, factor in _GROWTH if changed > share), None)
             if not has_grown and changed <= _SLOW and rho > _LEAST:
                 rho /= _FALL

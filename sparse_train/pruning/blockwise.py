@@ -7,8 +7,9 @@
 
 The decoder's arguments are recorded after the encoder is pruned, so its cross-attention learns from pruned states.
 
-Over ranks: each has its share of the batches, statistics are summed, and each prunes some of a block's linears, whose
-weights it sends to the others. A model may be without data: a block's tensors are then read while they are needed.
+Over ranks: each has its share of the batches, statistics are summed, and each prunes some of a block's linears, or some
+rows of a large one (rows.py), which it sends to the others. A model may be without data: a block's tensors are then
+read while they are needed.
 """
 
 import functools
@@ -31,6 +32,7 @@ from sparse_train.pruning.collect import collect, warn_of_few_tokens
 from sparse_train.pruning.layers import choose_layers, require_fewer
 from sparse_train.pruning.pruner import Collects, Layer, Pruner, Statistics, build_pruner
 from sparse_train.pruning.reconstruction import Reconstruction
+from sparse_train.pruning.rows import Piece, divide
 from sparse_train.pruning.statistics import ColumnNorms
 from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks import Batch
@@ -193,40 +195,41 @@ def _untied_head(model: PreTrainedModel) -> list[nn.Module]:
 @torch.no_grad()
 def _prune_linears(visit: Visit, pruner: Pruner, specs: Mapping[str, PruneLevel],
                    earlier: Earlier) -> dict[str, BitmaskTensor]:
-    """Each rank prunes its part of the linears, and has the weights of all in the end. Collective."""
+    """Each rank prunes its pieces of the linears, and has the weights of all in the end. Collective."""
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in visit.linears.items()}
-    rank_of = assign(shapes, dist.world_size())
-    mine: dict[str, BitmaskTensor] = {}
+    pieces = divide(shapes, dist.world_size(), pruner.divides_rows)
+    made: dict[Piece, BitmaskTensor] = {}
 
     def prune_mine() -> None:
-        for name in (name for name in shapes if rank_of[name] == dist.rank()):
-            weight = visit.linears[name].weight
-            pruned, keep = pruner.prune(Layer(name, weight, specs[name], earlier(name)), visit.statistics.get(name))
-            mine[name] = BitmaskTensor.from_dense(pruned.to(weight.dtype), keep)
+        for piece in (piece for piece in pieces if piece.rank == dist.rank()):
+            name, rows, num_rows = piece.name, slice(piece.start, piece.stop), shapes[piece.name][0]
+            weight, alive = visit.linears[name].weight[rows], earlier(name)
+            layer = Layer(name, weight, specs[name], None if alive is None else alive[rows],
+                          None if len(weight) == num_rows else num_rows)
+            pruned, keep = pruner.prune(layer, visit.statistics.get(name))
+            made[piece] = BitmaskTensor.from_dense(pruned.to(weight.dtype), keep)
 
     dist.agree(prune_mine)
-    num_values: dict[str, int] = {}
-    for counts in dist.gather_objects({name: weight.values.numel() for name, weight in mine.items()}):
+    num_values: dict[Piece, int] = {}
+    for counts in dist.gather_objects({piece: weight.values.numel() for piece, weight in made.items()}):
         num_values |= counts
     weights = {}
-    for name, (rows, columns) in shapes.items():
+    for name, shape in shapes.items():
         weight = visit.linears[name].weight
-        if name not in mine:
-            mine[name] = BitmaskTensor(weight.new_empty(num_values[name]), weight.new_empty(
-                rows, 8 * -(-columns // 64), dtype=torch.uint8), (rows, columns))
-        weights[name] = mine.pop(name)
-        dist.broadcast(weights[name].values, rank_of[name])
-        dist.broadcast(weights[name].bitmask, rank_of[name])
+        parts = [_on_all_ranks(piece, made.pop(piece, None), num_values[piece], weight)
+                 for piece in pieces if piece.name == name]
+        weights[name] = parts[0] if len(parts) == 1 else BitmaskTensor(
+            torch.cat([part.values for part in parts]), torch.cat([part.bitmask for part in parts]), shape)
         weight.data.copy_(weights[name].to_dense())
     return weights
 
 
-def assign(shapes: Mapping[str, tuple[int, int]], num_ranks: int) -> dict[str, int]:
-    """Name -> rank: the costliest linear first, each to the rank that has least. A method factorises C x C and takes
-    some products of that with R x C."""
-    costs = {name: columns * columns * (rows + columns) for name, (rows, columns) in shapes.items()}
-    loads, rank_of = [0] * num_ranks, {}
-    for name in sorted(costs, key=costs.__getitem__, reverse=True):
-        rank_of[name] = loads.index(min(loads))
-        loads[rank_of[name]] += costs[name]
-    return rank_of
+def _on_all_ranks(piece: Piece, mine: BitmaskTensor | None, num_values: int, weight: torch.Tensor) -> BitmaskTensor:
+    """`mine` of the rank that has it. Collective."""
+    if mine is None:
+        rows, columns = piece.stop - piece.start, weight.shape[1]
+        mine = BitmaskTensor(weight.new_empty(num_values), weight.new_empty(
+            rows, 8 * -(-columns // 64), dtype=torch.uint8), (rows, columns))
+    dist.broadcast(mine.values, piece.rank)
+    dist.broadcast(mine.bitmask, piece.rank)
+    return mine

@@ -9,10 +9,12 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
+from sparse_train import dist
 from sparse_train.config import PruneConfig, PruneLevel, Section
 from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.pruning.refit import refit
+from sparse_train.pruning.rows import panels
 from sparse_train.pruning.statistics import ColumnNorms, Hessian
 from sparse_train.registry import PRUNERS
 
@@ -54,11 +56,23 @@ class Layer:
     """Its sparsity is this layer's own."""
     earlier: torch.Tensor | None = None
     """keep (R, C) of a level before: what it dropped stays dropped."""
+    num_rows: int | None = None
+    """Of the linear whose rows are divided over the ranks, which prune it together; `weight` has this rank's. None: it
+    has all of them."""
+
+    @property
+    def num_weights(self) -> int:
+        """Of the whole linear."""
+        return (self.weight.shape[0] if self.num_rows is None else self.num_rows) * self.weight.shape[1]
+
+    def count(self, mask: torch.Tensor) -> int:
+        """True entries of `mask` (R, C), over the whole linear. Collective where that is divided."""
+        return int(mask.sum() if self.num_rows is None else dist.sum_over_ranks(mask.sum()))
 
     def require_finite(self, statistics: Statistics) -> None:
-        """Raises UserError where the weight or `statistics` are not."""
+        """Raises UserError where the weight or `statistics` are not. Collective where the linear is divided."""
         for what, tensor in (("its weight", self.weight), ("what reaches it in calibration", statistics.sum)):
-            if not torch.isfinite(tensor).all():
+            if self.count(~torch.isfinite(tensor)):
                 raise UserError(f"{self.name}: {what} is not finite; the dense model is damaged or overflows")
 
 
@@ -68,6 +82,9 @@ class Pruner(ABC, Generic[S]):
     calibration data is read (`calibrates=False` in the registry)."""
     Options: ClassVar[type[Section]] = Section
     """Schema of `prune.options`, the method's own settings."""
+    divides_rows: bool = False
+    """Whether `prune` may get some of a linear's rows on each rank. It then chooses bits with keep_best alone, and
+    takes products with `multiply` (rows.py)."""
 
     def __init__(self, options: Section | None = None):
         """`options`: an instance of the class's Options; None: its defaults."""
@@ -91,7 +108,7 @@ class Refitted(Pruner[Hessian]):
 
     def __init__(self, method: Pruner):
         super().__init__()
-        self._method = method
+        self._method, self.divides_rows = method, method.divides_rows
 
     @property
     def without_inputs(self) -> str:
@@ -102,7 +119,8 @@ class Refitted(Pruner[Hessian]):
         layer.require_finite(statistics)
         pruned, keep = self._method.prune(layer, statistics if self._method.Statistics else None)
         hessian, _ = statistics.damped(layer.spec.damping)
-        return refit(layer.weight, pruned, keep, hessian), keep
+        return torch.cat([refit(weight, values, bits, hessian)
+                          for weight, values, bits in panels(layer.weight, pruned, keep)]), keep
 
 
 def build_pruner(spec: PruneConfig) -> Pruner:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mpt.modeling_mpt import MptBlock
 
 from sparse_train import kernels
+from sparse_train.bench.prune import MODEL_TOKENS, BlockCost, LinearCost
 from sparse_train.bench.train import TrainBench, _Products
 from sparse_train.config import TaskConfig
 from sparse_train.launch.cli import main
@@ -156,10 +157,13 @@ def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(caps
     assert "262,144 calibration tokens" in table[-1] and "4,096 tokens" in table[0] and len(found["rows"]) == 2
     assert len(ended) == 2 + 3  # sparsegpt's, of the warm-up and of the measurement
     for row, is_read in zip(found["rows"], (False, True), strict=True):
-        seconds, linears = row["seconds"], row["linears"]
+        seconds, linears = row["seconds"], {}
         assert [seconds[phase] > 0 for phase in ("forward", "statistics", "decompositions")] == [is_read] * 3
-        assert list(linears) == ["Wqkv", "out_proj", "up_proj", "down_proj"]
-        assert sum(linears.values()) >= seconds["decompositions"] + seconds["updates"] > 0
+        for phase in ("decompositions", "updates"):
+            parts = {name: linear[phase] for name, linear in row["linears"].items()}
+            assert sorted(parts) == ["Wqkv", "down_proj", "out_proj", "up_proj"]
+            assert sum(parts.values()) == pytest.approx(seconds[phase])
+            linears |= {name: linears.get(name, 0.0) + part for name, part in parts.items()}
         power = 3 if is_read else 2
         for name, num_devices, whole in row["models"]:
             scale, num_blocks = (4096 / 128, 32) if name == "MPT-7B" else (7168 / 128, 48)
@@ -167,6 +171,15 @@ def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(caps
             pruned = sum(linears.values()) if num_devices == 1 else max(linears.values())
             assert whole == pytest.approx(
                 num_blocks * (scale**2 * (passes + seconds["other"]) + scale**power * pruned))
+
+
+def test_devices_that_share_the_rows_of_a_linear_each_decompose_its_hessian():
+    """At twice the width `down` has two panels of rows, so of eight devices two have one, and another has `up`."""
+    seconds = {"forward": 0.0, "statistics": 0.0, "decompositions": 17.0, "other": 0.5}
+    cost = BlockCost("admm", 256, MODEL_TOKENS, seconds,
+                     {"up": LinearCost((1024, 256), 1.0, 8.0), "down": LinearCost((256, 1024), 16.0, 16.0)}, True)
+    for num_devices, pruned in ((1, 41), (2, 16 + 8 + 9), (8, 16 + 9)):
+        assert cost.of_model(512, 10, num_devices) == 10 * (4 * 0.5 + 8 * pruned)
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
