@@ -15,7 +15,7 @@ from sparse_train.compress import export_sparse
 from sparse_train.config import EvaluateConfig, PruneConfig
 from sparse_train.inference import Runtime, load
 from sparse_train.inference.decoder import PLANS, Decoder, can_decode
-from sparse_train.inference.decoding import loop_for
+from sparse_train.inference.decoding import Decoders
 from sparse_train.models import family_of_type, save_model
 from sparse_train.models.processor import make_processor
 from sparse_train.pruning import prune
@@ -89,7 +89,7 @@ def test_a_decoder_computes_what_the_model_does(name, config):
     for settings, num_examples in (({}, 1), ({"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9}, 3),
                                    ({"repetition_penalty": 1.3, "suppress_tokens": [5, 6]}, 3)):
         said, told = [], []
-        for loop in (loop_for, lambda *_: None):
+        for loop in (Decoders().loop_for, lambda *_: None):
             torch.manual_seed(1)
             streamer = _Tokens()
             said.append(generate(model, processor, _examples(processor)[:num_examples], spec, settings=settings,
@@ -155,7 +155,7 @@ def test_an_answer_ends_as_transformers_ends_it():
     never = [299]  # without an end, transformers pads no row
     for some, stops in ((ends, ()), (never, stop), (ends, stop)):
         found = [generate(model, processor, _EXAMPLES, spec, settings={"eos_token_id": some}, stop=stops, loop_for=loop)
-                 for loop in (loop_for, lambda *_: None)]
+                 for loop in (Decoders().loop_for, lambda *_: None)]
         assert found[0] == found[1] and found[0] != said
         assert some != never or stop[0] in found[0][2]
 
@@ -167,7 +167,7 @@ def test_an_answer_ends_behind_a_stop_which_neither_its_last_token_nor_the_promp
                  .isalpha() and tokenizer.encode(tokenizer.decode([token])) == [token])
     said = tokenizer.decode([token])
     model.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(token), 300) * 1e4)
-    for loop in (loop_for, lambda *_: None):
+    for loop in (Decoders().loop_for, lambda *_: None):
         for stop, answer in ((said[:2], said[:2]), (said[-1] + said[0], said + said[0]), ("~", 4 * said)):
             streamer = _Tokens()
             assert generate(model, processor, [Example(said, "")], spec, stop=["~~", stop], streamer=streamer,

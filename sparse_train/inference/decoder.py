@@ -13,7 +13,7 @@ from torch import nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from sparse_train.kernels import ACTIVATIONS, PackedMatrix, Steps, key_cache, put_keys
+from sparse_train.kernels import ACTIVATIONS, PackedMatrix, Steps
 
 _ROPES = {"default", "linear", "llama3", "yarn"}  # their angles do not depend on how long the text is
 _NAMES_OF_ACTIVATIONS = ("hidden_act", "activation_function", "dense_act_fn")  # in a config; MPT has none, but GELU
@@ -22,9 +22,9 @@ _NAMES_OF_ACTIVATIONS = ("hidden_act", "activation_function", "dense_act_fn")  #
 class _Cache:
     """Keys and values of the blocks, of rows that may begin late and end together."""
 
-    def __init__(self, like: torch.Tensor, num_rows: int, capacity: int):
-        """`like`: a tensor of the type and on the device of what it holds."""
-        self.capacity, self._like = capacity, like
+    def __init__(self, steps: Steps, like: torch.Tensor, num_rows: int, capacity: int):
+        """`like`: a tensor of the type and on the device of what it holds, for `steps` to attend to."""
+        self.capacity, self._steps, self._like = capacity, steps, like
         self.position = like.new_zeros(1, dtype=torch.int64)  # the last one
         self.starts = like.new_zeros(num_rows, dtype=torch.int64)
         self._blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -32,7 +32,7 @@ class _Cache:
     def add_block(self, num_groups: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Takes no memory before it is written, which is when a layer of the prompt's cache is dropped.
         values = self._like.new_empty(len(self.starts), num_groups, self.capacity, head_dim)
-        self._blocks.append((key_cache(values), values))
+        self._blocks.append((self._steps.key_cache(values), values))
         return self._blocks[-1]
 
     def take(self, cache: Any, attend: torch.Tensor | None) -> None:
@@ -42,7 +42,9 @@ class _Cache:
         padding that is not on the left, as an encoder's, is moved there.
         """
         order = None
-        if attend is not None:
+        if attend is None:
+            self.starts.zero_()
+        else:
             self.starts.copy_((attend == 0).sum(1))
             if (attend[:, 1:] < attend[:, :-1]).any():
                 order = attend.long().argsort(dim=1, stable=True)[:, None, :, None]
@@ -52,7 +54,7 @@ class _Cache:
             self.position.fill_(length - 1)
             found = (part if order is None else part.gather(2, order.expand_as(part))
                      for part in (layer.keys, layer.values))
-            put_keys(keys, next(found))
+            self._steps.put_keys(keys, next(found))
             values[:, :, :length] = next(found)
             layer.keys = layer.values = None
 
@@ -64,16 +66,17 @@ class Decoder:
         """`capacity`: tokens of the longest text, prompt and answer. `num_states`: of the encoder, where there is one.
         The weights are those that the model has now."""
         self.model, self.num_rows, self.capacity = model, num_rows, capacity
-        self.steps = Steps()
-        table, self._like = model.get_input_embeddings().weight, torch.empty(0, dtype=torch.float32, device="cpu")
-        self._embed: Callable[[torch.Tensor], torch.Tensor] = (
-            table.rows if isinstance(table, PackedMatrix) else functools.partial(table.detach().index_select, 0))
-        self.text = _Cache(self._like, num_rows, capacity)
-        self.encoded = _Cache(self._like, num_rows, num_states)
-        self._place = self.text.position.numpy()  # the same memory
+        table = model.get_input_embeddings().weight
+        self.steps, self._like = steps_for(table.device), torch.empty(0, dtype=table.dtype, device=table.device)
+        self.text = _Cache(self.steps, self._like, num_rows, capacity)
+        self.encoded = _Cache(self.steps, self._like, num_rows, num_states)
+        self.num_states, self._length = num_states, 0
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self.hidden, self.normed, self.change = (self.buffer(name, table.shape[1])
                                                  for name in ("hidden", "normed", "change"))
+        self._tokens = self._like.new_zeros(num_rows, dtype=torch.int64)
+        self.steps.embed(table if isinstance(table, PackedMatrix) else table.detach(), self._tokens, self.hidden)
+        self.steps.add(functools.partial(self.text.position.add_, 1))
         PLANS[model.config.model_type](self)
         self.logits = self.multiply(model.get_output_embeddings(), self.normed, "logits")
 
@@ -87,14 +90,15 @@ class Decoder:
                 attend_encoder = None  # Whisper's, of the spectrogram: its attention to the states reads none
             self.encoded.take(encoded, attend_encoder)
             cache = cache.self_attention_cache
+        self._length = cache.get_seq_length()
         self.text.take(cache, attend)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) the next token of each row -> (B, V) logits, which the next step overwrites."""
-        self.hidden.copy_(self._embed(tokens))
-        self._place += 1
-        if self._place[0] >= self.capacity:
+        if self._length == self.capacity:
             raise IndexError(f"the texts have {self.capacity} tokens, for which this decoder was made")
+        self._length += 1
+        self._tokens.copy_(tokens)
         self.steps.run()
         return self.logits
 
@@ -141,11 +145,20 @@ class Decoder:
         return self.multiply(last, inner, "change")
 
 
+def steps_for(device: torch.device) -> Steps:
+    """None yet, for memory of this device."""
+    if device.type == "cpu":
+        return Steps()
+    from sparse_train.kernels.triton_steps import GraphSteps  # Triton is an extra
+
+    return GraphSteps(device)
+
+
 def can_decode(model: PreTrainedModel, capacity: int) -> bool:
     """Whether a Decoder computes what the model does, for texts of at most `capacity` tokens."""
-    config = model.config
-    if (config.model_type not in PLANS or any(parameter.dtype != torch.float32 or parameter.device.type != "cpu"
-                                              for parameter in model.parameters())):
+    config, kinds = model.config, {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
+    is_fit = kinds == {(torch.float32, "cpu")} or [device for _, device in kinds] == ["cuda"]
+    if config.model_type not in PLANS or not is_fit:
         return False
     window, rope = getattr(config, "sliding_window", None), getattr(config, "rope_parameters", None) or {}
     return ((window is None or capacity <= window) and rope.get("rope_type", "default") in _ROPES

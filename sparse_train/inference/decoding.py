@@ -1,6 +1,7 @@
 """The loop of generation over a Decoder. transformers prepares it (custom_generate of its `generate`), so that prompts,
 sampling and ends of text are its own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,34 @@ from transformers.generation import BaseStreamer
 from sparse_train.inference.decoder import Decoder, can_decode
 
 
-def loop_for(model: PreTrainedModel, capacity: int) -> Callable[..., torch.Tensor] | None:
-    """The loop for texts of at most `capacity` tokens; None: transformers' own, where no Decoder computes the model."""
-    return decode if can_decode(model, capacity) else None
+_STEP = 256
+"""Tokens by which the Decoders of a GPU are larger than one another."""
 
 
-def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
+class Decoders:
+    """Those of a model. On a GPU the last one is kept for the next batch of as many texts that it has room for, since
+    capturing its graph takes as long as many tokens; it has the weights that the model had then."""
+
+    def __init__(self) -> None:
+        self._last: Decoder | None = None
+
+    def loop_for(self, model: PreTrainedModel, capacity: int) -> Callable[..., torch.Tensor] | None:
+        """The loop for texts of at most `capacity` tokens; None: transformers' own, where no Decoder computes the
+        model."""
+        return functools.partial(decode, self) if can_decode(model, capacity) else None
+
+    def get(self, model: Any, num_rows: int, capacity: int, num_states: int) -> Decoder:
+        """As Decoder's arguments. It is at its beginning once it is started."""
+        if model.device.type == "cpu":
+            return Decoder(model, num_rows, capacity, num_states)
+        last = self._last
+        if last is None or last.capacity < capacity or (last.num_rows, last.num_states) != (num_rows, num_states):
+            self._last = last = None  # its memory may be needed
+            self._last = Decoder(model, num_rows, -(-capacity // _STEP) * _STEP, num_states)
+        return self._last
+
+
+def decode(decoders: Decoders, model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
            stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig,
            streamer: BaseStreamer | None = None, **model_inputs: Any) -> torch.Tensor:
     """Greedy or sampled tokens (B, T + new), padded behind a row's end: those of transformers' own loop."""
@@ -40,20 +63,23 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
     masks = (model_inputs.get("decoder_attention_mask"), mask) if states else (mask,)
     prompt = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_inputs)
     outputs = model(**prompt, return_dict=True)
-    logits, cache = outputs.logits[:, -1], outputs.past_key_values
+    logits, cache = outputs.logits[:, -1].float(), outputs.past_key_values
     del outputs
     decoder, is_done = None, [False] * num_rows
     while True:
         scores = logits_processor(ids[:, :length], logits) if logits_processor else logits
-        # numpy's argmax takes an eighth of the time of torch's, which is a hundredth of a small model's token.
-        tokens = (torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else
-                  torch.from_numpy(scores.numpy().argmax(-1)))
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        elif scores.device.type == "cpu":  # numpy's takes an eighth of torch's time, a hundredth of a small token's
+            tokens = torch.from_numpy(scores.numpy().argmax(-1))
+        else:
+            tokens = scores.argmax(-1)
         if any(is_done):
             tokens = tokens.masked_fill(torch.tensor(is_done, device=tokens.device), padding)
         columns[length].copy_(tokens)
         length += 1
         if streamer is not None:
-            streamer.put(tokens)
+            streamer.put(tokens.cpu())
         if ends:
             is_done = [done or token in ends for done, token in zip(is_done, tokens.tolist(), strict=True)]
         if others:
@@ -62,9 +88,9 @@ def decode(model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
         if length == most or all(is_done):
             break
         if decoder is None:
-            decoder = Decoder(model, num_rows, most, states[0].shape[1] if states else 0)
+            decoder = decoders.get(model, num_rows, most, states[0].shape[1] if states else 0)
             decoder.start(cache, *masks)
-        logits = decoder.step(tokens)
+        logits = decoder.step(tokens).float()
     if streamer is not None:
         streamer.end()
     return ids[:, :length]

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError, first_line
-from sparse_train.inference.decoding import loop_for
+from sparse_train.inference.decoding import Decoders
 from sparse_train.inference.packed_linear import PackedEmbedding, PackedLinear
 from sparse_train.inference.shared import pack_shared
 from sparse_train.kernels import PackedMatrix, pack
@@ -32,6 +32,7 @@ class Runtime:
     processor: Processor
     precision: str = "fp32"
     """Of the values of its sparse weights, without the head's."""
+    decoders: Decoders = field(default_factory=Decoders, init=False, repr=False, compare=False)
 
     @property
     def is_sparse(self) -> bool:
@@ -50,7 +51,7 @@ class Runtime:
     def generate(self, examples: Sequence[Example], max_new_tokens: int, **options: Any) -> list[str]:
         """As sparse_train.tasks.generate, which has the `options`, and through a Decoder where there is one."""
         return generate(self.model, self.processor, examples, EvaluateConfig(max_new_tokens=max_new_tokens),
-                        loop_for=loop_for, **options)
+                        loop_for=self.decoders.loop_for, **options)
 
     def complete(self, prompt: str, max_new_tokens: int | None = None,
                  history: tuple[Message, ...] | None = None, **options: Any) -> str:

@@ -5,8 +5,8 @@
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32, BF16, INT8 or INT4
     PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
     break_even               the density up to which it skips zeros, measured on this machine
-    Steps, ACTIVATIONS       decoding: what is between the products of a new token, and the products themselves
-    key_cache, put_keys      the keys that its attention reads
+    Steps, ACTIVATIONS       decoding: what is between the products of a new token, and the products themselves; on a
+                             GPU triton_steps.py has them
     read_bandwidth           of the memory, in bytes per second, for the byte bound
     GROUP, scale_of_columns  columns that share a scale in INT4
     backend, use_backend     which instructions are used: avx512 (VBMI2, VNNI), avx512f, avx2, neon_dotprod, neon,
@@ -22,9 +22,9 @@ from sparse_train.kernels.native import PORTABLE_NOTE, backend, backends, read_b
 from sparse_train.kernels.ops import compact, expand, linear
 from sparse_train.kernels.packed import PackedMatrix, break_even
 from sparse_train.kernels.reference import GROUP, pack, scale_of_columns, unpack
-from sparse_train.kernels.steps import ACTIVATIONS, Steps, key_cache, put_keys
+from sparse_train.kernels.steps import ACTIVATIONS, Steps
 
 __all__ = [
     "ACTIVATIONS", "GROUP", "PORTABLE_NOTE", "PackedMatrix", "Steps", "backend", "backends", "break_even", "compact",
-    "expand", "key_cache", "linear", "pack", "put_keys", "read_bandwidth", "scale_of_columns", "unpack", "use_backend",
+    "expand", "linear", "pack", "read_bandwidth", "scale_of_columns", "unpack", "use_backend",
 ]

@@ -17,22 +17,6 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "rel
 _BLOCK = _native.key_block
 
 
-def key_cache(values: torch.Tensor) -> torch.Tensor:
-    """Memory for the keys of as many tokens as `values` (B, heads, capacity, head_dim) has room for. Keys lie in blocks
-    of some tokens, entry by entry, so that a query is multiplied with a block at once: (B, heads, blocks, head_dim,
-    tokens of a block)."""
-    num_rows, num_heads, capacity, head_dim = values.shape
-    return values.new_empty(num_rows, num_heads, -(-capacity // _BLOCK), head_dim, _BLOCK)
-
-
-def put_keys(cache: torch.Tensor, keys: torch.Tensor) -> None:
-    """Write `keys` (B, heads, T, head_dim) to the beginning of a `key_cache`."""
-    whole, rest = divmod(keys.shape[2], _BLOCK)
-    by_token = cache.transpose(3, 4)
-    by_token[:, :, :whole] = keys[:, :, :whole * _BLOCK].unflatten(2, (whole, _BLOCK))
-    by_token[:, :, whole:whole + 1, :rest] = keys[:, :, None, whole * _BLOCK:]
-
-
 class Steps:
     """Calls in order, made once and run for every token. Letters: B rows of the batch, D width, C and R as in kernels.
 
@@ -55,6 +39,27 @@ class Steps:
 
     def add(self, call: Callable[[], object]) -> None:
         self._calls.append(call)
+
+    @staticmethod
+    def key_cache(values: torch.Tensor) -> torch.Tensor:
+        """Memory for the keys of as many tokens as `values` (B, heads, capacity, head_dim) has room for. Keys lie in
+        blocks of some tokens, entry by entry, so that a query is multiplied with a block at once: (B, heads, blocks,
+        head_dim, tokens of a block)."""
+        num_rows, num_heads, capacity, head_dim = values.shape
+        return values.new_empty(num_rows, num_heads, -(-capacity // _BLOCK), head_dim, _BLOCK)
+
+    @staticmethod
+    def put_keys(cache: torch.Tensor, keys: torch.Tensor) -> None:
+        """Write `keys` (B, heads, T, head_dim) to the beginning of a `key_cache`."""
+        whole, rest = divmod(keys.shape[2], _BLOCK)
+        by_token = cache.transpose(3, 4)
+        by_token[:, :, :whole] = keys[:, :, :whole * _BLOCK].unflatten(2, (whole, _BLOCK))
+        by_token[:, :, whole:whole + 1, :rest] = keys[:, :, None, whole * _BLOCK:]
+
+    def embed(self, table: PackedMatrix | torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """out (B, D) = the rows `tokens` (B,) int64 of the table (V, D), packed or dense."""
+        self.add((lambda: out.copy_(table.rows(tokens))) if isinstance(table, PackedMatrix) else
+                 functools.partial(torch.index_select, table, 0, tokens, out=out))
 
     def normalise(self, hidden: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor,
                   bias: torch.Tensor | None, epsilon: float, out: torch.Tensor, is_rms: bool) -> None:

@@ -84,8 +84,8 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
     q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], dim=1)
     known = [(keys.to(dtype), values.to(dtype)) for dtype in (torch.float32, torch.float64)]
     steps = Steps()
-    cache = kernels.key_cache(values).fill_(torch.nan)  # a block may begin before a text, and ends behind it
-    kernels.put_keys(cache, keys[:, :, :first])
+    cache = Steps.key_cache(values).fill_(torch.nan)  # a block may begin before a text, and ends behind it
+    Steps.put_keys(cache, keys[:, :, :first])
     steps.attend(q, k, v, out, cache, values, position, starts, 0.3, rotation, bias, norms, 1e-5)
 
     def turned(x, norm, place):
@@ -148,7 +148,7 @@ def test_what_does_not_fit_reaches_no_native_code():
 
     one, place = row(1, 8), row(1, dtype=torch.int64)
     cache = row(1, 2, 5, 4)
-    keys = kernels.key_cache(cache)
+    keys = Steps.key_cache(cache)
     for call in (lambda s: s.normalise(one, row(1, 7), row(8), None, 1e-5, row(1, 8), True),
                  lambda s: s.normalise(one, None, row(8).double(), None, 1e-5, row(1, 8), True),
                  lambda s: s.normalise(row(8, 2).T, None, row(8), None, 1e-5, row(2, 8), True),
