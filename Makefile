@@ -4,6 +4,8 @@
 # make test-slow      further cases of the same checks, minutes each
 # make test-sanitize  the tests of native code, built with AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
+# make gpu    on a machine with a GPU: the tests that need it, then its benchmarks, into build/gpu/results.md; goes on
+#             after a cut. WHEELS=FOLDER installs from there alone, beside the torch that PYTHON has
 # make lint   ruff, mypy and the width of lines of C++; make types is mypy alone
 # Each makes the environment first: .venv, from pyproject.toml and the pins of constraints.txt.
 
@@ -12,7 +14,7 @@ SHELL := /bin/bash
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo real test test-slow test-sanitize test-cluster lint types setup clean
+.PHONY: demo real test test-slow test-sanitize test-cluster gpu lint types setup clean
 
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
@@ -73,6 +75,17 @@ $(READY): pyproject.toml constraints.txt $(NATIVE) $(MODULES)
 	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel scikit-build-core nanobind cmake ninja
 	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[all,test]'
+	touch $@
+
+gpu: $(if $(WHEELS),.venv/gpu,setup)
+	.venv/bin/python -m tests.gpu
+
+# From a folder there are no pins: torch and its Triton are those of PYTHON, or else among the wheels.
+INSTALL_WHEELS = .venv/bin/python -m pip install -q --no-index --find-links '$(WHEELS)'
+.venv/gpu: pyproject.toml $(NATIVE) $(MODULES)
+	[ -x .venv/bin/python ] || $(PYTHON) -m venv --system-site-packages .venv
+	$(INSTALL_WHEELS) setuptools wheel scikit-build-core nanobind cmake ninja
+	$(INSTALL_WHEELS) --no-build-isolation -e '.[cuda]' pytest
 	touch $@
 
 clean:

@@ -2,22 +2,23 @@
 
     rows.json   {"machine": ..., "rows": [...]}; no time is asserted, ratios come from this one process
 
-On the CPU with the kernels of the compressed models, on a GPU with weights that are expanded there.
+Models are those of the stage compress, in the kernels of the device.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_train import artifacts, dist, kernels
+from sparse_train import artifacts, kernels
 from sparse_train.bench import MPT_7B_BLOCK, decode_rows, layer_rows
 from sparse_train.bench.gpu import device_bandwidth, device_decode_rows, device_layer_rows
-from sparse_train.bench.layers import random_weights
+from sparse_train.bench.layers import random_weights, sparsity_of
 from sparse_train.config import EvaluateConfig
 from sparse_train.cpus import cpu_name
 from sparse_train.errors import UserError
-from sparse_train.inference import load
+from sparse_train.inference import gpu, load
 from sparse_train.jobs.job import Job
 from sparse_train.jobs.stage import Kind
 from sparse_train.models import load_model, load_processor
@@ -49,19 +50,28 @@ def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    spec, name, device = job.config.benchmark, f"{job.config.name} (gpu)", dist.device()
-    if device.type == "cpu":
-        raise UserError(f"benchmark.devices={list(spec.devices)}: this process sees no GPU; on a cluster give the "
-                        "stage one, cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out")
+    spec, name, compress = job.config.benchmark, f"{job.config.name} (gpu)", Path(job.path_of(Kind.COMPRESS))
+    try:
+        device = gpu.find_gpu()
+    except UserError as error:
+        raise UserError(f"benchmark.devices={list(spec.devices)}: {error}; on a cluster give the stage a GPU, "
+                        "cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out") from error
     bandwidth = device_bandwidth(device)
-    rows = device_layer_rows(name, _run_weights(job), spec.repeats, bandwidth, device,
-                             job.progress_of_part(0, 3, "layers"))
-    rows += device_decode_rows(name, job.path_of(Kind.DENSE), job.path_of(Kind.FINETUNE), rows[-1]["sparsity"],
-                               _example(job), spec.new_tokens, spec.repeats, bandwidth, device,
-                               job.progress_of_part(1, 3, "decode"))
+    folders = {"bf16" if precision == "fp32" else precision: compress / f"sparse-{precision}"
+               for precision in sorted(job.config.compress.precisions, key=["fp32", "bf16", "int8", "int4"].index)}
+
+    def layers(model: str, weights: list[BitmaskTensor], part: int) -> list[dict[str, Any]]:
+        by_precision = dict.fromkeys(((precision, sparsity_of(weights)) for precision in folders), weights)
+        return device_layer_rows(model, by_precision, spec.repeats, bandwidth, device,
+                                 job.progress_of_part(part, 3, "layers"))
+
+    rows = layers(name, _run_weights(job), 0)
+    rows += device_decode_rows([functools.partial(load, folder, device="cuda")
+                                for folder in (job.path_of(Kind.DENSE), *folders.values())], name, _example(job),
+                               spec.new_tokens, spec.repeats, bandwidth, device,
+                               progress=job.progress_of_part(1, 3, "decode"))
     if spec.reference_layers == "mpt-7b":
-        rows += device_layer_rows("mpt-7b block (gpu)", _reference_weights(job), spec.repeats, bandwidth, device,
-                                  job.progress_of_part(2, 3, "mpt-7b block"))
+        rows += layers("mpt-7b block (gpu)", _reference_weights(job), 2)
     return {"device": torch.cuda.get_device_name(device), "read_bandwidth_bytes_per_second": bandwidth}, rows
 
 

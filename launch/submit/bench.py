@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from sparse_train.errors import StageFailed, UserError
 from sparse_train.registry import PRUNERS
 from sparse_train.tables import print_table
 
+_GPU_VARIANTS = [("bf16", 0.5), ("bf16", 0.6), ("bf16", 0.7), ("bf16", 0.8), ("int8", 0.75), ("int4", 0.5),
+                 ("int4", 0.75)]
+
 
 def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser("bench", help="measure kernels, training steps and losses on this machine")
@@ -20,7 +24,10 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
 
     layers = kinds.add_parser("layers", help="the linears of one MPT-7B block, one token at a time, and an MLP for "
                                "prompts of 128 and 512 rows, dense and sparse")
-    layers.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
+    layers.add_argument("--sparsity", type=_sparsity, nargs="+", help="default: 0.5 0.75 0.9; on a GPU 0.5 to 0.8 in "
+                        "BF16, 0.75 in INT8, 0.5 and 0.75 in INT4")
+    layers.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: of a block of an 8B Llama as "
+                        "well, and its prompts with 2:4 weights")
     layers.add_argument("--repeats", type=_positive, default=15)
     layers.set_defaults(command=_layers)
 
@@ -39,6 +46,8 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     decode.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128], help="one measurement for each")
     decode.add_argument("--new-tokens", type=_positive, default=64)
     decode.add_argument("--repeats", type=_positive, default=7)
+    decode.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the models as CUDA graphs in "
+                        "BF16, for batches of 1 and 16 answers; --shape may also be mpt-7b or llama-8b")
     decode.add_argument("--json", action="store_true", help="only the last line")
     decode.set_defaults(command=_decode)
 
@@ -51,6 +60,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     train = kinds.add_parser("train", help="a training step: ours and the usual masked way, relative to dense")
     train.add_argument("--on", default="local", metavar="CLUSTER", help="a file of configs/cluster (default: local)")
     train.add_argument("--ranks", type=_positive, help="number of processes (default: that of the cluster file)")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="default: GPUs where there are any")
     train.add_argument("--sparsity", type=_sparsity, default=0.75)
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     train.add_argument("--model", metavar="FOLDER", help="a decoder's folder or hub name (default: an MPT, untrained)")
@@ -119,10 +129,13 @@ def _layers(options, console: Console) -> None:
     from sparse_train.cpus import set_threads
 
     set_threads()
-    bandwidth, rows = kernels.read_bandwidth(), []
-    for sparsity in options.sparsity:
+    if options.device == "cuda":
+        _device_layers(options, console)
+        return
+    bandwidth, rows, sparsities = kernels.read_bandwidth(), [], options.sparsity or [0.5, 0.75, 0.9]
+    for sparsity in sparsities:
         rows += layer_rows("mpt-7b block", random_weights(MPT_7B_BLOCK, sparsity), options.repeats, bandwidth)
-    for sparsity in options.sparsity:
+    for sparsity in sparsities:
         for num_rows in PROMPT_ROWS:
             rows += layer_rows("mlp 2048-8192-2048", random_weights(MLP_2048, sparsity), options.repeats, bandwidth,
                                num_rows=num_rows)
@@ -132,6 +145,29 @@ def _layers(options, console: Console) -> None:
     console.print(f"zeros are skipped up to a density of {densities}", highlight=False, soft_wrap=True)
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
                       "break_even": break_even, "rows": rows}))
+
+
+def _device_layers(options, console: Console) -> None:
+    import torch
+
+    from sparse_train.bench.gpu import LLAMA_8B_BLOCK, device_bandwidth, device_layer_rows, weights_2_of_4
+    from sparse_train.bench.layers import MPT_7B_BLOCK, PROMPT_ROWS, random_weights
+    from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
+    from sparse_train.inference.gpu import find_gpu
+
+    device = find_gpu()
+    bandwidth, rows = device_bandwidth(device), []
+    variants = ([(precision, sparsity) for precision in ("bf16", "int8", "int4") for sparsity in options.sparsity]
+                if options.sparsity else _GPU_VARIANTS)
+    for name, shapes in (("llama-8b block", LLAMA_8B_BLOCK), ("mpt-7b block", MPT_7B_BLOCK)):
+        by_sparsity = {sparsity: random_weights(shapes, sparsity, device=device) for _, sparsity in variants}
+        rows += device_layer_rows(name, {variant: by_sparsity[variant[1]] for variant in variants}, options.repeats,
+                                  bandwidth, device)
+    for num_rows in PROMPT_ROWS:
+        rows += device_layer_rows("llama-8b block, 2:4", {("bf16", 0.5): weights_2_of_4(LLAMA_8B_BLOCK, device)},
+                                  options.repeats, bandwidth, device, num_rows=num_rows)
+    print_measured(console, SPEED_HEADER, map(speed_cells, rows), num_left=3)
+    print(json.dumps({"device": torch.cuda.get_device_name(device), "bandwidth": bandwidth, "rows": rows}))
 
 
 def _decode(options, console: Console) -> None:
@@ -145,6 +181,9 @@ def _decode(options, console: Console) -> None:
     if options.sparsity and options.model:
         raise UserError("--sparsity is of --shape's random weights, and a folder has its own; leave out --sparsity")
     set_threads()
+    if options.device == "cuda":
+        _device_decode(options, console)
+        return
     rows = []
     for run in compare(options.model or [], options.shape, options.sparsity or [0.5, 0.75], options.peers,
                        options.threads or [torch.get_num_threads()], options.prompt_tokens, options.new_tokens,
@@ -163,15 +202,47 @@ def _decode(options, console: Console) -> None:
     print(json.dumps({"backend": kernels.backend(), "device": cpu_name(), "rows": rows}))
 
 
+def _device_decode(options, console: Console) -> None:
+    import functools
+
+    import torch
+
+    from sparse_train.bench.gpu import WHOLE, device_bandwidth, device_decode_rows, random_runtimes
+    from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
+    from sparse_train.inference import load
+    from sparse_train.inference.gpu import find_gpu
+    from sparse_train.tasks import Example
+
+    if options.peers or options.threads or len(options.prompt_tokens) > 1:
+        raise UserError("--peers, --threads and several --prompt-tokens are measured on the CPU; leave them out")
+    if options.shape and options.shape not in WHOLE:
+        raise UserError(f"--shape {options.shape}: a GPU is measured with one of {', '.join(WHOLE)}")
+    device = find_gpu()
+    variants = ([(precision, sparsity) for precision in ("bf16", "int8", "int4") for sparsity in options.sparsity]
+                if options.sparsity else [("bf16", 0.5), ("bf16", 0.75), ("int8", 0.75), ("int4", 0.75)])
+    loads = (random_runtimes(WHOLE[options.shape], variants, device) if options.shape else
+             [functools.partial(load, folder, device="cuda") for folder in options.model])
+    example = Example("Tom has 3 boxes of 4 eggs. " * (-(-options.prompt_tokens[0] // 8)), "")
+    bandwidth = device_bandwidth(device)
+    rows = device_decode_rows(loads, options.shape or options.model[0], example, options.new_tokens, options.repeats,
+                              bandwidth, device)
+    if not options.json:
+        print_measured(console, (*SPEED_HEADER, "tokens/s", "MB"), [
+            [*speed_cells(row), f"{row['tokens_per_second']:.1f}", f"{row['memory'] / 1e6:.0f}"] for row in rows],
+            num_left=3)
+    print(json.dumps({"device": torch.cuda.get_device_name(device), "bandwidth": bandwidth, "rows": rows}))
+
+
 def _moves(options, console: Console) -> None:
     import torch
 
     from sparse_train.bench.moves import move_rows
     from sparse_train.bench.tables import print_measured, spread_cell
     from sparse_train.cpus import cpu_name, set_threads
+    from sparse_train.inference.gpu import find_gpu
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU; leave --device out to measure the CPU's kernels")
+    if options.device == "cuda":
+        find_gpu()
     set_threads()
     rows = move_rows(options.sparsity, options.repeats, torch.device(options.device))
     keys = ("kernel", "dtype", "backend", "sparsity", "milliseconds", "fraction_of_copy")
@@ -239,6 +310,12 @@ def _train(options, console: Console) -> int:
     from sparse_train.launch.run.cluster import load_cluster
     from sparse_train.launch.submit.processes import free_port, handle_signals, start_processes, stop_processes
 
+    if options.device == "cuda":
+        from sparse_train.inference.gpu import find_gpu
+
+        find_gpu()
+    elif options.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     cluster = load_cluster(options.on)
     measurement = _model_to_measure(options) | {
         key: getattr(options, key) for key in ("sparsity", "precision", "num_tokens", "checkpointing", "repeats")}

@@ -46,6 +46,8 @@ def add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     generate.add_argument("--seed", type=int, metavar="N", default=0, help="of the samples; default: 0")
     generate.add_argument("--stop", metavar="TEXT", action="append", default=[],
                           help="end an answer behind this text; may be given several times")
+    generate.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                          help="cuda: a GPU, which computes in BF16; default: cpu")
     generate.set_defaults(command=_generate)
 
 
@@ -61,9 +63,9 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     _check(options)
     prompts = [options.prompt] if options.prompts is None else _read(options.prompts)
     set_threads()
-    model = load(options.folder)
+    model = load(options.folder, device=options.device)
     errors = Console(stderr=True, soft_wrap=True)
-    if model.is_sparse and kernels.backend() == "portable":
+    if model.is_sparse and options.device == "cpu" and kernels.backend() == "portable":
         errors.print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
     torch.manual_seed(options.seed)
 

@@ -26,17 +26,15 @@ Key = tuple[str, str, str, float]
 
 def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int, repeats: int, bandwidth: float,
                 progress: Callable[[int, int], None] | None = None,
-                engines: "Mapping[Key, Engine]" = MappingProxyType({})) -> list[dict[str, Any]]:
+                engines: "Mapping[Key, Engine]" = MappingProxyType({}), batch: int = 1) -> list[dict[str, Any]]:
     """One row per runtime and engine; milliseconds are medians per token after the first, which has its own.
 
     `runtimes`: the dense one first. `new_tokens`: at least 2 are decoded. `bandwidth`: bytes per second; the byte bound
-    counts every weight once per token, an embedding only as the head that it is tied to. A text without a prompt is
-    prompted with its first characters. `outside_products` is the share of a token's time in which no weight is
+    counts every weight once per token, an embedding only as the head that it is tied to. `batch`: answers at a time, of
+    runtimes alone; a token is then one of each. `outside_products` is the share of a token's time in which no weight is
     multiplied, None where the model has no Decoder.
     """
-    if not example.prompt and example.sound is None:
-        example = replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
-    new_tokens = max(2, new_tokens)
+    example, new_tokens = prompted(example), max(2, new_tokens)
     prompt = encode_prompt(example, next(iter(runtimes.values())).processor) if engines else []
     # Of the first token, and of each later one.
     seconds: dict[Any, list[tuple[float, float]]] = {key: [] for key in (*runtimes, *engines)}
@@ -45,17 +43,17 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
         if key in engines:
             first, later = engines[key].decode(prompt, new_tokens)
         else:
-            clock = _decode(runtimes[key], example, new_tokens)
+            clock = decode_once(runtimes[key], example, new_tokens, batch)
             first, later = clock.first_seconds, clock.later_seconds
         seconds[key].append((first, later / (new_tokens - 1)))
 
     candidates: dict[Any, Callable[[], object]] = {key: functools.partial(decode, key) for key in seconds}
-    candidates |= {("products", key): functools.partial(_products, Decoder(runtime.model, 1, new_tokens), new_tokens)
+    candidates |= {("products", key): functools.partial(_products, Decoder(runtime.model, batch, new_tokens), new_tokens)
                    for key, runtime in runtimes.items()
                    if can_decode(runtime.model, len(encode_prompt(example, runtime.processor)) + new_tokens)}
     with torch.no_grad():
         products = interleave(candidates, repeats, progress)
-    rows, dense = [], None
+    rows, dense, of_batch = [], None, "decode" if batch == 1 else f"decode, batch {batch}"
     for key in seconds:
         name, engine, precision, sparsity = key
         first, later = (Timing(tuple(of)) for of in zip(*seconds[key][1:], strict=True))  # one round is not measured
@@ -63,10 +61,10 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
         num_bytes = engines[key].num_bytes if key in engines else _bytes_per_token(runtimes[key], example)
         alone = products.get(("products", key))
         rows.append({
-            "model": name, "what": engines[key].what if key in engines else "decode", "engine": engine,
+            "model": name, "what": engines[key].what if key in engines else of_batch, "engine": engine,
             "precision": precision, "sparsity": round(sparsity, 4),
             "milliseconds": 1e3 * later.median, "low": 1e3 * later.low, "high": 1e3 * later.high, "bytes": num_bytes,
-            "first_token_milliseconds": 1e3 * first.median, "tokens_per_second": 1 / later.median,
+            "first_token_milliseconds": 1e3 * first.median, "tokens_per_second": batch / later.median,
             "speedup": dense / later.median,
             "outside_products": None if alone is None else 1 - alone.median / new_tokens / later.median,
             "fraction_of_byte_bound": num_bytes / bandwidth / later.median,
@@ -74,15 +72,23 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
     return rows
 
 
-def _decode(runtime: Runtime, example: Example, new_tokens: int) -> Clock:
+def prompted(example: Example) -> Example:
+    """A text without a prompt is prompted with its first characters."""
+    if example.prompt or example.sound is not None:
+        return example
+    return replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
+
+
+def decode_once(runtime: Runtime, example: Example, new_tokens: int, batch: int = 1) -> Clock:
     clock = Clock()
-    runtime.generate([example], new_tokens, until_end=False, streamer=clock)
+    runtime.generate([example] * batch, new_tokens, until_end=False, streamer=clock)
     return clock
 
 
 def _products(decoder: Decoder, num_tokens: int) -> None:
     for _ in range(num_tokens):
         decoder.steps.run_products()
+    float(decoder.logits[0, 0])  # waits for a GPU
 
 
 def _bytes_per_token(runtime: Runtime, example: Example) -> int:

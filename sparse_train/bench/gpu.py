@@ -1,71 +1,180 @@
-"""Speed of a sparse model on an accelerator, in BF16, beside dense torch.
+"""Speed of sparse models on a GPU beside dense torch in BF16, both as CUDA graphs.
 
-    expand   weights are expanded and then multiplied, as a model is decoded there
-    sparse   the product of triton_matrix.py, for linears; no model runs with it yet
+The linears are products alone: a graph multiplies so many weights, one after the other, that none is left in the L2
+cache when its turn comes again. Whole models are decoded as `generate` does it, dense ones by the same Decoder.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from sparse_train.bench.decode import decode_rows
-from sparse_train.bench.layers import rows_of
-from sparse_train.bench.timing import interleave
-from sparse_train.compat.transformers import to_device
-from sparse_train.extras import require
-from sparse_train.inference import Runtime
-from sparse_train.models import load_model, load_processor
-from sparse_train.sparse import BitmaskTensor, SparseLinear
-from sparse_train.tasks import Example
+from sparse_train.bench.decode import decode_once, decode_rows, prompted
+from sparse_train.bench.layers import Key, random_weights, rows_of
+from sparse_train.bench.shapes import SHAPES
+from sparse_train.bench.timing import Timing, graphed, interleave
+from sparse_train.compress.quantise import QUANTISERS
+from sparse_train.config import ModelConfig, TaskConfig
+from sparse_train.inference import PackedLinear, Runtime
+from sparse_train.models import build_processor, describe, family_of
+from sparse_train.models.empty import from_config
+from sparse_train.sparse import BitmaskTensor, replace_module
+from sparse_train.tasks import Example, build_task, build_tokenizer
 
 _DTYPE = torch.bfloat16
+_GRAPH_BYTES, _GRAPH_LAUNCHES = 1 << 31, 4096
+"""The dense weights that a graph of products reads, and the most products in it."""
+
+LLAMA_8B_BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+WHOLE = {"mpt-7b": SHAPES["mpt-7b-block"].model_copy(update={"n_layers": 32, "vocab_size": 50432}),
+         "llama-8b": SHAPES["llama-8b-block"].model_copy(update={"n_layers": 32, "vocab_size": 128256}),
+         "mpt-506m": SHAPES["mpt-506m"]}
+"""Models whose random weights a GPU makes in seconds."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def device_bandwidth(device: torch.device, num_bytes: int = 1 << 30, repeats: int = 7) -> float:
     """Bytes per second of a streaming read (a sum), the median of `repeats`."""
     source = torch.zeros(num_bytes // 4, device=device)
-    timing = interleave({"read": lambda: float(source.sum())}, repeats)["read"]
-    return num_bytes / timing.median
+    return num_bytes / interleave({"read": graphed(source.sum, device)}, repeats)["read"].median
 
 
-@torch.inference_mode()
-def device_layer_rows(model: str, weights: Sequence[BitmaskTensor], repeats: int, bandwidth: float,
-                      device: torch.device, progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """As layer_rows, for torch's dense product, for expanding the weight before it, and for the sparse product."""
-    require("cuda")
-    from sparse_train.kernels.triton_matrix import DeviceMatrix
+@torch.no_grad()
+def device_layer_rows(model: str, weights: Mapping[tuple[str, float], Sequence[BitmaskTensor]], repeats: int,
+                      bandwidth: float, device: torch.device, progress: Callable[[int, int], None] | None = None,
+                      num_rows: int = 1) -> list[dict[str, Any]]:
+    """As layer_rows, for torch's dense product and for that of `weights`, by precision and sparsity, all of the same
+    shapes. With several rows, torch's semi-structured product too, of the first weights that are 2:4."""
+    first = next(iter(weights.values()))
+    engines: dict[Key, Callable[[], list[tuple[Product, int]]]] = {
+        ("torch", "bf16", 0.0): lambda: [_dense(weight, device) for weight in first]}
+    if num_rows > 1 and _is_2_of_4(first):
+        engines["cusparselt", "bf16", 0.5] = lambda: [_semi_structured(weight, device) for weight in first]
+    for (precision, sparsity), some in weights.items():
+        engines["sparse", precision, sparsity] = functools.partial(
+            lambda precision, some: [_packed(weight, precision, num_rows, device) for weight in some], precision, some)
+    dense_bytes = sum(_DTYPE.itemsize * weight.shape[0] * weight.shape[1] for weight in first)
+    count = 1 if device.type == "cpu" else max(1, min(_GRAPH_BYTES // dense_bytes, _GRAPH_LAUNCHES // len(first)))
+    inputs = [torch.randn(num_rows, weight.shape[1], dtype=_DTYPE, device=device) for weight in first]
+    passes: dict[Key, Callable[[], object]] = {}
+    num_bytes: dict[Key, int] = {}
+    for key, make in engines.items():
+        products = [make() for _ in range(count)]
+        num_bytes[key] = sum(size for _, size in products[0])
+        passes[key] = graphed(functools.partial(_multiply, products, inputs), device)
+    timings = interleave(passes, repeats, progress)
+    return rows_of(model, {key: Timing(tuple(seconds / count for seconds in timing.rounds))
+                           for key, timing in timings.items()}, num_bytes, bandwidth, num_rows)
 
-    inputs = [torch.randn(1, weight.shape[1], dtype=_DTYPE, device=device) for weight in weights]
-    products: dict[tuple[str, str], list[Callable[[torch.Tensor], torch.Tensor]]] = {}
-    num_bytes: dict[tuple[str, str], int] = {}
-    for weight in weights:
-        dense, layer = weight.to_dense().to(device, _DTYPE), SparseLinear(weight).to(_DTYPE).to(device)
-        runs = DeviceMatrix(layer.values, layer.bitmask, weight.shape[1])
-        for engine, product, size in (
-                ("torch", functools.partial(functional.linear, weight=dense), dense.nbytes),
-                ("expand", layer, layer.values.nbytes + layer.bitmask.nbytes),
-                ("sparse", runs.matvec, runs.num_bytes)):
-            products.setdefault((engine, "bf16"), []).append(product)
-            num_bytes[engine, "bf16"] = num_bytes.get((engine, "bf16"), 0) + size
 
-    def one_pass(key: tuple[str, str]) -> None:
-        for product, x in zip(products[key], inputs, strict=True):
-            y = product(x)
-        float(y[0, 0])  # waits for the device
-
-    timings = interleave({key: functools.partial(one_pass, key) for key in products}, repeats, progress)
-    return rows_of(model, weights, timings, num_bytes, bandwidth)
+def _multiply(copies: list[list[tuple[Product, int]]], inputs: list[torch.Tensor]) -> None:
+    for products in copies:
+        for (product, _), x in zip(products, inputs, strict=True):
+            product(x)
 
 
-def device_decode_rows(name: str, dense: Path | str, sparse: Path | str, sparsity: float, example: Example,
-                       new_tokens: int, repeats: int, bandwidth: float, device: torch.device,
+def _dense(weight: BitmaskTensor, device: torch.device) -> tuple[Product, int]:
+    dense = _on(device, weight).to_dense()
+    return functools.partial(functional.linear, weight=dense), dense.nbytes
+
+
+def _packed(weight: BitmaskTensor, precision: str, num_rows: int, device: torch.device) -> tuple[Product, int]:
+    packed = _matrix(weight, precision, num_rows, device)
+    return packed.matmul, packed.num_bytes
+
+
+def _semi_structured(weight: BitmaskTensor, device: torch.device) -> tuple[Product, int]:
+    dense = _on(device, weight).to_dense()
+    return functools.partial(functional.linear, weight=torch.sparse.to_sparse_semi_structured(dense)), (
+        dense.nbytes * 9 // 16)  # half of the values, and two bits for each of these
+
+
+def _is_2_of_4(weights: Sequence[BitmaskTensor]) -> bool:
+    return all(not weight.shape[1] % 4 and bool((weight.keep.view(-1, 4).sum(1) == 2).all()) for weight in weights)
+
+
+def weights_2_of_4(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[BitmaskTensor]:
+    """Of random values the two largest of each four."""
+    generator = torch.Generator(device).manual_seed(0)
+    dense = [torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5 for shape in shapes]
+    return [BitmaskTensor.from_dense(weight, (weight.abs().view(-1, 4).argsort(1).argsort(1) > 1).view(weight.shape))
+            for weight in dense]
+
+
+def _on(device: torch.device, weight: BitmaskTensor) -> BitmaskTensor:
+    return BitmaskTensor(weight.values.to(device, _DTYPE), weight.bitmask.to(device), weight.shape)
+
+
+def _matrix(weight: BitmaskTensor, precision: str, num_rows: int, device: torch.device) -> Any:
+    from sparse_train.kernels.triton_matrix import DeviceMatrix  # Triton is an extra
+
+    weight, scale = _on(device, weight), None
+    if precision in QUANTISERS:
+        with device:
+            weight, scale = QUANTISERS[precision].nearest(weight)
+    return DeviceMatrix(weight.values, weight.bitmask, weight.shape[1], scale, num_rows)
+
+
+def device_decode_rows(loads: Iterable[Callable[[], Runtime]], name: str, example: Example, new_tokens: int,
+                       repeats: int, bandwidth: float, device: torch.device, batches: Sequence[int] = (1, 16),
                        progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """As decode_rows, for the model folders `dense` and `sparse`."""
-    runtimes = {(name, engine, "bf16", zeros): Runtime(to_device(load_model(path, _DTYPE).eval(), device),
-                                                       load_processor(path), "bf16")
-                for engine, zeros, path in (("torch", 0.0, dense), ("expand", sparsity, sparse))}
-    return decode_rows(runtimes, example, new_tokens, repeats, bandwidth, progress)
+    """As decode_rows, of the models that `loads` give, the dense one first, for batches of so many answers. Rows have
+    `memory` too, bytes: what the model takes, and the most that decoding allocates beside it."""
+    example, runtimes, own = prompted(example), {}, {}
+    for load in loads:
+        before = _allocated(device)
+        runtime = load()
+        key = (name, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity)
+        runtimes[key], own[key] = runtime, _allocated(device) - before
+    rows = []
+    for number, batch in enumerate(batches):
+        fresh = {key: dataclasses.replace(runtime) for key, runtime in runtimes.items()}  # without a kept Decoder
+        peaks = [own[key] + _peak(functools.partial(decode_once, runtime, example, new_tokens, batch), device)
+                 for key, runtime in fresh.items()]
+        found = decode_rows(fresh, example, new_tokens, repeats, bandwidth, batch=batch,
+                                   progress=progress and functools.partial(_part_of, progress, number, len(batches)))
+        rows += [row | {"memory": peak} for row, peak in zip(found, peaks, strict=True)]
+    return rows
+
+
+def _part_of(progress: Callable[[int, int], None], number: int, count: int, done: int, total: int) -> None:
+    progress(number * total + done, count * total)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call allocates at most beyond those before it."""
+    before = _allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+
+
+def random_runtimes(size: ModelConfig, sparse: Sequence[tuple[str, float]],
+                    device: torch.device) -> Iterator[Callable[[], Runtime]]:
+    """What makes a model of this size, dense in BF16 and then with the linears of its blocks in each precision and
+    sparsity, without a folder."""
+    yield functools.partial(_random_runtime, size, None, device)
+    for variant in sparse:
+        yield functools.partial(_random_runtime, size, variant, device)
+
+
+@torch.no_grad()
+def _random_runtime(size: ModelConfig, variant: tuple[str, float] | None, device: torch.device) -> Runtime:
+    torch.manual_seed(0)
+    with device:
+        model = from_config(describe(size), _DTYPE).eval()
+    for number, (name, linear) in enumerate(family_of(model).prunable_linears(model).items() if variant else ()):
+        precision, sparsity = variant
+        (weight,) = random_weights([tuple(linear.weight.shape)], sparsity, number, device)
+        replace_module(model, name, PackedLinear(_matrix(weight, precision, 1, device), linear.bias))
+    tokenizer = build_tokenizer(build_task(TaskConfig()), 300)
+    return Runtime(model, build_processor(size, tokenizer), variant[0] if variant else "bf16")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparse_train import kernels
-from sparse_train.bench.timing import interleave
+from sparse_train.bench.timing import graphed, interleave
 
 _SHAPE = (4096, 4096)
 _GPU_BYTES = 1 << 31
@@ -41,7 +41,7 @@ def _rows(dtype: torch.dtype, sparsity: float, backend: str, repeats: int,
     targets = [(torch.empty_like(dense), torch.empty_like(values)) for dense, values, _ in weights]
 
     def each(move: Callable[..., object]) -> Callable[[], object]:
-        return _ready(lambda: [move(*weight, *target) for weight, target in zip(weights, targets, strict=True)], device)
+        return graphed(lambda: [move(*weight, *target) for weight, target in zip(weights, targets, strict=True)], device)
 
     timings = interleave({
         "copy": each(lambda dense, values, bits, expanded, compacted: expanded.copy_(dense)),
@@ -55,20 +55,3 @@ def _rows(dtype: torch.dtype, sparsity: float, backend: str, repeats: int,
         "high": 1e3 / count * timings[kernel].high, "bytes": num_bytes,
         "fraction_of_copy": num_bytes / (2 * dense.nbytes) * timings["copy"].over(timings[kernel]).median,
     } for kernel in ("expand", "compact")]
-
-
-def _ready(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`call` itself; on a GPU the graph of its launches, awaited."""
-    if device.type == "cpu":
-        return call
-    call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay

@@ -6,6 +6,10 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
+from sparse_train.kernels.cuda_graph import CudaGraph
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -56,3 +60,18 @@ def interleave(candidates: Mapping[Key, Callable[[], object]], repeats: int,
         if progress:
             progress(round_, repeats)
     return {name: Timing(tuple(rounds)) for name, rounds in seconds.items()}
+
+
+def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`call` itself; on a GPU the graph of its launches, awaited."""
+    if device.type == "cpu":
+        return call
+    graph = CudaGraph(call)
+
+    def replay() -> None:
+        graph()
+        torch.cuda.synchronize()
+
+    replay()
+    replay()  # captured
+    return replay

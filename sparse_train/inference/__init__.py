@@ -1,4 +1,4 @@
-"""Models on the CPU, sparse or dense.
+"""Models on the CPU or a GPU, sparse or dense.
 
     load       a folder -> Runtime, whose model has Hugging Face's `generate`
     Decoder    the forward pass of a new token, for the families of decoder.PLANS; Runtime uses it (decoding.py)

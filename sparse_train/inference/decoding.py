@@ -18,7 +18,6 @@ from transformers.generation import BaseStreamer
 
 from sparse_train.inference.decoder import Decoder, can_decode
 
-
 _STEP = 256
 """Tokens by which the Decoders of a GPU are larger than one another."""
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
 from sparse_train.errors import UserError, first_line
+from sparse_train.inference import gpu
 from sparse_train.inference.decoding import Decoders
 from sparse_train.inference.packed_linear import PackedEmbedding, PackedLinear
 from sparse_train.inference.shared import pack_shared
@@ -36,7 +37,7 @@ class Runtime:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it runs on the native kernels."""
+        """Whether it runs on kernels of this package."""
         return any(isinstance(module, PackedLinear) for module in self.model.modules())
 
     @property
@@ -89,12 +90,21 @@ class Runtime:
                             f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error
 
 
-def load(folder: str | Path, shared: bool = True) -> Runtime:
-    """Sparse folders (fp32, bf16, int8, int4; activations are fp32) run on the native kernels; dense ones on torch.
+def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"] = "cpu") -> Runtime:
+    """Sparse folders (fp32, bf16, int8, int4) run on the kernels of the device, dense ones on torch.
 
-    `shared`: large sparse weights lie in a file that all processes map (shared.py), else in memory of this process.
-    Raises UserError for a folder that is not a complete checkpoint.
+    On the CPU activations are fp32; on a GPU (cuda) the model computes in BF16, and fp32 values become BF16. `shared`:
+    on the CPU large sparse weights lie in a file that all processes map (shared.py), else in memory of this process.
+    Raises UserError for a folder that is not a complete checkpoint, and where no GPU can run it.
     """
+    model, precision = _load_on_cpu(folder, shared) if device == "cpu" else gpu.load_on_gpu(folder, gpu.find_gpu())
+    runtime = Runtime(model.eval(), load_processor(folder), precision)
+    if runtime.is_sparse:
+        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+    return runtime
+
+
+def _load_on_cpu(folder: str | Path, shared: bool) -> tuple[PreTrainedModel, str]:
     model, tensors = open_model(folder, quantised=True)
     precision, head = "fp32", model.get_output_embeddings()
     tables = _bf16_tables(model, tensors) if tensors.shapes else {}
@@ -120,9 +130,7 @@ def load(folder: str | Path, shared: bool = True) -> Runtime:
         if {tied, source} & {f"{name}.weight" for name in tables}:
             del model.all_tied_weights_keys[tied]
     fill(model, tensors)
-    if weights:
-        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
-    return Runtime(model.eval(), load_processor(folder), precision)
+    return model, precision
 
 
 def _bf16_tables(model: PreTrainedModel, tensors: ModelFolder) -> dict[str, str]:

@@ -1,19 +1,25 @@
 """PackedLinear: the layer of sparse inference, for new tokens and for prompts. PackedEmbedding: a lookup in BF16."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from sparse_train.kernels import PackedMatrix
 
+if TYPE_CHECKING:  # Triton is an extra
+    from sparse_train.kernels.triton_matrix import DeviceMatrix
+
 _FEW = 8  # tokens, for which the weight is read once
 
 
 class PackedLinear(nn.Module):
-    """y (..., R) = x (..., C) W^T + bias, W a PackedMatrix; inference only, fp32 activations on the CPU."""
+    """y (..., R) = x (..., C) W^T + bias, W packed for its device; inference only, fp32 activations on the CPU and BF16
+    on a GPU."""
 
     bias: torch.Tensor | None
 
-    def __init__(self, weight: PackedMatrix, bias: torch.Tensor | None = None):
+    def __init__(self, weight: "PackedMatrix | DeviceMatrix", bias: torch.Tensor | None = None):
         super().__init__()
         self.weight = weight
         self.out_features, self.in_features = weight.shape

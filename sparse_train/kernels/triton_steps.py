@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_train.kernels.cuda_graph import CudaGraph
 from sparse_train.kernels.steps import ACTIVATIONS, Steps
 
 _SPAN = 256
@@ -20,27 +21,7 @@ _SPAN = 256
 _SCORES = 64
 """Of so many tokens and heads at a time, as registers hold them."""
 
-
-class CudaGraph:
-    """Launches that are the same each time, on memory that stays where it is. Their first run compiles kernels, the
-    second one is captured, and from then on one call replays them all."""
-
-    def __init__(self, launch: Callable[[], object]):
-        self._launch = launch
-        self._is_warm = False
-        self._graph: Any = None
-
-    def __call__(self) -> None:
-        if not self._is_warm:
-            self._launch()
-            self._is_warm = True
-            return
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._launch()
-            self._graph = graph
-        self._graph.replay()
+_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class GraphSteps(Steps):
@@ -74,17 +55,17 @@ class GraphSteps(Steps):
         num_rows, width = hidden.shape
         self.add(functools.partial(
             _normalise[(num_rows,)], hidden, change, weight, bias, out, width, epsilon, is_rms,
-            triton.next_power_of_2(width), num_warps=8))
+            triton.next_power_of_2(width), num_warps=8, **_OPTIONS))
 
     def activate(self, name: str, x: torch.Tensor, factor: torch.Tensor | None, out: torch.Tensor) -> None:
         self.add(functools.partial(_activate[(triton.cdiv(x.numel(), 1024),)], x, factor, out, x.numel(),
-                                   ACTIVATIONS[name], 1024))
+                                   ACTIVATIONS[name], 1024, **_OPTIONS))
 
     def multiply(self, weight: Any, bias: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor) -> None:
         if isinstance(weight, torch.Tensor):
             super().multiply(weight, bias, x, out)
             return
-        calls: list[Callable[[], object]] = [weight.product(x, out)]
+        calls: list[Callable[[], object]] = [lambda: out.copy_(weight.matmul(x))]
         if bias is not None:
             calls.append(functools.partial(out.add_, bias))
         self._calls += calls
@@ -104,13 +85,13 @@ class GraphSteps(Steps):
         self.add(functools.partial(
             _attend[(num_rows * num_groups, num_parts)], q, k, v, out, keys, values, position, starts, cosine, sine,
             bias, query_norm, key_norm, parts, tops, totals, q.stride(0), 0 if k is None else k.stride(0), capacity,
-            scale, epsilon, num_groups, num_shared, head_dim, 0 if cosine is None else cosine.shape[1], num_parts,
-            triton.next_power_of_2(num_shared), triton.next_power_of_2(head_dim), _SPAN,
-            max(1, _SCORES // triton.next_power_of_2(num_shared)), num_warps=4))
+            num_parts, scale, epsilon, num_groups, num_shared, head_dim, 0 if cosine is None else cosine.shape[1],
+            num_parts == 1, triton.next_power_of_2(num_shared), triton.next_power_of_2(head_dim), _SPAN,
+            max(1, _SCORES // triton.next_power_of_2(num_shared)), num_warps=4, **_OPTIONS))
         if num_parts > 1:
             self.add(functools.partial(
                 _add_parts[(num_rows * num_heads,)], parts, tops, totals, out, num_parts, head_dim,
-                triton.next_power_of_2(num_parts), triton.next_power_of_2(head_dim)))
+                triton.next_power_of_2(num_parts), triton.next_power_of_2(head_dim), **_OPTIONS))
 
     def _buffer(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         """Float32, one for all blocks; a last number below 0 tells those of one shape apart."""
@@ -175,16 +156,16 @@ def _turn(heads, is_head, norm, cosine, sine, epsilon, HEAD_DIM: tl.constexpr, R
         if norm is not None:
             y *= factor[:, None] * tl.load(norm + partner, mask=is_turned, other=0).to(tl.float32)[None, :]
         y = tl.where(is_low[None, :], -y, y)
-        cosine_at = tl.load(cosine + entry, mask=is_turned, other=1).to(tl.float32)
+        cosine_at = tl.load(cosine + entry, mask=is_turned, other=0).to(tl.float32)
         sine_at = tl.load(sine + entry, mask=is_turned, other=0).to(tl.float32)
-        x = x * cosine_at[None, :] + y * sine_at[None, :]
+        x = tl.where(is_turned[None, :], x * cosine_at[None, :] + y * sine_at[None, :], x)
     return x
 
 
 @triton.jit
 def _attend(q, k, v, out, keys, values, position, starts, cosine, sine, bias, query_norm, key_norm, parts, tops, totals,
-            q_stride, k_stride, capacity, scale, epsilon, NUM_GROUPS: tl.constexpr, NUM_HEADS: tl.constexpr,
-            HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, NUM_PARTS: tl.constexpr, HEADS: tl.constexpr,
+            q_stride, k_stride, capacity, num_parts, scale, epsilon, NUM_GROUPS: tl.constexpr, NUM_HEADS: tl.constexpr,
+            HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, IS_WHOLE: tl.constexpr, HEADS: tl.constexpr,
             DIM: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr):
     """The heads of a row that share keys attend to a part of the text. The first part has the new token too: its key
     and value are in registers, and are written for the next tokens."""
@@ -201,20 +182,20 @@ def _attend(q, k, v, out, keys, values, position, starts, cosine, sine, bias, qu
     cached = (tl.program_id(0).to(tl.int64) * capacity) * HEAD_DIM
     if k is not None:
         one = tl.arange(0, 1)
-        key = _turn(k + row * k_stride + group * HEAD_DIM + one, one == 0, key_norm, cosine_at, sine_at, epsilon,
-                    HEAD_DIM, ROTARY, DIM).to(keys.dtype.element_ty)
-        value = tl.load(v + row * k_stride + group * HEAD_DIM + one[:, None] + entry[None, :],
+        new_key = _turn(k + row * k_stride + group * HEAD_DIM + one, one == 0, key_norm, cosine_at, sine_at, epsilon,
+                        HEAD_DIM, ROTARY, DIM).to(keys.dtype.element_ty)
+        new_value = tl.load(v + row * k_stride + group * HEAD_DIM + one[:, None] + entry[None, :],
                         mask=is_entry[None, :], other=0)
-        place = cached + last * HEAD_DIM + one[:, None] + entry[None, :]
+        new_place = cached + last * HEAD_DIM + one[:, None] + entry[None, :]
         is_stored = is_entry[None, :] & (part + one[:, None] == 0)
-        tl.store(keys + place, key, mask=is_stored)
-        tl.store(values + place, value, mask=is_stored)
-        top = tl.sum(query * key.to(tl.float32), 1)
+        tl.store(keys + new_place, new_key, mask=is_stored)
+        tl.store(values + new_place, new_value, mask=is_stored)
+        top = tl.sum(query * new_key.to(tl.float32), 1)
         if bias is not None:
             top += tl.load(bias + number * capacity, mask=is_head, other=0).to(tl.float32)
         top = tl.where(part == 0, top, float("-inf"))
         total = tl.where(part == 0, 1.0, 0.0) + tl.zeros([HEADS], tl.float32)
-        context = tl.where(part == 0, value.to(tl.float32), 0.0) + tl.zeros([HEADS, DIM], tl.float32)
+        context = tl.where(part == 0, new_value.to(tl.float32), 0.0) + tl.zeros([HEADS, DIM], tl.float32)
         end = last
     else:
         top = tl.full([HEADS], float("-inf"), tl.float32)
@@ -237,11 +218,11 @@ def _attend(q, k, v, out, keys, values, position, starts, cosine, sine, bias, qu
         value = tl.load(values + place, mask=is_read, other=0).to(tl.float32)
         context = context * rest[:, None] + tl.sum(shares[:, :, None] * value[None, :, :], 1)
         total, top = total * rest + tl.sum(shares, 1), higher
-    if NUM_PARTS == 1:
+    if IS_WHOLE:
         tl.store(out + (row * NUM_GROUPS * NUM_HEADS + number)[:, None] * HEAD_DIM + entry[None, :],
                  (context / total[:, None]).to(out.dtype.element_ty), mask=is_head[:, None] & is_entry[None, :])
     else:
-        at = (row * NUM_GROUPS * NUM_HEADS + number) * NUM_PARTS + part
+        at = (row * NUM_GROUPS * NUM_HEADS + number) * num_parts + part
         tl.store(parts + at[:, None] * HEAD_DIM + entry[None, :], context, mask=is_head[:, None] & is_entry[None, :])
         tl.store(tops + at, top, mask=is_head)
         tl.store(totals + at, total, mask=is_head)

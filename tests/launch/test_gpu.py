@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from sparse_train import artifacts
-from sparse_train.bench.gpu import device_layer_rows
+from sparse_train.bench.gpu import device_decode_rows, device_layer_rows, random_runtimes, weights_2_of_4
 from sparse_train.bench.layers import random_weights
-from sparse_train.config import RunConfig
+from sparse_train.config import ModelConfig, RunConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
 from sparse_train.jobs import benchmark
 from sparse_train.jobs.job import Job
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.stages import build_stages, find_stage
+from sparse_train.tasks import Example
 from tests.launch.test_pipeline import RECIPE, STAGES, _cli
 
 
@@ -27,15 +28,16 @@ def test_the_pipeline_runs_on_cuda(precision, tmp_path, monkeypatch):
         assert artifacts.damage(tmp_path / "tiny" / stage) is None
     rows = artifacts.read_json(tmp_path / "tiny" / "benchmark" / "gpu" / "rows.json")["rows"]
     assert {(row["what"], row["engine"]) for row in rows} == \
-        {("linears", "torch"), ("linears", "expand"), ("linears", "sparse"), ("decode", "torch"), ("decode", "expand")}
+        {(what, engine) for what in ("linears", "decode", "decode, batch 16") for engine in ("torch", "sparse")}
+    assert all(row["memory"] > 0 for row in rows if row["what"] != "linears")
 
 
 def test_a_gpu_benchmark_without_a_gpu_is_one_line(monkeypatch, tmp_path):
     config = load_config(RunConfig, RECIPE, [f"folder='{tmp_path}'", "benchmark.devices=[gpu]"])
     stage = find_stage(config, "benchmark")
     assert (stage.id, stage.device) == ("benchmark", "gpu")
-    monkeypatch.setattr("sparse_train.dist.device", lambda: torch.device("cpu"))
-    with pytest.raises(UserError, match="sees no GPU"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"benchmark\.devices=\['gpu'\]: cuda: .* cluster\.stages="):
         benchmark.run(Job(config, stage, tmp_path, (), lambda *_: None))
 
 
@@ -50,11 +52,26 @@ def test_each_device_is_a_stage_and_the_report_reads_all():
 
 
 def test_the_rows_of_a_device_are_those_of_the_layers():
-    weights = random_weights(((64, 64), (32, 64)), 0.75)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton interprets its kernels
-    rows = device_layer_rows("m", weights, 2, 1e9, device)
-    assert [(row["engine"], row["precision"], row["sparsity"]) for row in rows] == \
-        [("torch", "bf16", 0.0), *((engine, "bf16", pytest.approx(0.75, abs=0.05)) for engine in ("expand", "sparse"))]
+    weights = random_weights(((64, 64), (32, 64)), 0.75, device=device)
+    rows = device_layer_rows("m", {("bf16", 0.75): weights}, 2, 1e9, device)
+    assert [(row["what"], row["engine"], row["precision"], row["sparsity"]) for row in rows] == \
+        [("linears", "torch", "bf16", 0.0), ("linears", "sparse", "bf16", 0.75)]
     kept = sum(weight.values.numel() for weight in weights)
-    assert [row["bytes"] for row in rows[:2]] == [2 * (64 * 64 + 32 * 64), 2 * kept + 96 * 8]
-    assert rows[2]["bytes"] > 3 * kept
+    assert rows[0]["bytes"] == 2 * (64 * 64 + 32 * 64) and rows[1]["bytes"] > 2 * kept
+    assert all(weight.values.numel() == 64 * 64 // 2 and weight.keep.view(-1, 4).sum(1).eq(2).all()
+               for weight in weights_2_of_4(((64, 64),), device))
+
+
+def test_models_of_a_size_are_made_and_decoded_on_a_device():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = ModelConfig(family="llama", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=64,
+                       vocab_size=300)
+    runtimes = random_runtimes(size, [("bf16", 0.5)], device)
+    rows = device_decode_rows(runtimes, "m", Example("Tom", ""), 3, 1, 1e9, device, batches=(1, 2))
+    assert [(row["what"], row["engine"], row["precision"], row["sparsity"]) for row in rows] == \
+        [(what, engine, "bf16", sparsity) for what in ("decode", "decode, batch 2")
+         for engine, sparsity in (("torch", 0.0), ("sparse", pytest.approx(0.5, abs=0.02)))]
+    for row in rows:
+        batch = 2 if "batch" in row["what"] else 1
+        assert row["tokens_per_second"] == pytest.approx(1e3 * batch / row["milliseconds"])

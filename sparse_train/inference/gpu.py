@@ -1,0 +1,63 @@
+"""Models on a GPU: in BF16, sparse weights as DeviceMatrix."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparse_train.compat.transformers import to_device
+from sparse_train.errors import UserError
+from sparse_train.extras import require
+from sparse_train.inference.packed_linear import PackedLinear
+from sparse_train.kernels import scale_of_columns
+from sparse_train.models import fill, open_model
+from sparse_train.sparse import BitmaskTensor, replace_module
+
+_LEAST_CAPABILITY = (8, 0)
+
+
+def find_gpu() -> torch.device:
+    """The current one. Raises UserError where there is none, or none that the kernels are written for."""
+    if torch.version.cuda is None:
+        raise UserError(f"cuda: torch {torch.__version__} is built without CUDA; install a build with it, or run on the "
+                        "CPU")
+    if not torch.cuda.is_available():
+        raise UserError("cuda: torch sees no GPU; give this process one, or run on the CPU")
+    require("cuda")
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        raise UserError(f"cuda: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
+                        "and the kernels need 8.0 (A100) or more; run on the CPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def load_on_gpu(folder: str | Path, device: torch.device) -> tuple[PreTrainedModel, str]:
+    """The model of a folder, sparse or dense, and the precision of its sparse weights. FP32 values become BF16."""
+    from sparse_train.kernels.triton_matrix import DeviceMatrix  # Triton is an extra
+
+    model, tensors = open_model(folder, torch.bfloat16, quantised=True)
+    precision, head = "bf16", model.get_output_embeddings()
+    for name, (num_rows, num_columns) in tensors.shapes.items():
+        weight, scale, is_head = tensors.weight(name), tensors.scale(name), model.get_submodule(name) is head
+        bias = tensors.get(f"{name}.bias").to(device, torch.bfloat16) if f"{name}.bias" in tensors else None
+        if weight.values.numel() == num_rows * num_columns:  # a quantised head; without zeros there are none to skip
+            linear = nn.Linear(num_columns, num_rows, bias is not None, device="meta")
+            linear.weight = nn.Parameter(_dense(weight, scale).to(device, torch.bfloat16), requires_grad=False)
+            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            replace_module(model, name, linear)
+            continue
+        values = weight.values if scale is not None else weight.values.bfloat16()
+        packed = DeviceMatrix(values.to(device), weight.bitmask.to(device), num_columns,
+                              None if scale is None else scale.to(device))
+        precision = precision if is_head else packed.precision
+        replace_module(model, name, PackedLinear(packed, bias))
+    fill(model, tensors)
+    return to_device(model, device), precision
+
+
+def _dense(weight: BitmaskTensor, scale: torch.Tensor | None) -> torch.Tensor:
+    dense = weight.to_dense().float()
+    if scale is None:
+        return dense
+    return dense * (scale[:, None] if scale.ndim == 1 else scale_of_columns(scale, weight.shape[1]))

@@ -1,0 +1,142 @@
+"""A decoder's steps on a GPU against float64: compiled there, without one interpreted on tensors in CPU memory."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sparse_train.kernels import ACTIVATIONS
+from tests.training.plain import assert_as_exact
+
+triton_steps = pytest.importorskip("sparse_train.kernels.triton_steps")
+_HAS_GPU = torch.cuda.is_available()
+_EACH_DEVICE = pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.skipif(_HAS_GPU, reason="Triton compiles its kernels for the GPU instead")),
+    pytest.param("cuda", marks=[pytest.mark.gpu,
+                                pytest.mark.skipif(not _HAS_GPU, reason="needs a CUDA device; torch sees none")])])
+_ROUNDING = 2.0**-7  # of one BF16 number, which the interpreter cuts off
+
+
+def _random(*shape, seed=0, device="cpu", dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def _steps(device):
+    return triton_steps.GraphSteps(torch.device(device))
+
+
+def _rms_norm(x, weight, epsilon=1e-5):
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def _assert_close(found, exact, dtype):
+    if dtype == torch.bfloat16:
+        assert torch.allclose(found.double(), exact, rtol=_ROUNDING, atol=_ROUNDING * float(exact.abs().max()))
+    else:
+        assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+
+
+@_EACH_DEVICE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_rms", [True, False])
+def test_norms(is_rms, dtype, device):
+    for width in (1, 7, 576):
+        hidden, change, weight, bias = (_random(*shape, seed=seed, device=device, dtype=dtype) for seed, shape in
+                                        enumerate([(3, width), (3, width), (width,), (width,)]))
+        for given, extra in ((change, None), (None, bias)):
+            own, out, steps = hidden.clone(), torch.full_like(hidden, torch.nan), _steps(device)
+            steps.normalise(own, given, weight, extra, 1e-5, out, is_rms)
+            steps.run()
+            _assert_close(own, (hidden.double() + (0 if given is None else given.double())), dtype)
+            exact = (_rms_norm(own.double(), weight.double()) if is_rms else
+                     functional.layer_norm(own.double(), (width,), weight.double(), None, 1e-5))
+            _assert_close(out, exact if extra is None else exact + extra.double(), dtype)
+
+
+@_EACH_DEVICE
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, device):
+    plain = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}.get(
+        name, lambda x: functional.gelu(x, approximate="tanh"))
+    x = torch.cat([torch.linspace(-40, 40, 1003), _random(500) * 3, torch.tensor([0, -0.0, torch.nan])]).to(device)
+    factor, out = _random(len(x), seed=1, device=device), torch.empty(len(x), device=device)
+    for given in (None, factor):
+        steps = _steps(device)
+        steps.activate(name, x, given, out)
+        steps.run()
+        exact = plain(x.double()) * (1 if given is None else given.double())
+        assert torch.equal(out.isnan(), exact.isnan())
+        assert torch.allclose(out.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@_EACH_DEVICE
+@pytest.mark.parametrize("heads, groups, dim, rotary, has_more, dtype", [
+    (2, 2, 8, 8, False, torch.float32), (3, 1, 5, 4, True, torch.bfloat16),
+    pytest.param(9, 3, 20, 0, True, torch.float32, marks=pytest.mark.slow)])
+def test_attention_over_a_cache(heads, groups, dim, rotary, has_more, dtype, device, monkeypatch):
+    """Two rows, of which one starts later, two tokens one after the other, over one part of the text or several, of
+    which the last is empty, and the first of one row. Behind the text, memory is not read."""
+    capacity, first, rows = 40, 14, 2
+    angles = _random(capacity, rotary // 2, seed=3).repeat(1, 2)
+    rotation = tuple(part.to(device, dtype) for part in (angles.cos(), angles.sin())) if rotary else None
+    bias = _random(heads, capacity, seed=4, device=device) if has_more else None
+    norms = tuple(_random(dim, seed=seed, device=device, dtype=dtype) for seed in (5, 6)) if has_more else None
+    for span in (256, 12):
+        monkeypatch.setattr(triton_steps, "_SPAN", span)
+        monkeypatch.setattr(triton_steps, "_SCORES", 16)
+        keys, values = (_random(rows, groups, capacity, dim, seed=seed, device=device, dtype=dtype) for seed in (1, 2))
+        keys[:, :, first:] = values[:, :, first:] = torch.nan
+        known = [keys.double(), values.double()]
+        position, starts = (torch.tensor(places, device=device) for places in ([0], [0, 13]))
+        qkv = torch.empty(rows, (heads + 2 * groups) * dim, device=device, dtype=dtype)
+        out = qkv.new_full((rows, heads * dim), torch.nan)
+        q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], dim=1)
+        steps = _steps(device)
+        steps.attend(q, k, v, out, keys, values, position, starts, 0.3, rotation, bias, norms, 1e-5)
+
+        def turned(x, norm, place, dim=dim):
+            x = x.double().view(-1, dim) if norm is None else _rms_norm(x.double().view(-1, dim), norm.double())
+            if rotary:
+                low, high = x[:, :rotary].chunk(2, dim=1)
+                cosine, sine = (part[place].double() for part in rotation)
+                x = torch.cat([x[:, :rotary] * cosine + torch.cat([-high, low], 1) * sine, x[:, rotary:]], 1)
+            return x
+
+        for token in range(2):
+            place = first + token
+            position.fill_(place)
+            qkv.copy_(_random(*qkv.shape, seed=10 + token))
+            steps.run()
+            exact = torch.empty(out.shape, dtype=torch.float64, device=device)
+            for row, start in enumerate(starts.tolist()):
+                key, query = (turned(part[row], norm, place - start)
+                              for part, norm in ((k, norms and norms[1]), (q, norms and norms[0])))
+                _assert_close(keys[row, :, place], key, dtype)
+                known[0][row, :, place], known[1][row, :, place] = keys[row, :, place], v[row].view(groups, dim)
+                for head in range(heads):
+                    group = head // (heads // groups)
+                    scores = known[0][row, group, start:place + 1] @ query[head] * 0.3
+                    if bias is not None:
+                        scores = scores + bias[head, :place + 1 - start].double().flip(0)
+                    exact[row, head * dim:(head + 1) * dim] = scores.softmax(0) @ known[1][row, group, start:place + 1]
+            _assert_close(out, exact, dtype)
+        for cached, exactly in zip((keys, values), known, strict=True):
+            assert torch.equal(cached[:, :, :first + 2].double(), exactly[:, :, :first + 2])
+        assert keys[:, :, first + 2:].isnan().all() and values[:, :, first + 2:].isnan().all()
+        again, alone = torch.full_like(out, torch.nan), _steps(device)  # of what is there, as in cross-attention
+        alone.attend(q, None, None, again, keys, values, position, starts, 0.3, rotation, bias, norms, 1e-5)
+        alone.run()
+        _assert_close(again, exact, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _HAS_GPU, reason="needs a CUDA device; torch sees none")
+def test_a_graph_repeats_its_launches():
+    """Run by run: warm, captured, replayed; on what memory holds by then."""
+    steps, x = _steps("cuda"), torch.zeros(1, 64, device="cuda")
+    weight, out = _random(8, 64, device="cuda"), torch.empty(1, 8, device="cuda")
+    steps.add(lambda: x.add_(1))
+    steps.multiply(weight, None, x, out)
+    for number in range(1, 5):
+        steps.run()
+        assert_as_exact("the product", out, x @ weight.T, x.double() @ weight.double().T)
+        assert float(x[0, 0]) == number

@@ -1,0 +1,66 @@
+"""make gpu, with parts that need no GPU: what is there is kept, failures are told, the rest goes on."""
+
+import subprocess
+import sys
+
+from sparse_train import artifacts
+from tests.gpu import PARTS, Figure, Part, run_parts, table
+
+_CARD = {"card": "a card", "driver": "1"}
+
+
+def _part(name, program, **options):
+    return Part(name, (sys.executable, "-c", program), (Figure(f"figure of {name}", lambda r: f"{r['x']:.1f}", "2"),),
+                **options)
+
+
+def _counting(folder, name, then="print('{\"x\": 1}')"):
+    return _part(name, f"open({str(folder / name)!r}, 'a').write('x'); {then}")
+
+
+def _runs(folder, name):
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def test_parts_that_are_done_are_kept_and_those_that_failed_run_again(tmp_path, capfd):
+    good, bad = _counting(tmp_path, "good"), _counting(tmp_path, "bad", "raise ValueError('no | luck')")
+    other = _counting(tmp_path, "other", "print('begin'); print('{\"y\": 1}')")
+    parts = (bad, _part("slow", "import time; time.sleep(60)", limit_s=1), good, other,
+             Part("absent", ("no-such-program",), bad.figures))
+    assert not run_parts(parts, _CARD, tmp_path / "out")
+    found = artifacts.read_json(tmp_path / "out" / "results.json")["parts"]
+    assert {name: part["error"] for name, part in found.items()} == {
+        "bad": "ValueError: no | luck", "slow": "it took more than 1 s", "good": None, "other": None,
+        "absent": "no-such-program: No such file or directory"}
+    rows = (tmp_path / "out" / "results.md").read_text(encoding="utf-8").splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in rows if row.startswith("| ")}
+    assert cells == {"what": "figure", "figure of bad": "failed: ValueError: no / luck", "figure of good": "1.0",
+                     "figure of slow": "failed: it took more than 1 s", "figure of other": "not measured"} | {
+                         "figure of bad": cells["figure of bad"]}
+
+    mended = _counting(tmp_path, "bad")
+    assert run_parts((mended, good), _CARD, tmp_path / "out")
+    assert (_runs(tmp_path, "bad"), _runs(tmp_path, "good")) == ("xx", "x")
+    assert run_parts((mended, good), _CARD | {"driver": "2"}, tmp_path / "out")
+    assert (_runs(tmp_path, "bad"), _runs(tmp_path, "good")) == ("xxx", "xx")
+
+
+def test_each_result_is_written_before_the_next_part_begins(tmp_path):
+    file = tmp_path / "out" / "results.json"
+    second = _part("second", f"import json; print(json.dumps({{'x': len(json.load(open({str(file)!r}))['parts'])}}))")
+    assert run_parts((_part("first", "print('{\"x\": 1}')"), second), _CARD, tmp_path / "out")
+    assert artifacts.read_json(file)["parts"]["second"]["result"] == {"x": 1}
+
+
+def test_the_table_has_every_figure_before_anything_is_run():
+    rows = table(PARTS, {"machine": _CARD, "parts": {}}).splitlines()
+    assert rows[0] == "card: a card  "
+    assert sum("not yet run" in row for row in rows) == sum(len(part.figures) for part in PARTS) > 40
+    assert all(len(part.figures) == len({figure.name for figure in part.figures}) for part in PARTS)
+
+
+def test_without_a_gpu_it_is_one_line():
+    done = subprocess.run([sys.executable, "-c", "import torch, sys; torch.version.cuda = None\n"
+                           "from tests.gpu import main; sys.exit(main())"], capture_output=True, text=True,
+                          encoding="utf-8")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("cuda: torch")
