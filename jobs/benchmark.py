@@ -25,6 +25,8 @@ from sparse_train.models import load_model, load_processor
 from sparse_train.sparse import BitmaskTensor, sparse_linears
 from sparse_train.tasks import Example, build_task, scored_examples
 
+_GPU_BATCHES = (1, 16)
+
 
 def run(job: Job) -> dict[str, Any]:
     machine, rows = _on_gpu(job) if job.stage.device == "gpu" else _on_cpu(job)
@@ -63,15 +65,16 @@ def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     def layers(model: str, weights: list[BitmaskTensor], part: int) -> list[dict[str, Any]]:
         by_precision = dict.fromkeys(((precision, sparsity_of(weights)) for precision in folders), weights)
         return device_layer_rows(model, by_precision, spec.repeats, bandwidth, device,
-                                 job.progress_of_part(part, 3, "layers"))
+                                 job.progress_of_part(part, 4, "layers"))
 
     rows = layers(name, _run_weights(job), 0)
-    rows += device_decode_rows([functools.partial(load, folder, device="cuda")
-                                for folder in (job.path_of(Kind.DENSE), *folders.values())], name, _example(job),
-                               spec.new_tokens, spec.repeats, bandwidth, device,
-                               progress=job.progress_of_part(1, 3, "decode"))
+    for part, batch in enumerate(_GPU_BATCHES, 1):
+        loads = [functools.partial(load, folder, device="cuda", batch_size=batch)
+                 for folder in (job.path_of(Kind.DENSE), *folders.values())]
+        rows += device_decode_rows(loads, name, _example(job), spec.new_tokens, spec.repeats, bandwidth, device, batch,
+                                   job.progress_of_part(part, 4, "decode"))
     if spec.reference_layers == "mpt-7b":
-        rows += layers("mpt-7b block (gpu)", _reference_weights(job), 2)
+        rows += layers("mpt-7b block (gpu)", _reference_weights(job), 3)
     return {"device": torch.cuda.get_device_name(device), "read_bandwidth_bytes_per_second": bandwidth}, rows
 
 

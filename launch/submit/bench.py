@@ -207,7 +207,7 @@ def _device_decode(options, console: Console) -> None:
 
     import torch
 
-    from sparse_train.bench.gpu import WHOLE, device_bandwidth, device_decode_rows, random_runtimes
+    from sparse_train.bench.gpu import WHOLE, device_bandwidth, device_decode_rows, random_runtime
     from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
     from sparse_train.inference import load
     from sparse_train.inference.gpu import find_gpu
@@ -220,12 +220,14 @@ def _device_decode(options, console: Console) -> None:
     device = find_gpu()
     variants = ([(precision, sparsity) for precision in ("bf16", "int8", "int4") for sparsity in options.sparsity]
                 if options.sparsity else [("bf16", 0.5), ("bf16", 0.75), ("int8", 0.75), ("int4", 0.75)])
-    loads = (random_runtimes(WHOLE[options.shape], variants, device) if options.shape else
-             [functools.partial(load, folder, device="cuda") for folder in options.model])
     example = Example("Tom has 3 boxes of 4 eggs. " * (-(-options.prompt_tokens[0] // 8)), "")
-    bandwidth = device_bandwidth(device)
-    rows = device_decode_rows(loads, options.shape or options.model[0], example, options.new_tokens, options.repeats,
-                              bandwidth, device)
+    bandwidth, rows = device_bandwidth(device), []
+    for batch in (1, 16):
+        loads = ([functools.partial(random_runtime, WHOLE[options.shape], variant, batch, device)
+                  for variant in (None, *variants)] if options.shape else
+                 [functools.partial(load, folder, device="cuda", batch_size=batch) for folder in options.model])
+        rows += device_decode_rows(loads, options.shape or options.model[0], example, options.new_tokens,
+                                   options.repeats, bandwidth, device, batch)
     if not options.json:
         print_measured(console, (*SPEED_HEADER, "tokens/s", "MB"), [
             [*speed_cells(row), f"{row['tokens_per_second']:.1f}", f"{row['memory'] / 1e6:.0f}"] for row in rows],

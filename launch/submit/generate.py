@@ -63,7 +63,7 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     _check(options)
     prompts = [options.prompt] if options.prompts is None else _read(options.prompts)
     set_threads()
-    model = load(options.folder, device=options.device)
+    model = load(options.folder, device=options.device, batch_size=options.batch_size)
     errors = Console(stderr=True, soft_wrap=True)
     if model.is_sparse and options.device == "cpu" and kernels.backend() == "portable":
         errors.print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)

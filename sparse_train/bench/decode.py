@@ -48,8 +48,8 @@ def decode_rows(runtimes: dict[Key, Runtime], example: Example, new_tokens: int,
         seconds[key].append((first, later / (new_tokens - 1)))
 
     candidates: dict[Any, Callable[[], object]] = {key: functools.partial(decode, key) for key in seconds}
-    candidates |= {("products", key): functools.partial(_products, Decoder(runtime.model, batch, new_tokens), new_tokens)
-                   for key, runtime in runtimes.items()
+    candidates |= {("products", key): functools.partial(
+        _products, Decoder(runtime.model, batch, new_tokens), new_tokens) for key, runtime in runtimes.items()
                    if can_decode(runtime.model, len(encode_prompt(example, runtime.processor)) + new_tokens)}
     with torch.no_grad():
         products = interleave(candidates, repeats, progress)

@@ -4,9 +4,8 @@ The linears are products alone: a graph multiplies so many weights, one after th
 cache when its turn comes again. Whole models are decoded as `generate` does it, dense ones by the same Decoder.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,61 +119,40 @@ def _matrix(weight: BitmaskTensor, precision: str, num_rows: int, device: torch.
 
 
 def device_decode_rows(loads: Iterable[Callable[[], Runtime]], name: str, example: Example, new_tokens: int,
-                       repeats: int, bandwidth: float, device: torch.device, batches: Sequence[int] = (1, 16),
+                       repeats: int, bandwidth: float, device: torch.device, batch: int = 1,
                        progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """As decode_rows, of the models that `loads` give, the dense one first, for batches of so many answers. Rows have
+    """As decode_rows, of the models that `loads` give, the dense one first, for `batch` answers at a time. Rows have
     `memory` too, bytes: what the model takes, and the most that decoding allocates beside it."""
-    example, runtimes, own = prompted(example), {}, {}
+    example, runtimes, memory = prompted(example), {}, []
     for load in loads:
         before = _allocated(device)
         runtime = load()
-        key = (name, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity)
-        runtimes[key], own[key] = runtime, _allocated(device) - before
-    rows = []
-    for number, batch in enumerate(batches):
-        fresh = {key: dataclasses.replace(runtime) for key, runtime in runtimes.items()}  # without a kept Decoder
-        peaks = [own[key] + _peak(functools.partial(decode_once, runtime, example, new_tokens, batch), device)
-                 for key, runtime in fresh.items()]
-        found = decode_rows(fresh, example, new_tokens, repeats, bandwidth, batch=batch,
-                                   progress=progress and functools.partial(_part_of, progress, number, len(batches)))
-        rows += [row | {"memory": peak} for row, peak in zip(found, peaks, strict=True)]
-    return rows
+        runtimes[name, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity] = runtime
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what loading took
+        decode_once(runtime, example, new_tokens, batch)
+        memory.append(_allocated(device, at_most=True) - before)
+    rows = decode_rows(runtimes, example, new_tokens, repeats, bandwidth, progress, batch=batch)
+    return [row | {"memory": num_bytes} for row, num_bytes in zip(rows, memory, strict=True)]
 
 
-def _part_of(progress: Callable[[int, int], None], number: int, count: int, done: int, total: int) -> None:
-    progress(number * total + done, count * total)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _peak(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocates at most beyond those before it."""
-    before = _allocated(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-
-
-def random_runtimes(size: ModelConfig, sparse: Sequence[tuple[str, float]],
-                    device: torch.device) -> Iterator[Callable[[], Runtime]]:
-    """What makes a model of this size, dense in BF16 and then with the linears of its blocks in each precision and
-    sparsity, without a folder."""
-    yield functools.partial(_random_runtime, size, None, device)
-    for variant in sparse:
-        yield functools.partial(_random_runtime, size, variant, device)
+def _allocated(device: torch.device, at_most: bool = False) -> int:
+    """Bytes, now or since they were last reset."""
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.max_memory_allocated(device) if at_most else torch.cuda.memory_allocated(device)
 
 
 @torch.no_grad()
-def _random_runtime(size: ModelConfig, variant: tuple[str, float] | None, device: torch.device) -> Runtime:
+def random_runtime(size: ModelConfig, variant: tuple[str, float] | None, batch: int, device: torch.device) -> Runtime:
+    """A model of this size without a folder: dense in BF16, or with the linears of its blocks of a precision and
+    sparsity, for batches of so many answers."""
     torch.manual_seed(0)
     with device:
         model = from_config(describe(size), _DTYPE).eval()
     for number, (name, linear) in enumerate(family_of(model).prunable_linears(model).items() if variant else ()):
         precision, sparsity = variant
         (weight,) = random_weights([tuple(linear.weight.shape)], sparsity, number, device)
-        replace_module(model, name, PackedLinear(_matrix(weight, precision, 1, device), linear.bias))
+        replace_module(model, name, PackedLinear(_matrix(weight, precision, batch, device), linear.bias))
     tokenizer = build_tokenizer(build_task(TaskConfig()), 300)
     return Runtime(model, build_processor(size, tokenizer), variant[0] if variant else "bf16")

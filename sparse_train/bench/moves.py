@@ -41,7 +41,8 @@ def _rows(dtype: torch.dtype, sparsity: float, backend: str, repeats: int,
     targets = [(torch.empty_like(dense), torch.empty_like(values)) for dense, values, _ in weights]
 
     def each(move: Callable[..., object]) -> Callable[[], object]:
-        return graphed(lambda: [move(*weight, *target) for weight, target in zip(weights, targets, strict=True)], device)
+        return graphed(lambda: [move(*weight, *target) for weight, target in zip(weights, targets, strict=True)],
+                       device)
 
     timings = interleave({
         "copy": each(lambda dense, values, bits, expanded, compacted: expanded.copy_(dense)),

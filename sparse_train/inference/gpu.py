@@ -20,8 +20,8 @@ _LEAST_CAPABILITY = (8, 0)
 def find_gpu() -> torch.device:
     """The current one. Raises UserError where there is none, or none that the kernels are written for."""
     if torch.version.cuda is None:
-        raise UserError(f"cuda: torch {torch.__version__} is built without CUDA; install a build with it, or run on the "
-                        "CPU")
+        raise UserError(f"cuda: torch {torch.__version__} is built without CUDA; install a build with it, or run on "
+                        "the CPU")
     if not torch.cuda.is_available():
         raise UserError("cuda: torch sees no GPU; give this process one, or run on the CPU")
     require("cuda")
@@ -32,8 +32,9 @@ def find_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_on_gpu(folder: str | Path, device: torch.device) -> tuple[PreTrainedModel, str]:
-    """The model of a folder, sparse or dense, and the precision of its sparse weights. FP32 values become BF16."""
+def load_on_gpu(folder: str | Path, device: torch.device, batch_size: int) -> tuple[PreTrainedModel, str]:
+    """The model of a folder, sparse or dense, and the precision of its sparse weights, which are laid out for steps of
+    `batch_size` answers. FP32 values become BF16."""
     from sparse_train.kernels.triton_matrix import DeviceMatrix  # Triton is an extra
 
     model, tensors = open_model(folder, torch.bfloat16, quantised=True)
@@ -49,7 +50,7 @@ def load_on_gpu(folder: str | Path, device: torch.device) -> tuple[PreTrainedMod
             continue
         values = weight.values if scale is not None else weight.values.bfloat16()
         packed = DeviceMatrix(values.to(device), weight.bitmask.to(device), num_columns,
-                              None if scale is None else scale.to(device))
+                              None if scale is None else scale.to(device), batch_size)
         precision = precision if is_head else packed.precision
         replace_module(model, name, PackedLinear(packed, bias))
     fill(model, tensors)

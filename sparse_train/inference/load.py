@@ -90,14 +90,17 @@ class Runtime:
                             f"{first_line(error)}); give a folder whose config.json is that of its tensors") from error
 
 
-def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"] = "cpu") -> Runtime:
+def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"] = "cpu",
+         batch_size: int = 1) -> Runtime:
     """Sparse folders (fp32, bf16, int8, int4) run on the kernels of the device, dense ones on torch.
 
     On the CPU activations are fp32; on a GPU (cuda) the model computes in BF16, and fp32 values become BF16. `shared`:
     on the CPU large sparse weights lie in a file that all processes map (shared.py), else in memory of this process.
+    `batch_size`: how many answers at a time a GPU's weights are laid out for; any other number is right as well.
     Raises UserError for a folder that is not a complete checkpoint, and where no GPU can run it.
     """
-    model, precision = _load_on_cpu(folder, shared) if device == "cpu" else gpu.load_on_gpu(folder, gpu.find_gpu())
+    model, precision = _load_on_cpu(folder, shared) if device == "cpu" else gpu.load_on_gpu(
+        folder, gpu.find_gpu(), batch_size)
     runtime = Runtime(model.eval(), load_processor(folder), precision)
     if runtime.is_sparse:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]

@@ -31,16 +31,9 @@ class GraphSteps(Steps):
     def __init__(self, device: torch.device):
         super().__init__()
         self._buffers: dict[tuple[int, ...], torch.Tensor] = {}
-        if device.type == "cuda":
-            self._run, self._run_products = CudaGraph(super().run), CudaGraph(super().run_products)
-        else:
-            self._run, self._run_products = super().run, super().run_products
-
-    def run(self) -> None:
-        self._run()
-
-    def run_products(self) -> None:
-        self._run_products()
+        self.run, self.run_products = (  # type: ignore[method-assign]
+            CudaGraph(run) if device.type == "cuda" else run
+            for run in (functools.partial(_run, calls) for calls in (self._calls, self._products)))
 
     @staticmethod
     def key_cache(values: torch.Tensor) -> torch.Tensor:
@@ -98,6 +91,11 @@ class GraphSteps(Steps):
         if shape not in self._buffers:
             self._buffers[shape] = like.new_empty(shape if shape[-1] > 0 else shape[:-1], dtype=torch.float32)
         return self._buffers[shape]
+
+
+def _run(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 @triton.jit

@@ -1,10 +1,12 @@
 """The small pipeline on CUDA: the same stages, the device taken from DeepSpeed's accelerator."""
 
+import functools
+
 import pytest
 import torch
 
 from sparse_train import artifacts
-from sparse_train.bench.gpu import device_decode_rows, device_layer_rows, random_runtimes, weights_2_of_4
+from sparse_train.bench.gpu import device_decode_rows, device_layer_rows, random_runtime, weights_2_of_4
 from sparse_train.bench.layers import random_weights
 from sparse_train.config import ModelConfig, RunConfig
 from sparse_train.config.load import load_config
@@ -67,8 +69,9 @@ def test_models_of_a_size_are_made_and_decoded_on_a_device():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = ModelConfig(family="llama", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=64,
                        vocab_size=300)
-    runtimes = random_runtimes(size, [("bf16", 0.5)], device)
-    rows = device_decode_rows(runtimes, "m", Example("Tom", ""), 3, 1, 1e9, device, batches=(1, 2))
+    loads = [functools.partial(random_runtime, size, variant, 1, device) for variant in (None, ("bf16", 0.5))]
+    rows = [row for batch in (1, 2) for row in
+            device_decode_rows(loads, "m", Example("Tom", ""), 3, 1, 1e9, device, batch)]
     assert [(row["what"], row["engine"], row["precision"], row["sparsity"]) for row in rows] == \
         [(what, engine, "bf16", sparsity) for what in ("decode", "decode, batch 2")
          for engine, sparsity in (("torch", 0.0), ("sparse", pytest.approx(0.5, abs=0.02)))]
