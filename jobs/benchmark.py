@@ -52,14 +52,14 @@ def _on_cpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    spec, name, compress = job.config.benchmark, f"{job.config.name} (gpu)", Path(job.path_of(Kind.COMPRESS))
+    spec, name = job.config.benchmark, f"{job.config.name} (gpu)"
     try:
         device = gpu.find_gpu()
     except UserError as error:
         raise UserError(f"benchmark.devices={list(spec.devices)}: {error}; on a cluster give the stage a GPU, "
                         "cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out") from error
-    bandwidth = device_bandwidth(device)
-    folders = {"bf16" if precision == "fp32" else precision: compress / f"sparse-{precision}"
+    bandwidth, compress = device_bandwidth(device), Path(job.path_of(Kind.COMPRESS))
+    folders: dict[str, Path] = {"bf16" if precision == "fp32" else precision: compress / f"sparse-{precision}"
                for precision in sorted(job.config.compress.precisions, key=["fp32", "bf16", "int8", "int4"].index)}
 
     def layers(model: str, weights: list[BitmaskTensor], part: int) -> list[dict[str, Any]]:

@@ -74,8 +74,13 @@ def test_a_dense_folder_is_in_bf16(on_gpu, tmp_path):
 
 def test_without_a_gpu_that_can_run_it_there_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert main(["generate", str(tmp_path), "--prompt", "a", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for command in (["generate", str(tmp_path), "--prompt", "a"], ["bench", "layers"], ["bench", "moves"],
+                    ["bench", "decode", "--shape", "llama-8b"], ["bench", "train"]):
+        assert main([*command, "--device", "cuda"]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "is built without CUDA" in told, command
+    assert main(["bench", "decode", "--shape", "mpt-7b-block", "--device", "cuda"]) == 2
+    assert "with one of mpt-7b, llama-8b" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"is built without CUDA"):
         gpu.find_gpu()
     monkeypatch.setattr(torch.version, "cuda", "13.0")

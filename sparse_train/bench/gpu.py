@@ -5,6 +5,7 @@ cache when its turn comes again. Whole models are decoded as `generate` does it,
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ from sparse_train.bench.shapes import SHAPES
 from sparse_train.bench.timing import Timing, graphed, interleave
 from sparse_train.compress.quantise import QUANTISERS
 from sparse_train.config import ModelConfig, TaskConfig
+from sparse_train.errors import first_line
 from sparse_train.inference import PackedLinear, Runtime
 from sparse_train.models import build_processor, describe, family_of
 from sparse_train.models.empty import from_config
 from sparse_train.sparse import BitmaskTensor, replace_module
 from sparse_train.tasks import Example, build_task, build_tokenizer
+
+log = logging.getLogger(__name__)
 
 _DTYPE = torch.bfloat16
 _GRAPH_BYTES, _GRAPH_LAUNCHES = 1 << 31, 4096
@@ -62,9 +66,15 @@ def device_layer_rows(model: str, weights: Mapping[tuple[str, float], Sequence[B
     passes: dict[Key, Callable[[], object]] = {}
     num_bytes: dict[Key, int] = {}
     for key, make in engines.items():
-        products = [make() for _ in range(count)]
-        num_bytes[key] = sum(size for _, size in products[0])
-        passes[key] = graphed(functools.partial(_multiply, products, inputs), device)
+        try:
+            products = [make() for _ in range(count)]
+            passes[key] = graphed(functools.partial(_multiply, products, inputs), device)
+        except RuntimeError as error:
+            if key[0] != "cusparselt":
+                raise
+            log.warning("torch's semi-structured product is left out: %s", first_line(error))
+        else:
+            num_bytes[key] = sum(size for _, size in products[0])
     timings = interleave(passes, repeats, progress)
     return rows_of(model, {key: Timing(tuple(seconds / count for seconds in timing.rounds))
                            for key, timing in timings.items()}, num_bytes, bandwidth, num_rows)
@@ -150,9 +160,8 @@ def random_runtime(size: ModelConfig, variant: tuple[str, float] | None, batch: 
     torch.manual_seed(0)
     with device:
         model = from_config(describe(size), _DTYPE).eval()
+    precision, sparsity = variant or ("bf16", 0.0)
     for number, (name, linear) in enumerate(family_of(model).prunable_linears(model).items() if variant else ()):
-        precision, sparsity = variant
-        (weight,) = random_weights([tuple(linear.weight.shape)], sparsity, number, device)
+        (weight,) = random_weights([(linear.out_features, linear.in_features)], sparsity, number, device)
         replace_module(model, name, PackedLinear(_matrix(weight, precision, batch, device), linear.bias))
-    tokenizer = build_tokenizer(build_task(TaskConfig()), 300)
-    return Runtime(model, build_processor(size, tokenizer), variant[0] if variant else "bf16")
+    return Runtime(model, build_processor(size, build_tokenizer(build_task(TaskConfig()), 300)), precision)

@@ -41,8 +41,8 @@ class Decoders:
         last = self._last
         if last is None or last.capacity < capacity or (last.num_rows, last.num_states) != (num_rows, num_states):
             self._last = last = None  # its memory may be needed
-            self._last = Decoder(model, num_rows, -(-capacity // _STEP) * _STEP, num_states)
-        return self._last
+            self._last = last = Decoder(model, num_rows, -(-capacity // _STEP) * _STEP, num_states)
+        return last
 
 
 def decode(decoders: Decoders, model: Any, input_ids: Any, logits_processor: LogitsProcessorList,

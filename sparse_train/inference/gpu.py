@@ -45,7 +45,8 @@ def load_on_gpu(folder: str | Path, device: torch.device, batch_size: int) -> tu
         if weight.values.numel() == num_rows * num_columns:  # a quantised head; without zeros there are none to skip
             linear = nn.Linear(num_columns, num_rows, bias is not None, device="meta")
             linear.weight = nn.Parameter(_dense(weight, scale).to(device, torch.bfloat16), requires_grad=False)
-            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias, requires_grad=False)
             replace_module(model, name, linear)
             continue
         values = weight.values if scale is not None else weight.values.bfloat16()

@@ -55,12 +55,14 @@ class GraphSteps(Steps):
                                    ACTIVATIONS[name], 1024, **_OPTIONS))
 
     def multiply(self, weight: Any, bias: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor) -> None:
+        calls: list[Callable[[], object]]
         if isinstance(weight, torch.Tensor):
-            super().multiply(weight, bias, x, out)
-            return
-        calls: list[Callable[[], object]] = [lambda: out.copy_(weight.matmul(x))]
-        if bias is not None:
-            calls.append(functools.partial(out.add_, bias))
+            start = (x, weight.T) if bias is None else (bias, x, weight.T)
+            calls = [functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out)]
+        else:
+            calls = [lambda: out.copy_(weight.matmul(x))]
+            if bias is not None:
+                calls.append(functools.partial(out.add_, bias))
         self._calls += calls
         self._products += calls
 

@@ -1,12 +1,18 @@
 """A decoder's steps on a GPU against float64: compiled there, without one interpreted on tensors in CPU memory."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
 
 from sparse_train.kernels import ACTIVATIONS
+from sparse_train.kernels.cuda_graph import CudaGraph
+from sparse_train.sparse import BitmaskTensor
 from tests.training.plain import assert_as_exact
 
+DeviceMatrix = pytest.importorskip("sparse_train.kernels.triton_matrix").DeviceMatrix
 triton_steps = pytest.importorskip("sparse_train.kernels.triton_steps")
 _HAS_GPU = torch.cuda.is_available()
 _EACH_DEVICE = pytest.mark.parametrize("device", [
@@ -126,6 +132,41 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_more, dtype, dev
         alone.attend(q, None, None, again, keys, values, position, starts, 0.3, rotation, bias, norms, 1e-5)
         alone.run()
         _assert_close(again, exact, dtype)
+
+
+@_EACH_DEVICE
+def test_products(device):
+    """Of looked-up rows with dense and packed weights."""
+    weight = BitmaskTensor.from_dense(_random(20, 70), _random(20, 70, seed=1) > 0)
+    weight = BitmaskTensor(weight.values.to(device, torch.bfloat16), weight.bitmask.to(device), weight.shape)
+    x, bias = (_random(*shape, seed=2, device=device, dtype=torch.bfloat16) for shape in ((2, 70), (20,)))
+    table, tokens = _random(9, 70, seed=3, device=device, dtype=torch.bfloat16), torch.tensor([8, 0], device=device)
+    for operand in (weight.to_dense(), DeviceMatrix(weight.values, weight.bitmask, 70)):
+        for extra in (None, bias):
+            out, steps = x.new_full((2, 20), torch.nan), _steps(device)
+            steps.embed(table, tokens, x)
+            steps.multiply(operand, extra, x, out)
+            steps.run()
+            assert torch.equal(x, table[tokens])
+            exact = x.double() @ weight.to_dense().double().T
+            _assert_close(out, exact if extra is None else exact + extra.double(), torch.bfloat16)
+
+
+def test_launches_are_warmed_up_captured_and_then_replayed(monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        told.append("begin")
+        yield
+        told.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: told.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graph = CudaGraph(lambda: told.append("launch"))
+    for _ in range(3):
+        graph()
+    assert told == ["launch", "begin", "launch", "end", "replay", "replay"]
 
 
 @pytest.mark.gpu
