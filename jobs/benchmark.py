@@ -59,8 +59,8 @@ def _on_gpu(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise UserError(f"benchmark.devices={list(spec.devices)}: {error}; on a cluster give the stage a GPU, "
                         "cluster.stages={benchmark/gpu: {gpus_per_node: 1}}, or leave gpu out") from error
     bandwidth, compress = device_bandwidth(device), Path(job.path_of(Kind.COMPRESS))
-    folders: dict[str, Path] = {"bf16" if precision == "fp32" else precision: compress / f"sparse-{precision}"
-               for precision in sorted(job.config.compress.precisions, key=["fp32", "bf16", "int8", "int4"].index)}
+    names = sorted(job.config.compress.precisions, key=lambda name: name != "fp32")  # whose values become BF16
+    folders: dict[str, Path] = {"bf16" if name == "fp32" else name: compress / f"sparse-{name}" for name in names}
 
     def layers(model: str, weights: list[BitmaskTensor], part: int) -> list[dict[str, Any]]:
         by_precision = dict.fromkeys(((precision, sparsity_of(weights)) for precision in folders), weights)

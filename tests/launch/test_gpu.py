@@ -8,15 +8,21 @@ import torch
 from sparse_train import artifacts
 from sparse_train.bench.gpu import device_decode_rows, device_layer_rows, random_runtime, weights_2_of_4
 from sparse_train.bench.layers import random_weights
-from sparse_train.config import ModelConfig, RunConfig
+from sparse_train.compress import export_sparse
+from sparse_train.config import ModelConfig, PruneConfig, RunConfig
 from sparse_train.config.load import load_config
 from sparse_train.errors import UserError
+from sparse_train.inference import gpu
 from sparse_train.jobs import benchmark
-from sparse_train.jobs.job import Job
+from sparse_train.jobs.job import Input, Job
 from sparse_train.launch.run.cluster import ClusterConfig
 from sparse_train.launch.run.stages import build_stages, find_stage
+from sparse_train.models import save_model
+from sparse_train.pruning import prune
+from sparse_train.sparse import sparsify
 from sparse_train.tasks import Example
 from tests.launch.test_pipeline import RECIPE, STAGES, _cli
+from tests.models import tiny_model
 
 
 @pytest.mark.gpu
@@ -41,6 +47,30 @@ def test_a_gpu_benchmark_without_a_gpu_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"benchmark\.devices=\['gpu'\]: cuda: .* cluster\.stages="):
         benchmark.run(Job(config, stage, tmp_path, (), lambda *_: None))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the whole pipeline runs there")
+def test_the_stage_measures_the_compressed_models(tmp_path, monkeypatch):
+    """On a stand-in for a GPU, whose kernels are interpreted."""
+    model, processor = tiny_model("llama")
+    save_model(tmp_path / "dense", model, processor)
+    sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    save_model(tmp_path / "tuned", model, processor)
+    export_sparse(model, processor, "bf16", tmp_path / "compressed" / "sparse-bf16")
+    monkeypatch.setattr(gpu, "find_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr(benchmark, "_GPU_BATCHES", (1, 2))
+    config = load_config(RunConfig, RECIPE, ["benchmark.devices=[gpu]", "benchmark.repeats=1", "benchmark.new_tokens=2",
+                                             "compress.precisions=[fp32,bf16]", "compress.rounding=nearest"])
+    stage = find_stage(config, "benchmark")
+    inputs = tuple(Input(source, tmp_path / name)
+                   for source, name in zip(stage.inputs, ("dense", "tuned", "compressed"), strict=True))
+    benchmark.run(Job(config, stage, tmp_path, inputs, lambda *_: None))
+    rows = artifacts.read_json(tmp_path / "rows.json")["rows"]
+    assert [(row["what"], row["engine"], row["precision"], row["sparsity"]) for row in rows] == \
+        [(what, engine, "bf16", sparsity) for what in ("linears", "decode", "decode, batch 2")
+         for engine, sparsity in (("torch", 0.0), ("sparse", 0.5))]
 
 
 def test_each_device_is_a_stage_and_the_report_reads_all():
