@@ -95,6 +95,7 @@ def test_the_rows_of_a_device_are_those_of_the_layers():
                for weight in weights_2_of_4(((64, 64),), device))
 
 
+@pytest.mark.slow
 def test_models_of_a_size_are_made_and_decoded_on_a_device():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = ModelConfig(family="llama", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=64,
