@@ -12,6 +12,7 @@ from sparse_train.jobs.job import Job, Stopped
 from sparse_train.models import family_of, load_processor, open_model, save_model
 from sparse_train.pruning import build_pruner, calibration_batches, choose_specs, prune_layers
 from sparse_train.pruning.saved import PrunedBlocks
+from sparse_train.pruning.statistics import Gradients
 from sparse_train.resources import peak_memory
 from sparse_train.sparse import densify
 from sparse_train.stopping import StopMonitor
@@ -24,15 +25,16 @@ def run(job: Job) -> dict[str, Any]:
     level = job.config.prune.levels[job.stage.level]
     (source,) = job.inputs
     processor, (model, folder) = load_processor(source.path, job.config.task.language), open_model(source.path)
-    model, blocks = densify(model), PrunedBlocks(job.out / "checkpoints", folder)
+    model, blocks, pruner = densify(model), PrunedBlocks(job.out / "checkpoints", folder), build_pruner(level)
     num_blocks = len(family_of(model).blocks(model))
     batches = list(calibration_batches(level, job.config.task, processor)) if level.calibrates else []
     sparsities = blocks.sparsities(lambda: {name: spec.sparsity for name, spec in choose_specs(
         model, batches, level, blocks.earlier, folder.get_dense).items()})
     specs = {name: level.model_copy(update={"sparsity": sparsity}) for name, sparsity in sparsities.items()}
+    read = folder.get_dense if pruner.Statistics is Gradients else blocks.read
     with StopMonitor(job.deadline_s) as monitor:
-        for name, weights in prune_layers(model, build_pruner(level), specs, batches, blocks.earlier, blocks.read,
-                                          blocks.num_done, monitor.begin_step):
+        for name, weights in prune_layers(model, pruner, specs, batches, blocks.earlier, read, blocks.num_done,
+                                          monitor.begin_step):
             with monitor.saving():
                 blocks.save(weights, job.require_newest_attempt)
             if dist.rank() == 0:

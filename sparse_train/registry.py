@@ -147,6 +147,7 @@ PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
     "wanda": PrunerEntry("sparse_train.pruning.wanda:Wanda"),
     "admm": PrunerEntry("sparse_train.pruning.admm:Admm", refits=True, keys=("damping",)),
     "alps": PrunerEntry("sparse_train.pruning.alps:Alps", refits=True, keys=("damping",)),
+    "obert": PrunerEntry("sparse_train.pruning.obert:Obert", keys=("damping",)),
 })
 """prune.method. The target is a subclass of sparse_train.pruning.Pruner."""
 

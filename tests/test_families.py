@@ -73,7 +73,12 @@ def test_every_family_is_pruned_saved_and_read(family, method, tmp_path):
     model, processor = tiny_model(family)
     batches = [collate(tiny_examples(processor)[:3], processor), collate(tiny_examples(processor)[3:], processor)]
     options = {"iterations": 2} if method in ("admm", "alps") else {}  # the default would take half a minute in all
-    weights = prune(model, batches, PruneConfig(method=method, sparsity=0.5, options=options))
+    spec = PruneConfig(method=method, sparsity=0.5, options=options)
+    if method == "obert" and len(family_of(model).stacks) > 1:
+        with pytest.raises(UserError, match=r"needs a decoder-only model, and this (t5|whisper) model has an encoder"):
+            prune(model, batches, spec)
+        return
+    weights = prune(model, batches, spec)
     for name, weight in weights.items():
         assert weight.sparsity == pytest.approx(0.5, abs=1e-3), name
     dense_logits = model(**batches[0].inputs()).logits

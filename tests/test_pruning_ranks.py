@@ -28,6 +28,7 @@ from tests.models import tiny_examples, tiny_model, tiny_tokenizer
 from tests.ranks import run_ranks
 
 SPECS = [("llama", {"sparsity": 0.6}), ("t5", {"pattern": "2:4", "method": "wanda"}),
+         ("mpt", {"sparsity": 0.5, "method": "obert"}),
          ("mpt", {"sparsity": 0.7, "method": "admm", "options": {"iterations": 4, "ramp": 2}}),
          ("opt", {"sparsity": 0.5, "method": "magnitude"}),
          ("opt", {"sparsity": 0.6, "method": "alps", "options": {"iterations": 8}}),
@@ -104,7 +105,7 @@ def _prune_whole(job):
 
 @pytest.mark.parametrize("family, keys", [
     ("mpt", {"sparsity": 0.6, "reconstruction": {"steps": 3}}), ("t5", {"pattern": "2:4"}),
-    ("llama", {"sparsity": 0.7, "method": "magnitude"}),
+    ("llama", {"sparsity": 0.7, "method": "magnitude"}), ("llama", {"sparsity": 0.6, "method": "obert"}),
     ("gpt_neox", {"sparsity": 0.6, "allocation": "owl", "ignore": ("*.1.*",)})])
 def test_a_model_that_is_read_block_by_block_gives_the_files_of_a_whole_one(family, keys, tmp_path):
     """At two levels: the second one reads a sparse model."""
@@ -120,7 +121,7 @@ def test_a_model_that_is_read_block_by_block_gives_the_files_of_a_whole_one(fami
         assert files[level] == files["whole"]
 
 
-def _run(num_saved, *place, **changes):
+def _run(num_saved, *place, method="sparsegpt", **changes):
     """_job(*place) with `changes`; the process dies when it is to save one block more than `num_saved`."""
     def count():
         nonlocal num_saved
@@ -129,8 +130,8 @@ def _run(num_saved, *place, **changes):
         num_saved = num_saved and num_saved - 1
 
     with one_thread():
-        return prune_job.run(replace(_job(*place, sparsity=0.6, allocation="owl"), require_newest_attempt=count,
-                                     **changes))
+        return prune_job.run(replace(_job(*place, method=method, sparsity=0.6, allocation="owl"),
+                                     require_newest_attempt=count, **changes))
 
 
 def _take_time_to_record(seconds, monkeypatch):
@@ -170,6 +171,21 @@ def test_a_pruning_that_is_interrupted_ends_with_the_same_bits(tmp_path, caplog,
         patched.setattr(artifacts, "publish", _ignore)  # as on a node that does not see it yet
         blocks.save({}, _ignore)
     assert len(run_ranks(_run, 2, None, *place)[0]["peak_memory_gb"]) == 2
+    found, expected = ((tmp_path / out / "sparse.safetensors").read_bytes() for out in ("out", "whole"))
+    assert found == expected
+
+
+def test_a_pruning_from_the_last_block_on_is_stopped_and_ends_with_the_same_bits(tmp_path):
+    """The gradients of the blocks that are left are those of a model of which nothing is pruned yet."""
+    write_dense(tmp_path, "llama", n_layers=3)
+    _run(None, tmp_path, "dense", "whole", method="obert")
+    for num_done in (1, 2):
+        with pytest.raises(Stopped):
+            _run(None, tmp_path, "dense", "out", method="obert", deadline_s=time.time())
+        blocks = PrunedBlocks(tmp_path / "out" / "checkpoints", open_model(tmp_path / "dense")[1])
+        assert blocks.num_done == num_done
+        assert {name.split(".")[2] for name in blocks.counts()} == {str(2 - index) for index in range(num_done)}
+    _run(None, tmp_path, "dense", "out", method="obert")
     found, expected = ((tmp_path / out / "sparse.safetensors").read_bytes() for out in ("out", "whole"))
     assert found == expected
 

@@ -42,6 +42,12 @@ def test_sound_is_for_speech_models_and_for_them_only(family, task):
         validate(_run(family, {"mix": {"share": 0.5, "task": {"name": task}}}))
 
 
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_gradients_are_not_read_of_an_encoder_decoder(family):
+    with pytest.raises(UserError, match=rf"^pruning by gradients .* decoder-only model, and this {family} model has"):
+        validate(_run(family, prune={"sparsity": 0.5, "method": "obert"}))
+
+
 def test_what_cannot_be_packed_is_refused():
     def refused(match, family="llama", error=UserError, **more):
         with pytest.raises(error, match=match):

@@ -73,7 +73,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     train.set_defaults(command=_train)
 
     prune = kinds.add_parser("prune", help="one block of MPT-7B by phase and method, and what whole models would take")
-    prune.add_argument("--methods", type=_methods, metavar="NAME,...", help="of prune.method (default: all)")
+    prune.add_argument("--methods", type=_methods, metavar="NAME,...", help="of prune.method (default: all but obert)")
     prune.add_argument("--width", type=_width, default=4096, help="of the block: a multiple of 64 (default: 4096)")
     prune.add_argument("--tokens", type=_positive, default=16384, help="of calibration (default: 16384)")
     prune.add_argument("--sparsity", type=_sparsity, default=0.5)
@@ -263,7 +263,7 @@ def _prune(options, console: Console) -> None:
     from sparse_train.cpus import cpu_name, set_threads
 
     set_threads()
-    rows = prune_rows(options.methods or list(PRUNERS.entries), options.width, options.tokens, options.sparsity)
+    rows = prune_rows(options.methods, options.width, options.tokens, options.sparsity)
     if not options.json:
         console.print(f"a block of MPT, {options.width} wide, {rows[0]['num_tokens']:,} tokens, on "
                       f"{torch.get_num_threads()} threads; seconds", highlight=False)

@@ -36,18 +36,20 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
     A dry run works without the data, and reads nothing but a model's config from the hub, which it can do without.
     Raises UserError for data that is missing or of which nothing fits the model, a task that the model cannot do, a
     folder that is not a checkpoint or whose tokenizer is not the model's, a chat where there is no chat template,
-    pruning that does not fit the linears, a loss on features that the model does not have, and packing where examples
-    cannot be kept apart.
+    pruning that does not fit the model or its linears, a loss on features that the model does not have, and packing
+    where examples cannot be kept apart.
     """
     from sparse_train.models import as_folder, check_on_hub, empty_model, is_folder
     from sparse_train.pruning import build_pruner
+    from sparse_train.pruning.backward import require_decoder_only
     from sparse_train.pruning.parameters import count_parameters
+    from sparse_train.pruning.statistics import Gradients
 
     if any(stage.kind is Kind.REPORT for stage in select(build_stages(config), names)):
         require("plots")  # before hours of work
     if config.tracking.wandb:
         require("wandb")
-    build_pruner(config.prune)  # refuses options that it does not have
+    pruner = build_pruner(config.prune)  # refuses options that it does not have
     remarks: list[str] = []
     data = _read_first_examples(config, dry_run, remarks)
     path = config.dense.path or config.model.path
@@ -69,6 +71,8 @@ def validate(config: RunConfig, names: Sequence[str] = (), dry_run: bool = False
         check_on_hub(path, model_config)
     model = empty_model(model_config)
     parameters = count_parameters(model, config.prune)
+    if pruner.Statistics is Gradients:
+        require_decoder_only(model)
     _check_features(config, model)
     if config.task.pack:
         _check_packing(config, model)

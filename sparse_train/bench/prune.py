@@ -18,10 +18,13 @@ import torch
 from sparse_train import dist
 from sparse_train.compat.transformers import to_device
 from sparse_train.config import ModelConfig, PruneConfig
+from sparse_train.errors import UserError
 from sparse_train.models import describe, family_of
 from sparse_train.models.empty import from_config
 from sparse_train.pruning import Layer, Pruner, build_pruner, prune
 from sparse_train.pruning.rows import divide
+from sparse_train.pruning.statistics import Gradients
+from sparse_train.registry import PRUNERS
 from sparse_train.tasks import Batch
 
 _SEQUENCE = 2048  # tokens of an example; shorter if there are fewer in all, and only whole ones count
@@ -78,8 +81,17 @@ class BlockCost:
         return num_blocks * (scale**2 * (passes / num_devices + self.seconds["other"]) + scale**power * max(loads))
 
 
-def prune_rows(methods: Sequence[str], width: int, num_tokens: int, sparsity: float) -> list[dict[str, Any]]:
-    """One row per method: a BlockCost, and under `models` [model, devices, seconds] of each of MODELS."""
+def prune_rows(methods: Sequence[str] | None, width: int, num_tokens: int, sparsity: float) -> list[dict[str, Any]]:
+    """One row per method: a BlockCost, and under `models` [model, devices, seconds] of each of MODELS.
+
+    None: all methods but those that read gradients, which come through a whole model. Raises UserError for one of them.
+    """
+    by_gradients = [name for name in PRUNERS.entries if PRUNERS.load(name).Statistics is Gradients]
+    methods = methods or [name for name in PRUNERS.entries if name not in by_gradients]
+    for method in methods:
+        if method in by_gradients:
+            raise UserError(f"{method} prunes by gradients of a whole model's loss, and this measures a block alone; "
+                            "choose another method")
     rows = []
     for method in methods:
         _measure(method, 128, 512, sparsity)  # what libraries do at their first call is no phase

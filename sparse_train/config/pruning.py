@@ -44,7 +44,7 @@ class PruneConfig(Section):
     """A weight is an outlier if |w| times its input's norm is over so many times the mean of its block (owl)."""
     num_calibration: Positive = 128
     """Training examples whose activations the method sees (all but magnitude), refit, allocation=owl and
-    compress.rounding=compensated."""
+    compress.rounding=compensated; those of obert give it a gradient each."""
     calibration: TaskConfig | None = None
     """Whose training examples they are; None: the run's task. {name: text, path: ...} is general text."""
     batch_size: Positive = 16
@@ -52,16 +52,17 @@ class PruneConfig(Section):
     refit: bool | None = None
     """Whether the bits of the method get the values with the least error of the layer's outputs; None: true
     for admm and alps, false for the others. With magnitude and wanda it needs calibration data and a Hessian, as
-    sparsegpt does."""
+    sparsegpt does; obert has none and is not refitted."""
     damping: Annotated[float, Field(gt=0)] = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean (sparsegpt, admm, alps, refit,
-    compress.rounding=compensated)."""
+    compress.rounding=compensated), or to that of each row of obert's Fisher matrix."""
     block_size: Positive = 128
     """Columns whose bits are chosen together (sparsegpt, unstructured)."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     """Training of a pruned block's values, until its output is near that of the dense block."""
     options: dict[str, Any] = {}  # noqa: RUF012
-    """Settings of admm and alps, or of a method that another package adds; the method's own schema checks them."""
+    """Settings of admm, alps or obert, or of a method that another package adds; the method's own schema checks
+    them."""
 
     @property
     def levels(self) -> tuple["PruneLevel", ...]:

@@ -3,10 +3,11 @@
     blockwise.py     a model, block by block, over ranks
     calls.py, collect.py
                      what blocks are called with; statistics of what their linears get
+    backward.py      the loss's gradients, from the last block to the first
     layers.py        which linears are pruned, and how far
     allocation.py    the sparsity of each block
     pruner.py        the interface of a method
-    magnitude.py, wanda.py, sparsegpt.py, admm.py, alps.py
+    magnitude.py, wanda.py, sparsegpt.py, admm.py, alps.py, obert.py
                      a method each
     compensation.py  columns that take over the errors of those before them
     refit.py         the best values for given bits

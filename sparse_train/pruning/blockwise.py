@@ -15,7 +15,7 @@ read while they are needed.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -27,32 +27,20 @@ from sparse_train.config.pruning import ReconstructionConfig
 from sparse_train.models import block_output, family_of
 from sparse_train.models.filled import Read, filled, filled_when_called
 from sparse_train.pruning.allocation import InputNorms, allocate, outlier_share
+from sparse_train.pruning.backward import require_decoder_only, visit_backwards
 from sparse_train.pruning.calls import Call, record_calls
-from sparse_train.pruning.collect import collect, warn_of_few_tokens
+from sparse_train.pruning.collect import Visit, collect, warn_of_few_tokens
 from sparse_train.pruning.layers import choose_layers, require_fewer
-from sparse_train.pruning.pruner import Collects, Layer, Pruner, Statistics, build_pruner
+from sparse_train.pruning.pruner import Collects, Layer, Pruner, build_pruner
 from sparse_train.pruning.reconstruction import Reconstruction
 from sparse_train.pruning.rows import Piece, divide
-from sparse_train.pruning.statistics import ColumnNorms
+from sparse_train.pruning.statistics import ColumnNorms, Gradients
 from sparse_train.sparse import BitmaskTensor
 from sparse_train.tasks import Batch
 
 Progress = Callable[[int, int, str], None]
 Earlier = Callable[[str], torch.Tensor | None]
 """Name of a linear -> keep (R, C) of a model that was pruned before; what it dropped stays dropped."""
-
-
-class Visit(NamedTuple):
-    """A block whose turn it is, and its linears that are pruned."""
-
-    block: str
-    """Its name."""
-    linears: dict[str, nn.Linear]
-    """By name. Their weights are on the device, and may be changed."""
-    statistics: dict[str, Statistics]
-    """Of all ranks; empty where the method collects none."""
-    run: Callable[[], Iterator[torch.Tensor]]
-    """Gives the block's outputs at the real tokens (N, D) of this rank's batches, one after the other."""
 
 
 def prune(model: PreTrainedModel, batches: Iterable[Batch], spec: PruneConfig, progress: Progress | None = None,
@@ -109,7 +97,8 @@ def prune_layers(model: PreTrainedModel, pruner: Pruner, specs: Mapping[str, Pru
     """For each block in turn: its name, and the sparse weights of its linears among `specs`, by module name.
 
     Collective; `batches` are this rank's share, on the model's device. `read` gives the tensors of a model without
-    data: pruned ones of the first `num_done` blocks, which are not pruned again, and of those that this has given out.
+    data: pruned ones of the first `num_done` blocks, which are not pruned again, and of those that this has given out;
+    where `pruner` collects Gradients, those of the model as it was.
     `begin` is called when the inputs of the first block that is pruned are there, in each stack.
     Raises UserError where a method that prunes by inputs gets no token.
     """
@@ -127,8 +116,11 @@ def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str],
                  read: Read | None = None, num_done: int = 0,
                  begin: Callable[[], None] | None = None) -> Iterator[Visit]:
     """The blocks in turn but for the first `num_done`; a block's outputs are computed once the caller has changed its
-    weights. `names`: the linears whose inputs count. Otherwise as prune_layers."""
+    weights. A method of Gradients has them from the last to the first, none of which sees a change of another.
+    `names`: the linears whose inputs count. Otherwise as prune_layers."""
     family = family_of(model)
+    if method.Statistics is Gradients:
+        require_decoder_only(model)
     blocks, chosen = family.blocks(model), set(names)
     linears = {name: linear for name, linear in family.dense_linears(model).items() if name in chosen}
     batches = list(batches)
@@ -139,23 +131,33 @@ def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str],
             for stack in family.stacks:
                 mine = {prefix: block for prefix, block in blocks.items() if prefix.startswith(f"{stack.blocks}.")}
                 if num_done < len(mine):
-                    yield from _visit_stack(model, method, mine, linears, batches, stack.side, read, num_done, begin)
+                    records = _record(model, list(mine.values()), batches, read)
+                    if method.Statistics is Gradients:
+                        yield from visit_backwards(model, mine, linears, records, batches, read, num_done, begin)
+                    else:
+                        yield from _visit_stack(method, mine, linears, records, batches, stack.side, read, num_done,
+                                                begin)
                 num_done = max(0, num_done - len(mine))
     finally:
         model.train(was_training)
 
 
-def _visit_stack(model: PreTrainedModel, method: Collects, blocks: dict[str, nn.Module], linears: dict[str, nn.Linear],
-                 batches: list[Batch], side: str, read: Read | None, num_done: int,
+def _record(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch],
+            read: Read | None) -> list[list[Call]]:
+    """As record_calls."""
+    if not batches:
+        return []
+    without = [*family_of(model).blocks(model).values(), *_untied_head(model)]
+    with filled(model, read, without=without) if read else nullcontext():
+        return record_calls(model, blocks, batches)
+
+
+def _visit_stack(method: Collects, blocks: dict[str, nn.Module], linears: dict[str, nn.Linear],
+                 records: list[list[Call]], batches: list[Batch], side: str, read: Read | None, num_done: int,
                  begin: Callable[[], None] | None) -> Iterator[Visit]:
-    records, hidden = [], []
-    if batches:
-        without = [*family_of(model).blocks(model).values(), *_untied_head(model)]
-        with filled(model, read, without=without) if read else nullcontext():
-            records = record_calls(model, list(blocks.values()), batches)
-        hidden = [record[0].hidden for record in records]
-        for record in records:
-            record[0] = record[0].with_hidden(None)
+    hidden = [record[0].hidden for record in records]
+    for record in records:
+        record[0] = record[0].with_hidden(None)
 
     def calls(index: int) -> Iterator[Call]:
         return (record[index].with_hidden(states) for record, states in zip(records, hidden, strict=True))
@@ -201,7 +203,8 @@ def _prune_linears(visit: Visit, pruner: Pruner, specs: Mapping[str, PruneLevel]
     made: dict[Piece, BitmaskTensor] = {}
 
     def prune_mine() -> None:
-        for piece in (piece for piece in pieces if piece.rank == dist.rank()):
+        is_collective = pruner.Statistics is Gradients
+        for piece in (piece for piece in pieces if is_collective or piece.rank == dist.rank()):
             name, rows, num_rows = piece.name, slice(piece.start, piece.stop), shapes[piece.name][0]
             weight, alive = visit.linears[name].weight[rows], earlier(name)
             layer = Layer(name, weight, specs[name], None if alive is None else alive[rows],

@@ -4,9 +4,9 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,19 @@ from sparse_train.pruning.statistics import Hessian
 from sparse_train.tasks import Batch
 
 log = logging.getLogger(__name__)
+
+
+class Visit(NamedTuple):
+    """A block whose turn it is, and its linears that are pruned."""
+
+    block: str
+    """Its name."""
+    linears: dict[str, nn.Linear]
+    """By name. Their weights are on the device, and may be changed."""
+    statistics: dict[str, Any]
+    """The method's Statistics: of all ranks, but for Gradients; empty where it collects none."""
+    run: Callable[[], Iterator[torch.Tensor]]
+    """Gives the block's outputs at the real tokens (N, D) of this rank's batches, one after the other."""
 
 
 def collect(method: Collects, block: nn.Module, linears: dict[str, nn.Linear], calls: Iterable[Call],

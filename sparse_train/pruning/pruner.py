@@ -15,7 +15,7 @@ from sparse_train.config.options import read_options
 from sparse_train.errors import UserError
 from sparse_train.pruning.refit import refit
 from sparse_train.pruning.rows import panels
-from sparse_train.pruning.statistics import ColumnNorms, Hessian
+from sparse_train.pruning.statistics import ColumnNorms, Gradients, Hessian
 from sparse_train.registry import PRUNERS
 
 
@@ -42,7 +42,7 @@ class Collects(Protocol):
         """The remedy where a layer's inputs cannot be used."""
 
 
-S = TypeVar("S", bound=Statistics | None)
+S = TypeVar("S", bound=Statistics | Gradients | None)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Layer:
 class Pruner(ABC, Generic[S]):
     Statistics: ClassVar[type | None] = None
     """Class of what is collected from the inputs of each linear, made from (C, device); None: nothing, and no
-    calibration data is read (`calibrates=False` in the registry)."""
+    calibration data is read (`calibrates=False` in the registry). Gradients: each rank keeps those of its examples, and
+    `prune` is called on all ranks together."""
     Options: ClassVar[type[Section]] = Section
     """Schema of `prune.options`, the method's own settings."""
     divides_rows: bool = False

@@ -1,7 +1,7 @@
 """Pruned blocks as files, each written and signed as it is finished. They are the only place where a whole student is.
 
     FOLDER/sparsities.json                     of each linear that is pruned
-    FOLDER/step-00000003/sparse.safetensors    weights of the third block, as the student has them; then DONE
+    FOLDER/step-00000003/sparse.safetensors    weights of the third block in turn, as the student has them; then DONE
 
 A pruning that was killed goes on behind the last one.
 """

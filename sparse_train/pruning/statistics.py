@@ -1,4 +1,4 @@
-"""What a pruner may collect from the inputs of a linear with C columns.
+"""What a pruner may collect from the inputs of a linear with C columns, and of gradients (backward.py) of its weight.
 
 Products are fp32, batch by batch, and sums of batches are fp64. A sum of fp32 numbers is exact in fp64 as long as none
 is 2^29 times smaller than the result, so the order of the batches, and which rank had which, changes no bit.
@@ -62,6 +62,21 @@ class Hessian:
         for rows, stop in self._pieces():
             yield self.sum[start:start + rows * stop].view(rows, stop)
             start += rows * stop
+
+
+class Gradients:
+    """Of the weight of a linear with R rows, one per example of this rank: E examples of a batch, T tokens."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        """(inputs (E, T, C), gradient of the loss by the outputs (E, T, R)) of each time that the linear ran on a
+        batch. The gradient is 0 at padding."""
+
+    def of_rows(self, rows: slice) -> Iterator[torch.Tensor]:
+        """The gradients of some rows of the weight (E, rows, C), fp32, batch by batch."""
+        for calls in self.batches:
+            if calls:
+                yield torch.stack([outputs[..., rows].mT.float() @ inputs.float() for inputs, outputs in calls]).sum(0)
 
 
 class ColumnNorms:

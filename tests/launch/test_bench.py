@@ -171,6 +171,8 @@ def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(caps
             pruned = sum(linears.values()) if num_devices == 1 else max(linears.values())
             assert whole == pytest.approx(
                 num_blocks * (scale**2 * (passes + seconds["other"]) + scale**power * pruned))
+    assert main([*command, "wanda,obert"]) == 2
+    assert "obert prunes by gradients of a whole model's loss" in capsys.readouterr().err
 
 
 def test_devices_that_share_the_rows_of_a_linear_each_decompose_its_hessian():
