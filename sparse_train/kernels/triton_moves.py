@@ -31,7 +31,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 @triton.jit
-def _load_bytes(bits, row, place, row_bytes):
+def load_bytes(bits, row, place, row_bytes):
     """-> the bytes at these places of the row, and the same with bit j as hexadecimal digit j."""
     byte = tl.load(bits + row * row_bytes + place, mask=place < row_bytes, other=0).to(tl.uint32)
     digits = (byte | byte << 12) & 0x000F000F
@@ -53,7 +53,7 @@ def _count_parts(bits, counts, row_bytes, tiles_per_row, num_tiles, tiles_per_pa
     row, tile = (first // tiles_per_row).to(tl.int64), first % tiles_per_row
     total = tl.zeros([TILE_BYTES], tl.uint32)
     for _ in range(tl.minimum(tiles_per_part, num_tiles - first)):
-        _, digits = _load_bytes(bits, row, tile * TILE_BYTES + tl.arange(0, TILE_BYTES), row_bytes)
+        _, digits = load_bytes(bits, row, tile * TILE_BYTES + tl.arange(0, TILE_BYTES), row_bytes)
         total += digits * 0x11111111 >> 28  # the sum of the eight digits
         row, tile = _next_tile(row, tile, tiles_per_row)
     tl.store(counts + part, tl.sum(total).to(tl.int32))
@@ -72,7 +72,7 @@ def _move_parts(dense, bits, values, counts, num_columns, row_bytes, tiles_per_r
     bit = tl.arange(0, 8)[None, :]
     for _ in range(tl.minimum(tiles_per_part, num_tiles - first)):
         place = tile * TILE_BYTES + tl.arange(0, TILE_BYTES)
-        byte, digits = _load_bytes(bits, row, place, row_bytes)
+        byte, digits = load_bytes(bits, row, place, row_bytes)
         column = place[:, None] * 8 + bit
         exists = column < num_columns
         if not EXPANDS:

@@ -1,5 +1,6 @@
 """Triton's kernels against the reference: on a GPU compiled, without one interpreted, on tensors in CPU memory."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -13,17 +14,22 @@ from torch.utils.checkpoint import checkpoint
 from sparse_train import kernels
 from sparse_train.kernels import devices, reference
 from sparse_train.sparse import BitmaskTensor, SparseLinear
-from tests.kernels.triton_cubins import TARGETS
+from tests.kernels.triton_cubins import PRODUCTS, TARGETS
 
 triton = pytest.importorskip("triton")
 moves = pytest.importorskip("sparse_train.kernels.triton_moves")
 matrix = pytest.importorskip("sparse_train.kernels.triton_matrix")
+tiles = pytest.importorskip("sparse_train.kernels.triton_tiles")
 _HAS_GPU = torch.cuda.is_available()
 _GPU = [pytest.mark.gpu, pytest.mark.skipif(not _HAS_GPU, reason="needs a CUDA device; torch sees none")]
 _EACH_DEVICE = pytest.mark.parametrize("device", [
     pytest.param("cpu", marks=pytest.mark.skipif(_HAS_GPU, reason="Triton compiles its kernels for the GPU instead")),
     pytest.param("cuda", marks=_GPU)])
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
+_MOST_INSTRUCTIONS = {"product-bf16-1": 14, "product-bf16-2": 17, "product-bf16-4": 27, "product-int8-1": 15,
+                      "product-int4-1": 23, "product-2:4-1": 15, "product-bf16-16": 15, "product-bf16-64": 15,
+                      "product-int8-16": 16, "product-int4-16": 17}
+"""For a nonzero in runs, for a position in tiles. docs/benchmarks.md says what a GPU has time for."""
 _AROUND = 8  # elements before and behind a target that must stay as they are
 
 
@@ -175,33 +181,157 @@ def test_more_positions_than_an_int32_counts(device):
     assert torch.equal(kernels.compact(dense, mask, len(values)), values)
 
 
-@_EACH_DEVICE
-@pytest.mark.parametrize(("shape", "density"), [
-    ((1, 1), 1.0), ((1, 1), 0.0), ((5, 70), 0.3), ((40, 300), 0.5), ((33, 1500), 0.004), ((70, 128), 0.1),
-    ((2, 4097), 0.2), ((3, 2100), 0.9), ((0, 64), 1.0)])
-def test_a_product_is_exact_up_to_rounding(shape, density, device):
-    """Also of rows that keep all or nothing, of the last rows of a block, and over distances that zeros must bridge."""
+@pytest.fixture
+def _interpreted_products(monkeypatch):
+    """The interpreter would multiply the bits of BF16 numbers, as integers."""
+    from triton.runtime import interpreter
+
+    def as_floats(handle):
+        data = interpreter._convert_float(handle.data, handle.dtype, triton.language.float32, None)
+        return interpreter.TensorHandle(data.view("float32"), triton.language.float32)
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *others: create_dot(
+        self, as_floats(a), as_floats(b), *others))
+
+
+@contextlib.contextmanager
+def _poisoned():
+    """New tensors of floats are full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _weight(keep, precision):
+    """(values, scale, the weight in float64), random."""
     generator = torch.Generator().manual_seed(2)
+    dense = torch.randn(keep.shape, generator=generator).bfloat16().to(keep.device)
+    if precision == "bf16":
+        return dense[keep], None, dense.double() * keep
+    least, most = {"int8": (-128, 127), "int4": (-8, 7)}[precision]
+    codes = (dense * (most / 2)).round().clamp(least, most).to(torch.int8)
+    groups = -(-keep.shape[1] // kernels.GROUP)
+    scale = torch.randn(len(keep), groups, generator=generator).bfloat16().to(keep.device)
+    if precision == "int8":
+        scale = scale[:, 0].float()
+    of_columns = scale.double()[:, None] if precision == "int8" else kernels.scale_of_columns(scale, keep.shape[1])
+    return codes[keep], scale, codes.double() * of_columns.double() * keep
+
+
+def _check_product(keep, precision, num_rows, laid_out_for):
+    values, scale, weight = _weight(keep, precision)
+    packed = matrix.DeviceMatrix(values, kernels.pack(keep), keep.shape[1], scale, laid_out_for)
+    assert (packed.shape, packed.precision, packed.device) == (keep.shape, precision, keep.device)
+    x = torch.randn(num_rows, 1, keep.shape[1], generator=torch.Generator().manual_seed(3)).bfloat16().to(keep.device)
+    with _poisoned():
+        y, dense = packed.matvec(x), packed.to_dense()
+    # A GPU rounds to the nearest BF16 number, the interpreter towards zero.
+    rounding = torch.finfo(torch.bfloat16).eps / (2 if _HAS_GPU else 1)
+    assert dense.dtype == torch.bfloat16 and ((dense - weight).abs() <= rounding * weight.abs()).all()
+    # In whatever order they are added, n products err by at most n half rounding errors of the sum of their sizes.
+    sizes = x.double().abs() @ weight.abs().T
+    bound = (keep.sum(1) + 2) * torch.finfo(torch.float32).eps / 2 * sizes
+    if num_rows > packed._most_rows and precision != "bf16":
+        bound += rounding * sizes  # of the expanded weight
+    expected = x.double() @ weight.T
+    assert y.dtype == torch.bfloat16 and y.shape == expected.shape
+    assert ((y - expected).abs() <= bound + rounding * (expected.abs() + bound)).all()
+    return packed
+
+
+@_EACH_DEVICE
+@pytest.mark.parametrize(("precision", "shape", "density", "num_rows"), [
+    ("bf16", (1, 1), 1.0, 1), ("bf16", (1, 1), 0.0, 1), ("bf16", (40, 300), 0.5, 1), ("bf16", (33, 1100), 0.004, 4),
+    ("bf16", (3, 700), 0.9, 2), ("bf16", (0, 64), 1.0, 1), ("int8", (5, 70), 0.3, 7), ("int8", (33, 128), 0.02, 1),
+    ("int4", (5, 70), 0.3, 17), ("int4", (33, 700), 0.1, 3), ("int4", (3, 256), 1.0, 1),
+    *(pytest.param(precision, *weight, num_rows, marks=pytest.mark.slow) for precision, weight, num_rows
+      in itertools.product(("bf16", "int8", "int4"), [((34, 1100), 0.02), ((70, 8200), 0.2), ((3, 16_500), 0.4)],
+                           (1, 2, 3, 8, 17)))])
+def test_runs_multiply_exactly_up_to_rounding(precision, shape, density, num_rows, device):
+    """Also of rows that keep all or nothing, of the last rows of a block, and over distances that zeros must bridge."""
     keep = _random_keep(shape, density, device)
     keep[5:6] = torch.arange(shape[1], device=device) % 1020 == 0  # the greatest distance, several times
-    dense = torch.randn(shape, generator=generator).bfloat16().to(device) * keep
-    x = torch.randn(2, 1, shape[1], generator=generator).bfloat16().to(device)
-    y = matrix.DeviceMatrix(dense[keep], kernels.pack(keep), shape[1]).matvec(x)
-    # In whatever order they are added, n products err by at most n half rounding errors of the sum of their sizes.
-    expected = x.double() @ dense.double().T
-    bound = keep.sum(1) * torch.finfo(torch.float32).eps / 2 * (x.double().abs() @ dense.double().abs().T)
-    # A GPU rounds the sum to the nearest BF16 number, the interpreter towards zero.
-    bound += torch.finfo(torch.bfloat16).eps / (2 if _HAS_GPU else 1) * (expected.abs() + bound)
-    assert y.dtype == torch.bfloat16 and ((y - expected).abs() <= bound).all()
+    _check_product(keep, precision, num_rows, laid_out_for=1)
 
 
-@pytest.mark.parametrize(("dtype", "num_columns", "told"), [
-    (torch.float32, 64, "values is"), (torch.bfloat16, 128, "the bitmask is"), (torch.bfloat16, 0, "num_columns is 0"),
-    (torch.bfloat16, 40_000, "num_columns is 40000")])
-def test_a_weight_that_no_product_takes_is_refused(dtype, num_columns, told):
+@_EACH_DEVICE
+@pytest.mark.parametrize(("precision", "shape", "density", "num_rows"), [
+    ("bf16", (1, 1), 1.0, 1), ("bf16", (70, 128), 0.5, 16), ("bf16", (0, 64), 1.0, 5), ("bf16", (64, 64), 1.0, 65),
+    ("int8", (3, 70), 0.2, 5), ("int4", (3, 200), 0.7, 20),
+    *(pytest.param(precision, (70, 330), density, num_rows, marks=pytest.mark.slow) for precision, density, num_rows
+      in itertools.product(("bf16", "int8", "int4"), (0.0, 0.02, 0.5, 1.0), (1, 8, 33, 64)))])
+def test_tiles_multiply_exactly_up_to_rounding(precision, shape, density, num_rows, device, _interpreted_products,
+                                               monkeypatch):
+    """Also where each program multiplies several tiles."""
+    monkeypatch.setattr(tiles, "_PROGRAMS", 3)
+    _check_product(_random_keep(shape, density, device), precision, num_rows, laid_out_for=16)
+
+
+@_EACH_DEVICE
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 8), (16, 32), pytest.param(8, 16, marks=pytest.mark.slow),
+                                      pytest.param(16, 64, marks=pytest.mark.slow)])
+def test_patterns_need_no_starts(n, m, precision, device):
+    """Up to 16 columns. Rows of a larger pattern are as long as each other, but for zeros that bridge."""
+    scores = torch.rand(33, 384 // m, m, generator=torch.Generator().manual_seed(0))
+    keep = (scores.argsort(-1).argsort(-1) < n).flatten(1).to(device)
+    packed = _check_product(keep, precision, 2, laid_out_for=1)
+    assert packed._layout._pattern == ((n, m) if m <= 16 else None)
+
+
+def test_the_width_of_distances_makes_the_fewest_bytes():
+    """Four bits need zeros to bridge greater distances than 15, eight bits need more for each nonzero."""
+    def bits(precision, density):
+        keep = _random_keep((1, 4000), density, "cpu")
+        values, scale, _ = _weight(keep, precision)
+        return matrix.DeviceMatrix(values, kernels.pack(keep), 4000, scale)._layout._index_bits
+
+    assert [bits("bf16", density) for density in (0.5, 0.2, 0.1, 0.02)] == [4, 4, 8, 8]
+    assert [bits("int8", density) for density in (0.5, 0.2, 0.1, 0.02)] == [4, 4, 4, 8]
+    assert bits("int4", 0.02) == 4  # so that a chunk lies in two groups at most
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=_GPU)])
+@pytest.mark.parametrize(("laid_out_for", "num_rows"), [(1, 1), (1, 4), (1, 100), (16, 16), (16, 100)])
+def test_no_product_waits_and_a_graph_repeats_it(laid_out_for, num_rows, device):
+    keep = _random_keep((300, 1000), 0.3, device)
+    values, _, _ = _weight(keep, "bf16")
+    packed = matrix.DeviceMatrix(values, kernels.pack(keep), 1000, None, laid_out_for)
+    x = torch.randn(num_rows, 1000, device=device, dtype=torch.bfloat16)
+    packed.matmul(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed.matmul(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = packed.matmul(x)
+    for _ in range(2):
+        x.normal_()
+        y.fill_(7)
+        graph.replay()
+        assert torch.equal(y, packed.matmul(x))
+
+
+@pytest.mark.parametrize(("dtype", "num_columns", "scale", "told"), [
+    (torch.float32, 64, None, "values is"), (torch.bfloat16, 128, None, "the bitmask is"),
+    (torch.bfloat16, 0, None, "num_columns is 0"), (torch.bfloat16, 40_000, None, "num_columns is 40000"),
+    (torch.int8, 64, None, "scale is missing"), (torch.bfloat16, 64, torch.ones(2), "scale is given"),
+    (torch.int8, 64, torch.ones(3), "scale is"), (torch.int8, 64, torch.ones(2, 1), "scale is"),
+    (torch.int8, 64, torch.ones(2, 1).bfloat16(), "values are 0 to 9"), (torch.bfloat16, 64, None, "the bits keep 3")])
+def test_a_weight_that_no_product_takes_is_refused(dtype, num_columns, scale, told):
     mask = torch.zeros(2, 8 * -(-num_columns // 64) if num_columns != 128 else 8, dtype=torch.uint8)
+    mask[:, :1] = 1
+    values = torch.tensor([0, 9]).to(dtype)
+    if "bits" in told:
+        mask[0, 0] = 3
     with pytest.raises(ValueError, match=told):
-        matrix.DeviceMatrix(torch.zeros(0, dtype=dtype), mask, num_columns)
+        matrix.DeviceMatrix(values, mask, num_columns, scale)
 
 
 @pytest.mark.slow
@@ -213,10 +343,14 @@ def test_they_compile_for_each_generation_without_spills(tmp_path):
                           env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     found = [dict(word.split("=") for word in line.split()) for line in done.stdout.splitlines()]
-    assert {(row["target"], row["call"], row["kernel"]) for row in found} == set(itertools.product(
-        map(str, TARGETS), [f"{move}-{size}" for move in ("expand", "compact") for size in (2, 4)],
-        ("_count_parts", "_move_parts"))) | {(str(target), "product", "_matvec") for target in TARGETS}
+    moved = {(f"{move}-{size}", kernel) for move in ("expand", "compact") for size in (2, 4)
+             for kernel in ("_count_parts", "_move_parts")}
+    products = {(f"product-{name}-{num_rows}", kernel) for name, counts in PRODUCTS.items() for num_rows in counts
+                for kernel in (["_multiply"] if num_rows <= 4 else ["_multiply", "_add"])}
+    assert {(row["target"], row["call"], row["kernel"]) for row in found} == {
+        (str(target), *call) for target, call in itertools.product(TARGETS, moved | products)}
     for row in found:
         assert row["LOCAL"] == row["STACK"] == "0", row  # nothing is spilled
         assert int(row["REG"]) <= 96, row  # a multiprocessor holds five programs at a time
-        assert float(row["instructions"]) <= 22, row
+        most = _MOST_INSTRUCTIONS.get(row["call"], 22)
+        assert float(row["instructions"]) <= most, row

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 TARGETS = (80, 90, 100)
+PRODUCTS = {"bf16": (1, 2, 4, 16, 64), "int8": (1, 16), "int4": (1, 16), "2:4": (1,)}
+"""{weight: how many rows of activations it is multiplied with}"""
 _NUM_COLUMNS = 4096
 
 
@@ -36,7 +38,9 @@ def _launched(target: int) -> dict:
     what they launch and do not start it."""
     from triton.runtime import JITFunction, driver
 
-    from sparse_train.kernels import triton_matrix, triton_moves
+    from sparse_train import kernels as moves
+    from sparse_train.kernels import triton_moves
+    from sparse_train.kernels.triton_matrix import DeviceMatrix
 
     kernels, run = [], JITFunction.run
 
@@ -54,13 +58,25 @@ def _launched(target: int) -> dict:
                 kernels.clear()
                 call()
                 found[f"{move}-{dtype.itemsize}"] = [(kernel, 8 * triton_moves._MOST_BYTES) for kernel in kernels]
-        kernels.clear()
-        values = torch.zeros(bits.numel() * 8, dtype=torch.bfloat16)
-        triton_matrix.DeviceMatrix(values, bits, _NUM_COLUMNS).matvec(values[:_NUM_COLUMNS])
-        found["product"] = [(kernel, 32 * kernel.metadata.num_warps * triton_matrix._CHUNK) for kernel in kernels]
+        for name, (keep, values, scale) in _weights().items():
+            for num_rows in PRODUCTS[name]:
+                matrix = DeviceMatrix(values[:int(keep.sum())], moves.pack(keep), _NUM_COLUMNS, scale, num_rows)
+                kernels.clear()
+                matrix.matmul(torch.zeros(num_rows, _NUM_COLUMNS, dtype=torch.bfloat16))
+                step = 8 * 8 * 32 if num_rows <= 4 else 64 * 64
+                found[f"product-{name}-{num_rows}"] = [(kernel, step) for kernel in kernels]
     finally:
         JITFunction.run = run
     return found
+
+
+def _weights() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """{name: (keep, values, scale)}"""
+    unstructured = torch.rand(64, _NUM_COLUMNS, generator=torch.Generator().manual_seed(0)) < 0.5
+    two_of_four = (torch.arange(_NUM_COLUMNS) % 2 == 0).expand(64, -1)
+    codes, scales = torch.zeros(64 * _NUM_COLUMNS, dtype=torch.int8), torch.ones(64, _NUM_COLUMNS // 128)
+    return {"bf16": (unstructured, codes.bfloat16(), None), "int8": (unstructured, codes, scales[:, 0]),
+            "int4": (unstructured, codes, scales.bfloat16()), "2:4": (two_of_four, codes.bfloat16(), None)}
 
 
 def _tool(name: str, *arguments: str) -> str:
