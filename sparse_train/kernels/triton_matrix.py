@@ -56,7 +56,7 @@ class DeviceMatrix:
         # The one rule of which kernel multiplies. Runs skip zeros, and each row of x adds to their work; tiles do work
         # for each position, which the rows share; for more than `_most_rows` the weight is expanded and multiplied
         # dense. docs/benchmarks.md has the arithmetic of these numbers.
-        layout, self._most_rows = (Runs, 16) if num_rows <= 4 else (Tiles, 64)
+        layout, self._most_rows = (Runs, 16) if num_rows * self.density <= 1.4 else (Tiles, 64)
         self._layout = layout(values, bitmask, num_columns, scale)
 
     @property

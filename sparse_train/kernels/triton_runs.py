@@ -95,7 +95,7 @@ class Runs:
 
     def expand(self) -> torch.Tensor:
         """-> the weight (R, C) BF16."""
-        dense = torch.zeros(self.shape, dtype=torch.bfloat16, device=self.values.device)
+        dense = self.values.new_zeros(self.shape, dtype=torch.bfloat16)
         self._launch(_expand, dense)
         return dense
 

@@ -1,4 +1,4 @@
-"""A weight on a GPU for products with 5 to 64 vectors, in Triton, by tensor cores: each program builds tiles of the
+"""A weight on a GPU for products with up to 64 vectors, in Triton, by tensor cores: each program builds tiles of the
 dense weight from values and bits, and multiplies them before they reach memory.
 
 A tile is 64 rows and 64 columns: 512 bytes of bits, and its values, row after row, from a multiple of eight on. Ranks
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_train.kernels.reference import GROUP, unpack
+from sparse_train.kernels.reference import GROUP, pack, unpack
 from sparse_train.kernels.triton_moves import load_bytes
 
 _SIZE = 64
@@ -29,12 +29,15 @@ class Tiles:
         self._scale = scale
         self._value_bits = 4 if scale is not None and scale.ndim == 2 else 8 * values.itemsize
         self._grid = num_blocks, num_words = -(-num_rows // _SIZE), bitmask.shape[1] // 8
-        padded = torch.nn.functional.pad(bitmask, (0, 0, 0, -num_rows % _SIZE))
-        self._bits = padded.view(num_blocks, _SIZE, num_words, 8).transpose(1, 2).contiguous()
-
         rows, columns = unpack(bitmask, num_columns).nonzero(as_tuple=True)
-        tile, order = (rows // _SIZE * num_words + columns // _SIZE).sort(stable=True)
-        counts = tile.bincount(minlength=num_blocks * num_words)
+        num_tiles = num_blocks * num_words
+        place = (rows // _SIZE * num_words + columns // _SIZE) * _SIZE ** 2 + _place(rows % _SIZE, columns % _SIZE)
+        keep = torch.zeros(num_tiles, _SIZE ** 2, dtype=torch.bool, device=rows.device)
+        keep.view(-1)[place] = True
+        self._bits = pack(keep)
+        place, order = place.sort()
+        tile = place // _SIZE ** 2
+        counts = tile.bincount(minlength=num_tiles)
         eights = -(-counts // 8)
         self._firsts = torch.nn.functional.pad(eights.cumsum(0), (1, 0)).int()
         place = torch.arange(len(tile), device=tile.device) + (8 * self._firsts[:-1] - counts.cumsum(0) + counts)[tile]
@@ -69,9 +72,15 @@ class Tiles:
 
     def expand(self) -> torch.Tensor:
         """-> the weight (R, C) BF16, to which scaled integers are rounded."""
-        dense = torch.empty(self.shape, dtype=torch.bfloat16, device=self.values.device)
+        dense = self.values.new_empty(*self.shape, dtype=torch.bfloat16)
         self._launch(_expand, self._grid, dense)
         return dense
+
+
+def _place(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Of a position in its tile: 32 follow each other for each thread, in the order in which it gives them to mma."""
+    thread = (row // 16 * 8 + row % 8) * 4 + column // 2 % 4
+    return thread * 32 + column // 8 * 4 + row // 8 % 2 * 2 + column % 2
 
 
 @triton.jit
@@ -101,7 +110,8 @@ def _load_tile(values, bits, firsts, tile, VALUE_BITS: tl.constexpr, MOST: tl.co
     count = (sums >> 28).to(tl.int32)
     rank = (tl.cumsum(count) - count)[:, None] + (_nibbles(sums - digits) & 15).to(tl.int32)
     found = tl.reshape(tl.gather(value, tl.reshape(rank, [SIZE * SIZE]), 0), rank.shape)
-    return tl.reshape(tl.where(_nibbles(digits) & 1 != 0, found, 0.0), [SIZE, SIZE])
+    weight = tl.reshape(tl.where(_nibbles(digits) & 1 != 0, found, 0.0), [SIZE // 16, 8, 4, SIZE // 8, 2, 2])
+    return tl.reshape(tl.permute(weight, [0, 4, 1, 3, 2, 5]), [SIZE, SIZE])  # as `_place` says
 
 
 @triton.jit

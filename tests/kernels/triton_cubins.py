@@ -60,7 +60,8 @@ def _launched(target: int) -> dict:
                 found[f"{move}-{dtype.itemsize}"] = [(kernel, 8 * triton_moves._MOST_BYTES) for kernel in kernels]
         for name, (keep, values, scale) in _weights().items():
             for num_rows in PRODUCTS[name]:
-                matrix = DeviceMatrix(values[:int(keep.sum())], moves.pack(keep), _NUM_COLUMNS, scale, num_rows)
+                matrix = DeviceMatrix(values[:int(keep.sum())], moves.pack(keep), _NUM_COLUMNS, scale,
+                                      1 if num_rows <= 4 else num_rows)
                 kernels.clear()
                 matrix.matmul(torch.zeros(num_rows, _NUM_COLUMNS, dtype=torch.bfloat16))
                 step = 8 * 8 * 32 if num_rows <= 4 else 64 * 64
