@@ -1,5 +1,6 @@
 """evaluate: the task's score of the dense, the one-shot and every fine-tuned model, on the same examples; and what each
-of them has kept of general text (evaluate.texts). The ranks share the batches; each of them holds the models."""
+of them has kept of general text (evaluate.texts). The ranks share the batches, and each of them holds the models; or
+they share the models (evaluate.placement=sharded), and each of them makes all batches with the others."""
 
 import json
 from typing import Any
@@ -8,6 +9,7 @@ from torch import nn
 
 from sparse_train import dist
 from sparse_train.artifacts import write_json
+from sparse_train.compat.deepspeed import full_shape
 from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
 from sparse_train.jobs.ledger import Ledger
@@ -16,11 +18,14 @@ from sparse_train.sparse import densify, sparse_linears
 from sparse_train.stopping import StopMonitor
 from sparse_train.tasks import build_task, scored_examples
 from sparse_train.tasks.general_text import GeneralText
+from sparse_train.training import load_sharded
 
 
 def run(job: Job) -> dict[str, Any]:
     with StopMonitor(job.deadline_s, save_s=0) as monitor:
-        return _score_all(job, Ledger(job, monitor, len(job.inputs) * (1 + len(job.config.evaluate.texts))))
+        spec = job.config.evaluate
+        return _score_all(job, Ledger(job, monitor, len(job.inputs) * (1 + len(spec.texts)),
+                                      together=spec.placement == "sharded"))
 
 
 def _score_all(job: Job, ledger: Ledger) -> dict[str, Any]:
@@ -30,10 +35,14 @@ def _score_all(job: Job, ledger: Ledger) -> dict[str, Any]:
     texts = {name: GeneralText(text, processor, spec) for name, text in spec.texts.items()}
     rows: list[dict[str, Any]] = []
     for source in job.inputs:
-        stage, model = source.stage, load_model(source.path, DTYPES[spec.precision])
+        stage = source.stage
+        if spec.placement == "sharded":
+            model = load_sharded(source.path, spec.precision)
+        else:
+            model = to_device(load_model(source.path, DTYPES[spec.precision]), dist.device())
         sparsity = _sparsity(model)
-        # Dense products are faster for batches of many tokens, and give the same score.
-        model = densify(to_device(model, dist.device()))
+        if spec.placement == "replicated":  # dense products are faster for batches of many tokens
+            model = densify(model)
         score = task.score(model, processor, examples, spec, ledger.part(stage.id))
         metrics = score.metrics | {"num_left_out": num_left_out}
         for name, text in texts.items():
@@ -54,4 +63,4 @@ def _sparsity(model: nn.Module) -> float:
     """Of its sparse linears together; 0 without any."""
     linears = sparse_linears(model).values()
     num_weights = sum(linear.in_features * linear.out_features for linear in linears)
-    return 1 - sum(linear.values.numel() for linear in linears) / num_weights if linears else 0.0
+    return 1 - sum(full_shape(linear.values).numel() for linear in linears) / num_weights if linears else 0.0

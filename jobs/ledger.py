@@ -21,10 +21,11 @@ from sparse_train.tasks import ForEach
 class Ledger:
     """In each round every rank makes one piece of work; the results do not depend on how many ranks there are, since
     each piece is made as a whole by one of them. Piece i is that of rank i % world_size, so a rank may keep what it
-    needs again for another part's piece i."""
+    needs again for another part's piece i. Where the ranks make a piece `together`, each makes all of them."""
 
-    def __init__(self, job: Job, monitor: StopMonitor, num_parts: int):
+    def __init__(self, job: Job, monitor: StopMonitor, num_parts: int, together: bool = False):
         """Collective. `num_parts`: of which the work consists, for the progress; they take about equally long."""
+        self._per_round = 1 if together else dist.world_size()
         self._job, self._monitor, self._file = job, monitor, finished_file(job.out)
         self._num_parts, self._part_numbers = num_parts, itertools.count()
         self._finished: dict[tuple[str, int], Any] = dist.from_rank_0(_read(self._file) if dist.rank() == 0 else None)
@@ -42,15 +43,15 @@ class Ledger:
 
     def _for_each(self, name: str, progress: Callable[[int, int], None], count: int,
                   work: Callable[[int], Any]) -> list[Any]:
-        for first in range(0, count, dist.world_size()):
-            missing = [number for number in range(first, min(first + dist.world_size(), count))
-                       if (name, number) not in self._finished]
+        for first in range(0, count, self._per_round):
+            last = min(first + self._per_round, count)
+            missing = [number for number in range(first, last) if (name, number) not in self._finished]
             if missing:
-                mine = first + dist.rank()
+                mine = first + dist.rank() % self._per_round
                 results = dist.gather_objects(work(mine) if mine in missing else None)
                 self._add({(name, number): results[number - first] for number in missing})
                 if dist.rank() == 0:
-                    progress(min(first + dist.world_size(), count), count)
+                    progress(last, count)
                 if dist.any_rank(self._monitor.end_step()):
                     dist.barrier()  # the first rank to exit ends the job step
                     raise Stopped

@@ -6,7 +6,8 @@ thread, because its main thread may be stuck in the collective.
 
 A rank whose main thread hangs still sends heartbeats, and the collective of the others times out without naming the
 rank. So a heartbeat carries the line that the main thread is at, and rank 0 logs the lines of all ranks when its main
-thread makes no progress.
+thread makes no progress. Where no collective may time out, because a rank may work alone for hours, it also carries
+the CPU time of the main thread: one that takes none, and does not wait in a collective, hangs.
 """
 
 import logging
@@ -14,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,6 +26,7 @@ from sparse_train import dist
 log = logging.getLogger(__name__)
 _VERDICT = "silent"  # the store's key of the text that rank 0 sends to all ranks
 _MOST_NAMED = 8
+_IN_A_COLLECTIVE = "(distributed_c10d.py:"  # part of a position
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class _Beat:
     """The last heartbeat of a rank that rank 0 has seen."""
 
     received: float
+    moved: float
+    """When it was at another position, or had taken less CPU time."""
     number: str = ""
+    cpu_ms: str = ""
+    """Of its main thread."""
     position: str = ""
     """Of its main thread."""
 
@@ -43,17 +49,20 @@ class Heartbeat:
     `stall`: on rank 0, the text logged when its main thread has made no progress for silence_s; empty while it does.
     """
 
-    def __init__(self, host: str, address: str, silence_s: float, on_silence: Callable[[str], None]):
+    def __init__(self, host: str, address: str, silence_s: float, on_silence: Callable[[str], None],
+                 watches_hangs: bool = False):
         """Collective. `host`: this rank's, for messages. `address`: rank 0's. `silence_s`: seconds without a heartbeat
-        after which a rank counts as silent. `on_silence(text)` is called from a thread and should not return."""
+        after which a rank counts as silent. `on_silence(text)` is called from a thread and should not return; with
+        `watches_hangs` also where a main thread has taken no CPU time for as long."""
         self._rank, self._silence_s, self._on_silence = dist.rank(), silence_s, on_silence
+        self._watches_hangs = watches_hangs
         self._hosts = dist.gather_objects(host)
         self._interval_s = min(5.0, silence_s / 6)
         self._stopped = threading.Event()
         self._store = self._join_store(address)
         self._answered = self._moved = time.monotonic()
         self._position, self.stall = ("", 0), ""
-        self._beats = [_Beat(self._answered) for _ in self._hosts]
+        self._beats = [_Beat(self._answered, self._answered) for _ in self._hosts]
         for target in (self._send_beats, self._watch_rank_0):
             threading.Thread(target=target, daemon=True).start()
 
@@ -86,7 +95,7 @@ class Heartbeat:
         while not self._stopped.wait(self._interval_s):
             number += 1
             try:
-                self._store.set(str(self._rank), f"{number} {_position_of_main_thread()}")
+                self._store.set(str(self._rank), f"{number} {_cpu_ms_of_main_thread()} {_position_of_main_thread()}")
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
                 if self._rank == 0:
                     self._check_ranks()
@@ -97,12 +106,14 @@ class Heartbeat:
                 self._report(verdict)
 
     def _check_ranks(self) -> None:
-        """On rank 0: find ranks whose last heartbeat is too old."""
+        """On rank 0: find ranks whose last heartbeat is too old, and those that hang."""
         self._receive_beats()
         now = time.monotonic()
         silent = [rank for rank, beat in enumerate(self._beats) if now - beat.received > self._silence_s]
-        if silent:
-            verdict = self._describe_silence(silent)
+        hung = self._hung(now) if self._watches_hangs else []
+        if silent or hung:
+            verdict = self._describe_silence(silent) if silent else (
+                f"no CPU time for {self._silence_s:g} s: {self._positions(hung)}")
             self._store.set(_VERDICT, verdict)
             time.sleep(2 * self._interval_s)  # the others read it before the store ends with this process
             self._report(verdict)
@@ -111,9 +122,17 @@ class Heartbeat:
     def _receive_beats(self) -> None:
         now, ranks = time.monotonic(), [rank for rank in range(len(self._beats)) if self._store.check([str(rank)])]
         for rank, value in zip(ranks, self._store.multi_get([str(rank) for rank in ranks]), strict=True):
-            number, _, position = value.decode().partition(" ")
-            if number != self._beats[rank].number:
-                self._beats[rank] = _Beat(now, number, position)
+            number, cpu_ms, position = value.decode().split(" ", 2)
+            last = self._beats[rank]
+            if number != last.number:
+                moved = last.moved if (cpu_ms, position) == (last.cpu_ms, last.position) else now
+                self._beats[rank] = _Beat(now, moved, number, cpu_ms, position)
+
+    def _hung(self, now: float) -> list[int]:
+        """Ranks that neither work nor wait for another; all of them where each waits for another."""
+        idle = [rank for rank, beat in enumerate(self._beats) if now - beat.moved > self._silence_s]
+        alone = [rank for rank in idle if _IN_A_COLLECTIVE not in self._beats[rank].position]
+        return alone or (idle if len(idle) == len(self._beats) else [])
 
     def _check_for_stall(self) -> None:
         # The position alone is not enough: each look at a healthy training may find it at the line that waits for the
@@ -134,12 +153,14 @@ class Heartbeat:
         return f"rank {self._with_hosts(ranks)} went silent for {self._silence_s:g} s"
 
     def _describe_stall(self) -> str:
+        return f"no progress for {self._silence_s:g} s: {self._positions(range(len(self._beats)))}"
+
+    def _positions(self, ranks: Iterable[int]) -> str:
         ranks_at: dict[str, list[int]] = {}
-        for rank, beat in enumerate(self._beats):
-            ranks_at.setdefault(beat.position, []).append(rank)
+        for rank in ranks:
+            ranks_at.setdefault(self._beats[rank].position, []).append(rank)
         rarest_first = sorted(ranks_at.items(), key=lambda item: len(item[1]))
-        return f"no progress for {self._silence_s:g} s: " + "; ".join(
-            f"rank {self._with_hosts(ranks)} in {position}" for position, ranks in rarest_first)
+        return "; ".join(f"rank {self._with_hosts(there)} in {position}" for position, there in rarest_first)
 
     def _with_hosts(self, ranks: list[int]) -> str:
         names = [f"{rank} ({self._hosts[rank]})" for rank in ranks[:_MOST_NAMED]]
@@ -148,6 +169,10 @@ class Heartbeat:
     def _report(self, text: str) -> None:
         if not self._stopped.is_set():
             self._on_silence(text)
+
+
+def _cpu_ms_of_main_thread() -> int:
+    return int(1000 * time.clock_gettime(time.pthread_getcpuclockid(threading.main_thread().ident or 0)))
 
 
 def _position_of_main_thread() -> str:

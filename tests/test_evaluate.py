@@ -102,10 +102,12 @@ def _kill_after(num_rounds):
 
 
 def _evaluate_on_ranks(config, models, killed):
-    """On each rank: undisturbed, into a folder of its own; then what a process that was killed left in `killed`,
-    stopped once more by a signal that one rank gets, and finished."""
+    """On each rank: undisturbed, into a folder of its own, and with models in shards; then what a process that was
+    killed left in `killed`, stopped once more by a signal that one rank gets, and finished."""
     torch.set_num_threads(1)
     evaluate.run(_job(config, models, models / "undisturbed"))
+    sharded = config.evaluate.model_copy(update={"placement": "sharded"})
+    evaluate.run(_job(config.model_copy(update={"evaluate": sharded}), models, models / "sharded"))
     before = num_finished(killed)
     with pytest.raises(Stopped):
         evaluate.run(_job(config, models, killed, lambda *_: os.kill(os.getpid(), signal.SIGTERM)))
@@ -136,4 +138,4 @@ def test_one_rank_and_three_undisturbed_and_stopped_give_the_same_files(tmp_path
     assert run_ranks(_evaluate_on_ranks, 3, config, tmp_path, killed) == [1, 1, 1]
     expected = _results(tmp_path / "one")
     assert set(expected) == {"scores.json", "dense.jsonl", "prune.jsonl", "finetune-squarehead.jsonl"}
-    assert _results(tmp_path / "undisturbed") == _results(killed) == expected
+    assert _results(tmp_path / "undisturbed") == _results(tmp_path / "sharded") == _results(killed) == expected

@@ -117,5 +117,28 @@ def test_a_main_thread_that_hangs_is_named_with_its_line():
     assert others.startswith("rank 0 (host0), 2 (host2) in all_reduce (distributed_c10d.py:")
 
 
+def _hang_after_work():
+    from sparse_train import dist
+
+    reports = []
+    heartbeat = Heartbeat(f"host{dist.rank()}", "127.0.0.1", _SILENCE_S, reports.append, watches_hangs=True)
+    started = time.monotonic()
+    while dist.rank() == 0 and time.monotonic() < started + 2.5 * _SILENCE_S: pass  # noqa: E701 - always in one line
+    dist.barrier()
+    while_one_worked = list(reports)
+    if dist.rank() == 1:
+        _hang_in_the_data()
+    distributed.all_reduce(torch.zeros(1))
+    heartbeat.stop()
+    return while_one_worked, set(reports)
+
+
+def test_a_rank_that_takes_no_cpu_time_ends_all_and_one_that_works_does_not():
+    for while_one_worked, reports in run_ranks(_hang_after_work, 2):
+        assert not while_one_worked
+        (report,) = reports
+        assert report.startswith("no CPU time for 3 s: rank 1 (host1) in _hang_in_the_data (test_heartbeat.py:")
+
+
 def test_ranks_that_live_are_left_alone():
     assert run_ranks(_quiet_end, 2) == [[], []]

@@ -30,8 +30,9 @@ def build_stages(config: RunConfig) -> list[Stage]:
     # In a chain, the fine-tune of the last level.
     last = next(stage for stage in reversed(tuned) if stage.loss == config.compressed_loss)
     data = _of(TaskConfig, "task", "max_bad_share")
-    evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, "evaluate"), (dense, *one_shots, *tuned))
-    answers = _of(EvaluateConfig, "evaluate", "precision", "texts", "num_texts")
+    evaluate = Stage(Kind.EVALUATE, "evaluate", (*data, *_of(EvaluateConfig, "evaluate", "placement")),
+                     (dense, *one_shots, *tuned))
+    answers = _of(EvaluateConfig, "evaluate", "placement", "precision", "texts", "num_texts")
     rounding = ("compress.rounding", *(_CALIBRATION if config.compress.rounding == "compensated" else ()))
     compress = Stage(Kind.COMPRESS, "compress", (*data, *answers, "compress.precisions", "compress.int8_head",
                                                  *rounding), (last,))

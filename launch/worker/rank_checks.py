@@ -180,9 +180,12 @@ def _require_memory(process: ProcessInfo, config: RunConfig, stage: Stage, count
             needed += WEIGHT_BYTES[precision] * counts.total // process.num_ranks
         if train.zero.offload_optimizer:
             offloaded = (MASTER_BYTES + MOMENT_BYTES) * num_trained // process.num_ranks
-    else:  # each rank holds the scored model, and the dense one where it is compared with that
+    else:  # the scored model, and the dense one where it is compared with that
         needed = WEIGHT_BYTES[config.evaluate.precision] * counts.total * (2 if config.evaluate.texts else 1)
-        what, remedy = "weights", f"use fewer ranks_per_node (cluster.stages.{stage.kind}.ranks_per_node=1), or bf16"
+        what, remedy = "weights", (f"use fewer ranks_per_node (cluster.stages.{stage.kind}.ranks_per_node=1), bf16, or "
+                                   "evaluate.placement=sharded")
+        if config.evaluate.placement == "sharded":
+            needed, remedy = needed // process.num_ranks, "use more ranks, or bf16"
     if info.free_gpu_memory is not None:
         free, where = info.free_gpu_memory, f"{info.device} of {process.host}"
         needed -= offloaded

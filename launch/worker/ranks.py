@@ -17,7 +17,8 @@ from sparse_train.launch.worker.process_info import ProcessInfo
 log = logging.getLogger(__name__)
 _GIVE_UP_S = 10
 _APART = timedelta(days=1)
-"""In a pruning or an evaluation a rank may be at one linear or batch for hours while the others wait for it."""
+"""In a pruning or an evaluation a rank may be at one linear or batch for hours while the others wait for it. The
+heartbeat sees whether it works or hangs."""
 
 
 def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Path | None = None,
@@ -50,6 +51,7 @@ def join_ranks(process: ProcessInfo, cluster: ClusterConfig, port: int, logs: Pa
     try:
         dist.start(process.rank, process.num_ranks, process.local_rank, process.ranks_on_node, process.nodes[0], port,
                    _APART if works_apart else limit)
-        return Heartbeat(process.host, process.nodes[0], cluster.silence_s, give_up)
+        return Heartbeat(process.host, process.nodes[0], cluster.silence_s, give_up,
+                         watches_hangs=works_apart)
     finally:
         joining.cancel()

@@ -45,6 +45,9 @@ class EvaluateConfig(Section):
     precision: Precision = "fp32"
     """Of weights and products of the dense, one-shot and fine-tuned models; losses are summed in fp32 either way. bf16
     needs half of the memory, and less than half of the time on devices that have instructions for it."""
+    placement: Literal["replicated", "sharded"] = "replicated"
+    """replicated: each rank holds the models, and makes batches of its own. sharded: each rank holds a part of them
+    (ZeRO-3), and all make every batch together, which is for models that are larger than a device."""
     batch_size: Positive = 50
     max_new_tokens: Positive = 256
     num_beams: Positive = 1

@@ -45,9 +45,9 @@ class Admm(Pruner[Hessian]):
     def prune(self, layer: Layer, statistics: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         """The updated weight is fp32."""
         spec, (weight, hessian, scale) = layer.spec, with_unit_diagonal(layer, statistics)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(
-            hessian + self.options.penalty * torch.eye(len(hessian), device=hessian.device)))
         target = multiply(weight, hessian)
+        hessian.diagonal().add_(self.options.penalty)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         x, u = weight, torch.zeros_like(weight)
         for index in range(1, self.options.iterations + 1):
             left = max(0.0, 1 - index / self.options.ramp) if self.options.ramp else 0.0

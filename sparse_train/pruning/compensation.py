@@ -10,9 +10,11 @@ Letters: R rows (outputs), C columns (inputs).
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
+from sparse_train.config import Section
 from sparse_train.errors import UserError
 from sparse_train.pruning.pruner import Layer, Pruner
 from sparse_train.pruning.statistics import Hessian
@@ -35,28 +37,37 @@ class CompensatingPruner(Pruner[Hessian]):
     """A method that calls `compensate`."""
 
     Statistics = Hessian
-    _last: tuple[tuple[Hessian, int, float], Factor] | None = None
-    """What the factor of the layer before was made from, and itself: the next layer often has the same inputs."""
+
+    def __init__(self, options: Section | None = None):
+        super().__init__(options)
+        self._last: WeakKeyDictionary[Hessian, tuple[tuple[int, float], Factor]] = WeakKeyDictionary()
+        """What the factor of the layer before was made from, and itself: the next layer often has the same inputs. A
+        factor is as large as its Hessian, and is dropped with it."""
 
     def factor(self, layer: Layer, statistics: Hessian) -> Factor:
         """Raises UserError, naming the layer, where the Hessian stays singular."""
         layer.require_finite(statistics)
-        source = (statistics, statistics.num_tokens, layer.spec.damping)
-        if self._last is None or self._last[0] != source:
+        source = (statistics.num_tokens, layer.spec.damping)
+        if statistics not in self._last or self._last[statistics][0] != source:
+            self._last.clear()
             hessian = statistics.mean()
             dead = hessian.diagonal() == 0
             hessian.diagonal()[dead] = 1
-            self._last = source, Factor(*self._damp_and_factorise(hessian, layer), dead)
-        return self._last[1]
+            self._last[statistics] = source, Factor(*self._damp_and_factorise(hessian, layer), dead)
+        return self._last[statistics][1]
 
     def _damp_and_factorise(self, hessian: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what was added to the diagonal, U of the sum)."""
-        mean, damping = hessian.diagonal().mean(), layer.spec.damping
+        """(what was added to the diagonal, U of the sum). Beside `hessian`, which changes, two of its size are held."""
+        diagonal = hessian.diagonal()  # a view
+        original, mean, damping = diagonal.clone(), diagonal.mean(), layer.spec.damping
         for attempt in range(_CHOLESKY_ATTEMPTS):
             added = damping * 10**attempt * mean
-            lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag(torch.ones_like(hessian.diagonal()) * added))
+            diagonal.copy_(original + added)
+            lower, failed = torch.linalg.cholesky_ex(hessian)
             if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                inverse = torch.cholesky_inverse(lower)
+                del lower
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
                 if not failed:
                     return added, upper
             log.warning("%s: Cholesky failed with damping %g; trying ten times as much", layer.name,

@@ -33,9 +33,12 @@ class Hessian:
         mean = torch.empty(self._num_columns, self._num_columns, device=self.sum.device)
         for piece in self._rows():
             rows, stop = piece.shape
-            mean[stop - rows:stop, :stop] = piece / self.num_tokens
-        lower = mean.tril_()
-        return lower + lower.tril(-1).T
+            start = stop - rows
+            mean[start:stop, :stop] = piece / self.num_tokens
+            square = mean[start:stop, start:stop].tril()
+            mean[start:stop, start:stop] = square + square.tril(-1).T
+            mean[:start, start:stop] = mean[start:stop, :start].T
+        return mean
 
     def damped(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(H plus `damping` times the mean of its diagonal on that diagonal, the columns (C,) that never fire). Of

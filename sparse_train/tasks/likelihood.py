@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from sparse_train.compat.deepspeed import full_shape
 from sparse_train.models import Processor
 from sparse_train.tasks.batch import IGNORED, Batch, Example, encode
 
@@ -75,7 +76,7 @@ class ScoringHead:
 
     def parts(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, their logits (n, V) in fp32) of states (N, D)."""
-        vocabulary = states.shape[1] if self._head is None else self._head.weight.shape[0]
+        vocabulary = states.shape[1] if self._head is None else full_shape(self._head.weight)[0]
         size = max(1, _MOST_LOGITS // vocabulary)
         for start in range(0, len(states), size):
             rows = slice(start, start + size)

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from sparse_train import dist
 from sparse_train.compat.deepspeed import convert_to_partitioned, partition
 from sparse_train.config import TeacherConfig, TrainConfig
+from sparse_train.config.base import Precision
 from sparse_train.models import DTYPES, ModelFolder, load_model, open_model
-from sparse_train.training.engine import student_settings, teacher_settings
+from sparse_train.training.engine import build_teacher, student_settings, teacher_settings
 from sparse_train.training.partition import shard_bounds
 
 
@@ -26,6 +27,13 @@ def load_student(path: str | Path, config: TrainConfig) -> PreTrainedModel:
 def load_teacher(path: str | Path, config: TrainConfig, teacher: TeacherConfig) -> PreTrainedModel:
     """The frozen model, partitioned while it is read. Collective."""
     return _load_partitioned(path, DTYPES[teacher.precision or config.precision], teacher_settings(config, teacher))
+
+
+def load_sharded(path: str | Path, precision: Precision) -> PreTrainedModel:
+    """A model to ask, in eval mode, of which each rank holds a part: its forward passes are collective, and so is each
+    call of one of its modules. Collective."""
+    config, as_teacher = TrainConfig(precision=precision), TeacherConfig()
+    return build_teacher(load_teacher(path, config, as_teacher), config, as_teacher).module
 
 
 def _load_partitioned(path: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:

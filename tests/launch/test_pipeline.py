@@ -64,7 +64,7 @@ def test_every_stage_is_signed_and_undamaged(run):
 # What jobs read and no result depends on: places, how work is divided, what is saved, logged and refused.
 _NO_SOURCE = {"folder", "name", "tracking.wandb", "*.activation_checkpointing", "*.sequence_parallel", "*.zero.*",
               "*.checkpoint_every", "*.checkpoints_kept", "*.log_every", "finetune.teacher.offload",
-              "finetune.teacher.persistence_threshold"}
+              "finetune.teacher.persistence_threshold", "evaluate.placement"}
 # What this run has no use for and others have: other tasks' data, and sizes, settings and terms that are not given;
 # and which devices are measured, of which each stage has one.
 _ELSEWHERE = {"task.path", "task.subset", "task.*_split", "task.test_share", "task.language*", "task.max_length",

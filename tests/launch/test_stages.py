@@ -52,7 +52,7 @@ READERS = {
     "finetune.steps": "finetune report",
     "finetune.num_examples": "finetune report",
     "finetune.*": "finetune",
-    "evaluate.precision": "evaluate",
+    "evaluate.precision": "evaluate", "evaluate.placement": "",
     "evaluate.*texts": "evaluate",
     "evaluate.*": "evaluate compress",
     "compress.precisions": "compress benchmark",
