@@ -26,8 +26,8 @@ from tests.weights import needs_weights
 LEVELS = {**PATTERNS, "80%": {"sparsity": 0.8}, "60%": {"sparsity": 0.6}, "75%": {"sparsity": 0.75},
           "4:8": {"pattern": "4:8"}}
 BESIDES = {"sparsegpt, owl": {"allocation": "owl"}, "sparsegpt, atp": {"allocation": "atp"},
-           "sparsegpt, reconstruction": {"reconstruction": {"steps": 50}}}
-"""What goes with any method, tried with one, at 70%."""
+           "sparsegpt, reconstruction": {"reconstruction": {"steps": 50}}, "obert": {"method": "obert"}}
+"""What goes with any method, tried with one, and oBERT, which no layer's error concerns; at 70%."""
 _NUM_EXAMPLES, _BATCH_SIZE, _MAX_LENGTH = 32, 8, 256
 _SPEC = EvaluateConfig(num_texts=60, batch_size=20)
 

@@ -129,7 +129,7 @@ def test_what_gives_no_gradient_or_none_that_is_finite_is_named():
     model, batches = _problem()
     without_targets = [dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in batches]
     for nothing in ([], without_targets):
-        with pytest.raises(UserError, match=r"no gradient of the loss reaches model\.layers\.1\.self_attn\.q_proj; "):
+        with pytest.raises(UserError, match=r"no gradient of the loss reaches model\.layers\.1\.\S+; "):
             prune(model, nothing, spec)
     model.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda module, args, output: output.masked_fill(torch.arange(len(output))[:, None, None] == 2, torch.nan))
@@ -137,11 +137,11 @@ def test_what_gives_no_gradient_or_none_that_is_finite_is_named():
         prune(model, batches, spec)
     model, batches = _problem()
     model.model.layers[0].mlp.act_fn.register_full_backward_hook(lambda module, grads, _: (grads[0] * torch.inf,))
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: its weight or a gradient of it is not finite"):
+    with pytest.raises(UserError, match=r"layers\.0\.\S+: its weight or a gradient of it is not finite"):
         prune(model, batches, spec)
 
 
 def test_a_block_that_stays_singular_is_named():
     model, batches = _problem()
-    with pytest.raises(UserError, match=r"q_proj: a block of its Fisher matrix is singular even with damping 1e-20; "):
+    with pytest.raises(UserError, match=r"layers\.1\.\S+: a block of its Fisher matrix is singular even with damping 1e-20"):
         prune(model, batches, PruneConfig(method="obert", sparsity=0.5, damping=1e-20))

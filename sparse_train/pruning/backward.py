@@ -65,32 +65,41 @@ def visit_backwards(model: PreTrainedModel, blocks: dict[str, nn.Module], linear
         for call, batch in zip(calls(index, inputs), batches, strict=True):
             yield block_output(modules[index](*call.args, **call.kwargs))[batch.attend]
 
-    every = max(1, math.isqrt(len(modules)))
-    kept = {0: hidden}
-    for index in range(len(modules) - 1):
-        hidden = run(index, hidden)
-        if (index + 1) % every == 0:
-            kept[index + 1] = hidden
     gradients: list[torch.Tensor] | None = None
-    stop = len(modules)
+    for num_visited, (index, inputs) in enumerate(_from_last_to_first(run, hidden, len(modules))):
+        here = {name: linear for name, linear in linears.items()
+                if num_visited >= num_done and name.startswith(f"{names[index]}.")}
+        with in_memory(index):
+            if gradients is None:
+                with filled(model, read, without=modules) if read else nullcontext():
+                    gradients = _through_head(model, modules, calls(index, inputs), batches)
+            if begin and num_visited == num_done:
+                begin()
+            statistics, gradients = _through_block(modules[index], here, calls(index, inputs), batches, gradients)
+            if num_visited >= num_done:
+                yield Visit(names[index], here, statistics, partial(outputs, index, inputs))
+            statistics.clear()  # the caller's loop still holds them while the next ones are collected
+
+
+def _from_last_to_first(run: Callable[[int, list[torch.Tensor]], list[torch.Tensor]], inputs: list[torch.Tensor],
+                        num_blocks: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """(index, inputs by batch) of each block. `run`: index and inputs -> outputs; `inputs`: of the first block.
+
+    Those of every k-th block are kept, k being the root of their number; the others are computed again from these.
+    """
+    every = max(1, math.isqrt(num_blocks))
+    kept = {0: inputs}
+    for index in range(num_blocks - 1):
+        inputs = run(index, inputs)
+        if (index + 1) % every == 0:
+            kept[index + 1] = inputs
+    stop = num_blocks
     for start in sorted(kept, reverse=True):
-        inputs = [kept.pop(start)]
+        between = [kept.pop(start)]
         for index in range(start, stop - 1):
-            inputs.append(run(index, inputs[-1]))
+            between.append(run(index, between[-1]))
         for index in range(stop - 1, start - 1, -1):
-            states, num_visited = inputs.pop(), len(modules) - 1 - index
-            here = {name: linear for name, linear in linears.items()
-                    if num_visited >= num_done and name.startswith(f"{names[index]}.")}
-            with in_memory(index):
-                if gradients is None:
-                    with filled(model, read, without=modules) if read else nullcontext():
-                        gradients = _through_head(model, modules, calls(index, states), batches)
-                if begin and num_visited == num_done:
-                    begin()
-                statistics, gradients = _through_block(modules[index], here, calls(index, states), batches, gradients)
-                if num_visited >= num_done:
-                    yield Visit(names[index], here, statistics, partial(outputs, index, states))
-                statistics.clear()  # the caller's loop still holds them while the next ones are collected
+            yield index, between.pop()
         stop = start
 
 
