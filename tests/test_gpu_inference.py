@@ -97,6 +97,21 @@ def test_without_a_gpu_that_can_run_it_there_is_one_line(monkeypatch, capsys, tm
         gpu.find_gpu()
 
 
+def test_too_little_memory_is_one_line(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")
+
+    model, processor = tiny_model("mpt")
+    with monkeypatch.context() as patched:
+        patched.setitem(Runtime.generate.__globals__, "generate", fail)
+        with pytest.raises(UserError, match=r"does not hold 2 answers at a time \(CUDA out of memory.*; give fewer"):
+            Runtime(model, processor).complete_all(["1", "2"])
+    monkeypatch.setattr(gpu, "find_gpu", lambda: _DEVICE)
+    monkeypatch.setattr(gpu, "load_on_gpu", fail)
+    with pytest.raises(UserError, match="give a smaller or sparser model"):
+        load(tmp_path, device="cuda")
+
+
 def test_a_decoder_is_kept_for_texts_that_it_has_room_for(monkeypatch):
     class Made:
         def __init__(self, model, num_rows, capacity, num_states):

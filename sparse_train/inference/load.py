@@ -83,6 +83,9 @@ class Runtime:
             return self.generate(examples, max_new_tokens, **options)
         except UserError as error:
             raise UserError(f"{self.model.name_or_path}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{self.model.name_or_path}: the GPU's memory does not hold {len(prompts)} answers at a "
+                            f"time ({first_line(error)}); give fewer or shorter ones") from error
         except OSError:  # of a streamer that writes
             raise
         except Exception as error:  # some facts of config.json, such as the width of a window, matter only here
@@ -99,8 +102,12 @@ def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"]
     `batch_size`: how many answers at a time a GPU's weights are laid out for; any other number is right as well.
     Raises UserError for a folder that is not a complete checkpoint, and where no GPU can run it.
     """
-    model, precision = _load_on_cpu(folder, shared) if device == "cpu" else gpu.load_on_gpu(
-        folder, gpu.find_gpu(), batch_size)
+    try:
+        model, precision = (_load_on_cpu(folder, shared) if device == "cpu" else
+                            gpu.load_on_gpu(folder, gpu.find_gpu(), batch_size))
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{folder}: the GPU's memory does not hold it ({first_line(error)}); give a smaller or sparser "
+                        "model, or run it on the CPU") from error
     runtime = Runtime(model.eval(), load_processor(folder), precision)
     if runtime.is_sparse:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]

@@ -54,6 +54,7 @@ def test_a_gpu_benchmark_without_a_gpu_is_one_line(monkeypatch, tmp_path):
 def test_the_stage_measures_the_compressed_models(tmp_path, monkeypatch):
     """On a stand-in for a GPU, whose kernels are interpreted."""
     model, processor = tiny_model("llama")
+    model.config.max_position_embeddings = 256
     save_model(tmp_path / "dense", model, processor)
     sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
     save_model(tmp_path / "tuned", model, processor)
