@@ -1,9 +1,18 @@
 """make gpu, with parts that need no GPU: what is there is kept, failures are told, the rest goes on."""
 
+import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from sparse_train import artifacts
+from sparse_train.bench.gpu import WHOLE
+from sparse_train.config import ModelConfig
+from sparse_train.inference import gpu
+from sparse_train.launch.cli import main
+from sparse_train.sparse import BitmaskTensor
 from tests.gpu import PARTS, Figure, Part, run_parts, table
 
 _CARD = {"card": "a card", "driver": "1"}
@@ -64,3 +73,33 @@ def test_without_a_gpu_it_is_one_line():
                            "from tests.gpu import main; sys.exit(main())"], capture_output=True, text=True,
                           encoding="utf-8")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("cuda: torch")
+
+
+@pytest.mark.slow
+def test_figures_are_read_from_what_the_commands_print(monkeypatch, capsys):
+    """Of small shapes, on a stand-in for a GPU, whose kernels are interpreted; torch has no 2:4 product there."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu, "find_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr("sparse_train.bench.gpu.device_bandwidth", lambda device: 1e9)
+    for name in ("gpu.LLAMA_8B_BLOCK", "layers.MPT_7B_BLOCK"):
+        monkeypatch.setattr(f"sparse_train.bench.{name}", ((64, 128), (64, 192)))
+    monkeypatch.setattr("sparse_train.bench.layers.random_weights", _exact_weights)
+    size = ModelConfig(family="llama", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64, max_seq_len=64,
+                       vocab_size=300)
+    monkeypatch.setattr("sparse_train.bench.gpu.random_weights", _exact_weights)
+    monkeypatch.setitem(WHOLE, "llama-8b", size)
+    few = {"decode": ["--prompt-tokens", "2", "--new-tokens", "2"]}
+    for part in PARTS[1:3]:
+        arguments = part.command[part.command.index("bench"):]
+        assert main([*arguments, "--repeats", "1", *few.get(arguments[1], [])]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        rows = table([part], {"machine": {}, "parts": {part.name: {"error": None, "clocks": [], "result": result}}})
+        missing = [row for row in rows.splitlines() if "not measured" in row]
+        assert all("cusparselt" in row for row in missing) and len(missing) <= 2, rows
+
+
+def _exact_weights(shapes, sparsity, seed=0, device=None):
+    """Of which each row keeps the same number, so that small weights have the sparsity that large ones have."""
+    return [BitmaskTensor.from_dense(torch.ones(shape), (torch.arange(shape[1]) < round((1 - sparsity) * shape[1]))
+                                     .expand(shape)) for shape in shapes]

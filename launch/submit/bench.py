@@ -207,11 +207,13 @@ def _device_decode(options, console: Console) -> None:
 
     import torch
 
+    from sparse_train.bench.decode import example_of_length
     from sparse_train.bench.gpu import WHOLE, device_bandwidth, device_decode_rows, random_runtime
+    from sparse_train.bench.shapes import shape_tokenizer
     from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
     from sparse_train.inference import load
     from sparse_train.inference.gpu import find_gpu
-    from sparse_train.tasks import Example
+    from sparse_train.models import load_processor
 
     if options.peers or options.threads or len(options.prompt_tokens) > 1:
         raise UserError("--peers, --threads and several --prompt-tokens are measured on the CPU; leave them out")
@@ -220,7 +222,8 @@ def _device_decode(options, console: Console) -> None:
     device = find_gpu()
     variants = ([(precision, sparsity) for precision in ("bf16", "int8", "int4") for sparsity in options.sparsity]
                 if options.sparsity else [("bf16", 0.5), ("bf16", 0.75), ("int8", 0.75), ("int4", 0.75)])
-    example = Example("Tom has 3 boxes of 4 eggs. " * (-(-options.prompt_tokens[0] // 8)), "")
+    tokenizer = shape_tokenizer() if options.shape else load_processor(options.model[0]).tokenizer
+    example = example_of_length(tokenizer, options.prompt_tokens[0])
     bandwidth, rows = device_bandwidth(device), []
     for batch in (1, 16):
         loads = ([functools.partial(random_runtime, WHOLE[options.shape], variant, batch, device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparse_train import kernels
-from sparse_train.bench.decode import Key, decode_rows
+from sparse_train.bench.decode import Key, decode_rows, example_of_length
 from sparse_train.bench.peers import PEERS, prepare_peers, started
 from sparse_train.bench.peers.engine import Engine
 from sparse_train.bench.shapes import SHAPES, build_dense, sparse_runtimes
@@ -17,7 +17,6 @@ from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
 from sparse_train.inference import Runtime, load
 from sparse_train.models import load_model
-from sparse_train.tasks import Example
 from sparse_train.tasks.batch import encode_prompt
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,6 @@ log = logging.getLogger(__name__)
 _TORCH_BF16 = "torch-bf16"
 _MOST_ERROR = 0.9
 """Of logits. Unrelated ones are off by 1.4; rounding to four bits has been 0.2 to 0.5."""
-_TEXT = "Tom has 3 boxes of 4 eggs. "
 
 
 def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[float], peers: Sequence[str],
@@ -61,7 +59,7 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
             runtimes |= {_key(dense, runtime): runtime for runtime in sparse_runtimes(Path(dense), sparsities)}
         if _TORCH_BF16 in names:
             runtimes[dense, "torch", "bf16", 0.0] = Runtime(load_model(dense, torch.bfloat16), first.processor, "bf16")
-        examples = [_example(first, length) for length in prompt_tokens]
+        examples = [example_of_length(first.processor.tokenizer, length) for length in prompt_tokens]
         capacity = max(len(encode_prompt(example, first.processor)) for example in examples) + new_tokens
         for num_threads in threads:
             torch.set_num_threads(num_threads)
@@ -78,12 +76,6 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
 
 def _key(folder: str, runtime: Runtime) -> Key:
     return folder, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity
-
-
-def _example(runtime: Runtime, num_tokens: int) -> Example:
-    tokenizer = runtime.processor.tokenizer
-    tokens = tokenizer.encode(_TEXT * num_tokens, add_special_tokens=False)[:num_tokens]
-    return Example(str(tokenizer.decode(tokens)), "")
 
 
 @torch.no_grad()

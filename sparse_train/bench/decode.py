@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sparse_train.bench.timing import Timing, interleave
 from sparse_train.config import EvaluateConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # that package imports this module
     from sparse_train.bench.peers.engine import Engine
 
 _PROMPT_CHARACTERS = 64
+_TEXT = "Tom has 3 boxes of 4 eggs. "
 
 Key = tuple[str, str, str, float]
 """Name of the model, engine, precision, sparsity."""
@@ -77,6 +79,12 @@ def prompted(example: Example) -> Example:
     if example.prompt or example.sound is not None:
         return example
     return replace(example, prompt=example.answer[:_PROMPT_CHARACTERS])
+
+
+def example_of_length(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Example:
+    """A prompt of so many tokens."""
+    tokens = tokenizer.encode(_TEXT * num_tokens, add_special_tokens=False)[:num_tokens]
+    return Example(str(tokenizer.decode(tokens)), "")
 
 
 def decode_once(runtime: Runtime, example: Example, new_tokens: int, batch: int = 1) -> Clock:

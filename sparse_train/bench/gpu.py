@@ -14,16 +14,16 @@ from torch.nn import functional
 
 from sparse_train.bench.decode import decode_once, decode_rows, prompted
 from sparse_train.bench.layers import Key, random_weights, rows_of
-from sparse_train.bench.shapes import SHAPES
+from sparse_train.bench.shapes import SHAPES, shape_tokenizer
 from sparse_train.bench.timing import Timing, graphed, interleave
 from sparse_train.compress.quantise import QUANTISERS
-from sparse_train.config import ModelConfig, TaskConfig
+from sparse_train.config import ModelConfig
 from sparse_train.errors import first_line
 from sparse_train.inference import PackedLinear, Runtime
 from sparse_train.models import build_processor, describe, family_of
 from sparse_train.models.empty import from_config
 from sparse_train.sparse import BitmaskTensor, replace_module
-from sparse_train.tasks import Example, build_task, build_tokenizer
+from sparse_train.tasks import Example
 
 log = logging.getLogger(__name__)
 
@@ -164,4 +164,4 @@ def random_runtime(size: ModelConfig, variant: tuple[str, float] | None, batch: 
     for number, (name, linear) in enumerate(family_of(model).prunable_linears(model).items() if variant else ()):
         (weight,) = random_weights([(linear.out_features, linear.in_features)], sparsity, number, device)
         replace_module(model, name, PackedLinear(_matrix(weight, precision, batch, device), linear.bias))
-    return Runtime(model, build_processor(size, build_tokenizer(build_task(TaskConfig()), 300)), precision)
+    return Runtime(model, build_processor(size, shape_tokenizer()), precision)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sparse_train.compress import export_sparse
 from sparse_train.config import ModelConfig, TaskConfig
@@ -30,7 +31,12 @@ SHAPES = {
 def build_dense(name: str, folder: Path) -> None:
     """Write the dense model of SHAPES to `folder`."""
     torch.manual_seed(0)
-    save_model(folder, from_config(describe(SHAPES[name])), build_tokenizer(build_task(TaskConfig()), 300))
+    save_model(folder, from_config(describe(SHAPES[name])), shape_tokenizer())
+
+
+def shape_tokenizer() -> PreTrainedTokenizerBase:
+    """Of 300 tokens, which models of all shapes have."""
+    return build_tokenizer(build_task(TaskConfig()), 300)
 
 
 def sparse_runtimes(dense: Path, sparsities: Iterable[float]) -> Iterator[Runtime]:
