@@ -66,8 +66,29 @@ def _launched(target: int) -> dict:
                 matrix.matmul(torch.zeros(num_rows, _NUM_COLUMNS, dtype=torch.bfloat16))
                 step = 8 * 8 * 32 if num_rows <= 4 else 64 * 64
                 found[f"product-{name}-{num_rows}"] = [(kernel, step) for kernel in kernels]
+        for name, steps in _steps().items():
+            kernels.clear()
+            steps.run()
+            found[f"steps-{name}"] = [(kernel, 32 * kernel.metadata.num_warps) for kernel in kernels]
     finally:
         JITFunction.run = run
+    return found
+
+
+def _steps() -> dict:
+    """Of a decoder, for one row: {attention of a model: with a norm and an activation}."""
+    from sparse_train.kernels.triton_steps import GraphSteps
+
+    found, position = {}, torch.zeros(1, dtype=torch.int64)
+    for name, num_groups, activation in (("llama-8b", 8, "silu"), ("mpt-7b", 32, "gelu")):
+        steps = found[name] = GraphSteps(position.device)
+        hidden, values = (torch.zeros(shape, dtype=torch.bfloat16)
+                          for shape in ((1, 32 * 128), (1, num_groups, 512, 128)))
+        is_llama, kv = name == "llama-8b", hidden[:, :num_groups * 128]
+        steps.normalise(hidden, hidden, hidden[0], None, 1e-5, hidden, is_llama)
+        steps.attend(hidden, kv, kv, hidden, values, values, position, position, 0.1,
+                     (values[0, 0], values[0, 0]) if is_llama else None, None if is_llama else torch.zeros(32, 512))
+        steps.activate(activation, hidden, hidden if is_llama else None, hidden)
     return found
 
 
