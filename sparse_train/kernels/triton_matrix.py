@@ -65,7 +65,7 @@ class DeviceMatrix:
         return self._layout.num_bytes
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (..., C) BF16 -> (..., R) BF16."""
+        """`x` (..., C) BF16 -> (..., R) BF16. Where x is not finite, a row may skip it that has no weight there."""
         if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != self.dtype
                 or x.device != self.device or x.layout != torch.strided):
             raise ValueError(f"x is {describe(x)}; it needs rows of {self.shape[1]} bfloat16 numbers on {self.device}")

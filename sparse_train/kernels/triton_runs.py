@@ -64,10 +64,10 @@ class Runs:
             codes = _distances(rows, columns).masked_fill_(is_first, 0)
         else:
             codes = columns % self._pattern[1]
-        self._codes = _pack(codes.new_zeros(size).index_copy(0, place, codes), self._index_bits)
+        self._codes = pack_codes(codes.new_zeros(size).index_copy(0, place, codes), self._index_bits)
         self.values = values.new_zeros(size).index_copy(0, place, values)
         if self._value_bits == 4:
-            self.values = _pack(self.values + 8, 4)
+            self.values = pack_codes(self.values + 8, 4)
 
     @property
     def num_bytes(self) -> int:
@@ -134,7 +134,7 @@ def _bridge(rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, mis
             values[source].masked_fill_(back > 0, 0))
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of 4 or 8 bits -> uint8, of two codes of four bits the first one in the low half."""
     codes = codes.to(torch.uint8)
     return codes if bits == 8 else codes[::2] | codes[1::2] << 4

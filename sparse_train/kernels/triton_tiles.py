@@ -1,10 +1,12 @@
 """A weight on a GPU for products with up to 64 vectors, in Triton, by tensor cores: each program builds tiles of the
 dense weight from values and bits, and multiplies them before they reach memory.
 
-A tile is 64 rows and 64 columns: 512 bytes of bits, and its values, row after row, from a multiple of eight on. Ranks
-within a tile come from its bits alone, as in triton_moves.py, so its place is all that is stored beside them. A
-position costs the same whether it is kept or not, and all vectors share that cost. Programs divide the columns of a
-block of rows among them, and a second launch adds up their sums, always in one order.
+A tile is 64 rows and 64 columns: 512 bytes of bits, and its values from a multiple of eight on. Both lie in the order
+in which threads hold the weights of a matrix product (the left operand of PTX's mma.m16n8k16 and of wgmma), 32 of them
+each, so that what a thread has rebuilt is what it multiplies. Ranks within a tile come from its bits alone, as in
+triton_moves.py, so its place is all that is stored beside them. A position costs the same whether it is kept or not,
+and all vectors share that cost. Programs divide the columns of a block of rows among them, and a second launch adds up
+their sums, always in one order.
 """
 
 import torch
@@ -13,6 +15,7 @@ import triton.language as tl
 
 from sparse_train.kernels.reference import GROUP, pack, unpack
 from sparse_train.kernels.triton_moves import load_bytes
+from sparse_train.kernels.triton_runs import pack_codes
 
 _SIZE = 64
 _PROGRAMS = 512
@@ -43,8 +46,7 @@ class Tiles:
         place = torch.arange(len(tile), device=tile.device) + (8 * self._firsts[:-1] - counts.cumsum(0) + counts)[tile]
         self.values = values.new_zeros(8 * int(self._firsts[-1])).index_copy(0, place, values[order])
         if self._value_bits == 4:
-            codes = (self.values + 8).to(torch.uint8)
-            self.values = codes[::2] | codes[1::2] << 4
+            self.values = pack_codes(self.values + 8, 4)
         # More than there are, so that ranks behind the last value lie within, and enough for a vector load.
         self._most = triton.next_power_of_2(min(max(counts.tolist(), default=0) + 15, _SIZE * _SIZE))
 
@@ -78,7 +80,7 @@ class Tiles:
 
 
 def _place(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """Of a position in its tile: 32 follow each other for each thread, in the order in which it gives them to mma."""
+    """Of a position in its tile: the number of its thread, then its own among the 32 of that thread."""
     thread = (row // 16 * 8 + row % 8) * 4 + column // 2 % 4
     return thread * 32 + column // 8 * 4 + row // 8 % 2 * 2 + column % 2
 

@@ -26,9 +26,9 @@ _EACH_DEVICE = pytest.mark.parametrize("device", [
     pytest.param("cpu", marks=pytest.mark.skipif(_HAS_GPU, reason="Triton compiles its kernels for the GPU instead")),
     pytest.param("cuda", marks=_GPU)])
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
-_MOST_INSTRUCTIONS = {"product-bf16-1": 14, "product-bf16-2": 17, "product-bf16-4": 27, "product-int8-1": 15,
-                      "product-int4-1": 23, "product-2:4-1": 15, "product-bf16-16": 15, "product-bf16-64": 15,
-                      "product-int8-16": 16, "product-int4-16": 17}
+_MOST_INSTRUCTIONS = {"product-bf16-1": 15, "product-bf16-2": 17, "product-bf16-4": 27, "product-int8-1": 15,
+                      "product-int4-1": 23, "product-2:4-1": 16, "product-bf16-16": 15, "product-bf16-64": 21,
+                      "product-int8-16": 18, "product-int4-16": 21}
 """For a nonzero in runs, for a position in tiles. docs/benchmarks.md says what a GPU has time for."""
 _AROUND = 8  # elements before and behind a target that must stay as they are
 
@@ -351,6 +351,7 @@ def test_they_compile_for_each_generation_without_spills(tmp_path):
         assert row["LOCAL"] == row["STACK"] == "0", row  # nothing is spilled
         if row["call"].startswith("steps"):  # of which each multiprocessor has one program or two
             continue
-        assert int(row["REG"]) <= 96, row  # a multiprocessor holds five programs at a time
+        # A multiprocessor holds five programs of moves at a time, and four of tiles.
+        assert int(row["REG"]) <= (128 if row["call"].startswith("product") else 96), row
         most = _MOST_INSTRUCTIONS.get(row["call"], 22)
         assert float(row["instructions"]) <= most, row
