@@ -38,8 +38,7 @@ def _launched(target: int) -> dict:
     what they launch and do not start it."""
     from triton.runtime import JITFunction, driver
 
-    from sparse_train import kernels as moves
-    from sparse_train.kernels import triton_moves
+    from sparse_train.kernels import pack, triton_moves
     from sparse_train.kernels.triton_matrix import DeviceMatrix
 
     kernels, run = [], JITFunction.run
@@ -60,7 +59,7 @@ def _launched(target: int) -> dict:
                 found[f"{move}-{dtype.itemsize}"] = [(kernel, 8 * triton_moves._MOST_BYTES) for kernel in kernels]
         for name, (keep, values, scale) in _weights().items():
             for num_rows in PRODUCTS[name]:
-                matrix = DeviceMatrix(values[:int(keep.sum())], moves.pack(keep), _NUM_COLUMNS, scale,
+                matrix = DeviceMatrix(values[:int(keep.sum())], pack(keep), _NUM_COLUMNS, scale,
                                       1 if num_rows <= 4 else num_rows)
                 kernels.clear()
                 matrix.matmul(torch.zeros(num_rows, _NUM_COLUMNS, dtype=torch.bfloat16))
