@@ -144,5 +144,5 @@ def test_what_gives_no_gradient_or_none_that_is_finite_is_named():
 def test_a_block_that_stays_singular_is_named():
     model, batches = _problem()
     spec = PruneConfig(method="obert", sparsity=0.5, damping=1e-20)
-    with pytest.raises(UserError, match=r"layers\.1\.\S+: a block of its Fisher matrix is singular even with damping 1e"):
+    with pytest.raises(UserError, match=r"layers\.1\.\S+: a block of its Fisher matrix is singular even with"):
         prune(model, batches, spec)
