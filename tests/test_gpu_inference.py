@@ -21,10 +21,11 @@ _DEVICE = torch.device("cuda" if _HAS_GPU else "cpu")
 _SPEC = EvaluateConfig(max_new_tokens=4)
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
+@pytest.fixture(params=[pytest.param("cuda", marks=_NEEDS_GPU), pytest.param("cpu", marks=pytest.mark.skipif(
+    _HAS_GPU, reason="Triton compiles its kernels for the GPU instead"))])
+def on_gpu(request, monkeypatch):
     """`load(..., device="cuda")` and Decoders go to the stand-in where there is no GPU."""
-    if not _HAS_GPU:
+    if request.param == "cpu":
         monkeypatch.setattr(gpu, "find_gpu", lambda: _DEVICE)
         monkeypatch.setattr(decoder, "steps_for", steps.GraphSteps)
 

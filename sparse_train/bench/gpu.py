@@ -28,7 +28,7 @@ from sparse_train.tasks import Example
 log = logging.getLogger(__name__)
 
 _DTYPE = torch.bfloat16
-_GRAPH_BYTES, _GRAPH_LAUNCHES = 1 << 31, 4096
+_GRAPH_BYTES, _GRAPH_LAUNCHES = 1 << 31, 1024
 """The dense weights that a graph of products reads, and the most products in it."""
 
 LLAMA_8B_BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))

@@ -24,10 +24,14 @@ from sparse_train.tasks import Example
 from tests.launch.test_pipeline import RECIPE, STAGES, _cli
 from tests.models import tiny_model
 
+_NEEDS_GPU = [pytest.mark.gpu,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")]
+_EACH_DEVICE = pytest.mark.parametrize("device", [
+    pytest.param(torch.device("cuda"), marks=_NEEDS_GPU),
+    pytest.param(torch.device("cpu"), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"))])
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+@pytest.mark.parametrize("precision", [pytest.param(name, marks=_NEEDS_GPU) for name in ("fp32", "bf16")])
 def test_the_pipeline_runs_on_cuda(precision, tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     _cli("run", RECIPE, f"folder={tmp_path}", "--on", "local", f"dense.precision={precision}",
@@ -84,8 +88,9 @@ def test_each_device_is_a_stage_and_the_report_reads_all():
     assert cluster.resources(found["benchmark/gpu"]).partition == "gpu"
 
 
-def test_the_rows_of_a_device_are_those_of_the_layers():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton interprets its kernels
+@_EACH_DEVICE
+def test_the_rows_of_a_device_are_those_of_the_layers(device, monkeypatch):
+    monkeypatch.setattr("sparse_train.bench.gpu._GRAPH_LAUNCHES", 4)
     weights = random_weights(((64, 64), (32, 64)), 0.75, device=device)
     rows = device_layer_rows("m", {("bf16", 0.75): weights}, 2, 1e9, device)
     assert [(row["what"], row["engine"], row["precision"], row["sparsity"]) for row in rows] == \
@@ -96,9 +101,9 @@ def test_the_rows_of_a_device_are_those_of_the_layers():
                for weight in weights_2_of_4(((64, 64),), device))
 
 
+@_EACH_DEVICE
 @pytest.mark.slow
-def test_models_of_a_size_are_made_and_decoded_on_a_device():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def test_models_of_a_size_are_made_and_decoded_on_a_device(device):
     size = ModelConfig(family="llama", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=64,
                        vocab_size=300)
     loads = [functools.partial(random_runtime, size, variant, 1, device) for variant in (None, ("bf16", 0.5))]
