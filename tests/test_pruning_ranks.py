@@ -24,6 +24,7 @@ from sparse_train.pruning.rows import Piece, divide
 from sparse_train.pruning.saved import PrunedBlocks
 from sparse_train.sparse import densify, sparse_linears, sparsify
 from sparse_train.tasks.batch import collate
+from tests import pruning_memory
 from tests.models import tiny_examples, tiny_model, tiny_tokenizer
 from tests.ranks import run_ranks
 
@@ -229,6 +230,16 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     assert (tmp_path / "24" / "dense" / "model.safetensors").stat().st_size > 250e6
     for few, many in zip(*peaks.values(), strict=True):
         assert many - few < 0.06  # GB
+
+
+@pytest.mark.slow
+def test_a_rank_needs_one_block_and_its_hessians(tmp_path):
+    """Libraries have buffers of their own."""
+    pruning_memory.write_model(tmp_path / "dense", 1024, 1)
+    peaks = run_ranks(pruning_memory.peak, 2, tmp_path, timeout_s=900)
+    expected = sum(pruning_memory.expected_bytes(1024, pruning_memory.NUM_TOKENS // 2).values())
+    print(peaks, expected)
+    assert 0.9 * expected < max(peaks) < 1.1 * expected + 5e7
 
 
 def _message(function, *arguments):

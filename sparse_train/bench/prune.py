@@ -102,14 +102,14 @@ def prune_rows(methods: Sequence[str] | None, width: int, num_tokens: int, spars
     return rows
 
 
-def _measure(name: str, width: int, num_tokens: int, sparsity: float) -> BlockCost:
+def _measure(method_name: str, width: int, num_tokens: int, sparsity: float) -> BlockCost:
     torch.manual_seed(0)
     length = min(num_tokens, _SEQUENCE)
     heads = width // (64 if width % 128 else 128)
     model = to_device(from_config(describe(ModelConfig(
         family="mpt", d_model=width, n_layers=1, n_heads=heads, max_seq_len=length, vocab_size=512))), dist.device())
     (block,) = family_of(model).blocks(model).values()
-    spec = PruneConfig(method=name, sparsity=sparsity)
+    spec = PruneConfig(method=method_name, sparsity=sparsity)
     batches = [_batch(length) for _ in range(num_tokens // length)]
     clock, linears, method = _Clock(), {}, build_pruner(spec)
     method_class = type(method)
@@ -136,7 +136,7 @@ def _measure(name: str, width: int, num_tokens: int, sparsity: float) -> BlockCo
                 with torch.no_grad():
                     model(**batch.inputs(), use_cache=False)
     seconds = {phase: clock.seconds[phase] for phase in PHASES}
-    return BlockCost(name, width, length * len(batches), seconds, linears, method.divides_rows)
+    return BlockCost(method_name, width, length * len(batches), seconds, linears, method.divides_rows)
 
 
 def _batch(length: int) -> Batch:

@@ -156,6 +156,7 @@ def test_a_block_is_pruned_by_phases_and_whole_models_are_counted_from_them(caps
     found = json.loads(last)
     assert "262,144 calibration tokens" in table[-1] and "4,096 tokens" in table[0] and len(found["rows"]) == 2
     assert len(ended) == 2 + 3  # sparsegpt's, of the warm-up and of the measurement
+    assert [row["method"] for row in found["rows"]] == ["magnitude", "sparsegpt"]
     for row, is_read in zip(found["rows"], (False, True), strict=True):
         seconds, linears = row["seconds"], {}
         assert [seconds[phase] > 0 for phase in ("forward", "statistics", "decompositions")] == [is_read] * 3
