@@ -125,6 +125,7 @@ def _layers(options, console: Console) -> None:
 
     from sparse_train import kernels
     from sparse_train.bench.layers import MLP_2048, MPT_7B_BLOCK, PROMPT_ROWS, layer_rows, random_weights
+    from sparse_train.bench.shapes import PRECISIONS
     from sparse_train.bench.tables import SPEED_HEADER, print_measured, speed_cells
     from sparse_train.cpus import set_threads
 
@@ -140,9 +141,11 @@ def _layers(options, console: Console) -> None:
             rows += layer_rows("mlp 2048-8192-2048", random_weights(MLP_2048, sparsity), options.repeats, bandwidth,
                                num_rows=num_rows)
     print_measured(console, SPEED_HEADER, map(speed_cells, rows), [kernels.backend()], num_left=3)
-    break_even = {num_rows: kernels.break_even(num_rows) for num_rows in (2, 4, 8, 16, 32, 64, 128)}
-    densities = ", ".join(f"{density:.2f} ({num_rows} rows)" for num_rows, density in break_even.items())
-    console.print(f"zeros are skipped up to a density of {densities}", highlight=False, soft_wrap=True)
+    break_even = {precision: {num_rows: kernels.break_even(num_rows, precision)
+                              for num_rows in (2, 4, 8, 16, 32, 64, 128)} for precision in PRECISIONS}
+    console.print("zeros are skipped up to a density of, by the number of rows:", highlight=False)
+    print_table(console, ("precision", *map(str, break_even[PRECISIONS[0]])), [
+        [precision, *(f"{density:.2f}" for density in of_rows.values())] for precision, of_rows in break_even.items()])
     print(json.dumps({"backend": kernels.backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth,
                       "break_even": break_even, "rows": rows}))
 

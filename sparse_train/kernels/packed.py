@@ -176,7 +176,7 @@ class PackedMatrix:
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], self.shape[0])
-        is_sparse = self.density <= break_even(x.numel() // self.shape[1])
+        is_sparse = self.density <= break_even(x.numel() // self.shape[1], self.precision)
         multiply = self._skipping if is_sparse else self._expanding
         if self._stored != torch.int8:
             return multiply(x)
@@ -199,24 +199,31 @@ class PackedMatrix:
         return y.view(*x.shape[:-1], self.shape[0])
 
 
-def break_even(num_rows: int) -> float:
-    """The density up to which a product with `num_rows` rows is faster when it skips zeros, from 0 to 1.
+def break_even(num_rows: int, precision: str) -> float:
+    """The density up to which a product of a weight of this `precision` (fp32, bf16, int8, int4) with `num_rows` rows
+    is faster when it skips zeros, from 0 to 1.
 
-    It is measured when it is first asked for, in some hundredths of a second, for each power of two of rows (at most
-    128), backend and number of threads; on FP32 values, for which other precisions take it as well.
+    It is measured when it is first asked for, in some hundredths of a second, for each precision, power of two of rows
+    (at most 128), backend and number of threads.
     """
     check_count("num_rows", num_rows, 1)
-    return _break_even(min(128, 1 << num_rows.bit_length() - 1), backend(), torch.get_num_threads())
+    known = (*_PRECISIONS.values(), "int4")
+    if precision not in known:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(known)}")
+    return _break_even(min(128, 1 << num_rows.bit_length() - 1), precision, backend(), torch.get_num_threads())
 
 
 @functools.cache
-def _break_even(num_rows: int, backend: str, num_threads: int) -> float:
+def _break_even(num_rows: int, precision: str, backend: str, num_threads: int) -> float:
     generator, size, sparse = torch.Generator(CPU).manual_seed(0), 1024, 0.25
     x = torch.randn(num_rows, size, generator=generator, dtype=torch.float32, device=CPU)
+    dtype = next((dtype for dtype, name in _PRECISIONS.items() if name == precision), torch.int8)
+    scale = {"int8": x.new_ones(size),
+             "int4": x.new_ones(size, size // reference.GROUP, dtype=torch.bfloat16)}.get(precision)
     gaps = []  # the time of skipping zeros less that of expanding, taken to be linear in the density
     for density in (sparse, 1.0):
         keep = torch.rand(size, size, generator=generator, device=CPU) < density
-        packed = PackedMatrix(x.new_ones(int(keep.sum())), reference.pack(keep), size)
+        packed = PackedMatrix(x.new_ones(int(keep.sum()), dtype=dtype), reference.pack(keep), size, scale)
         gaps.append(_fastest(packed._skipping, x) - _fastest(packed._expanding, x))
     slope = (gaps[1] - gaps[0]) / (1 - sparse)
     return min(1.0, max(0.0, sparse - gaps[0] / slope)) if slope > 0 else float(gaps[0] < 0)

@@ -14,4 +14,4 @@ def backend(request):
 @pytest.fixture
 def skips(monkeypatch):
     """Products of many rows skip zeros whatever the density."""
-    monkeypatch.setattr(packed, "break_even", lambda num_rows: 1.0)
+    monkeypatch.setattr(packed, "break_even", lambda num_rows, precision: 1.0)

@@ -108,7 +108,7 @@ def test_what_a_script_makes_torchs_default_is_not_what_native_code_writes_to(ba
     try:
         with torch.device("meta"):
             found = matrix._skipping(x), matrix._expanding(x), matrix.to_dense()
-            assert 0 <= packed._break_even.__wrapped__(8, backend, 1) <= 1
+            assert 0 <= packed._break_even.__wrapped__(8, "fp32", backend, 1) <= 1
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found[0], matrix._skipping(x))
@@ -118,7 +118,7 @@ def test_what_a_script_makes_torchs_default_is_not_what_native_code_writes_to(ba
 
 @pytest.mark.parametrize(("density", "skipped"), [(0.2, True), (0.4, False)])
 def test_a_weight_denser_than_the_break_even_is_multiplied_dense(monkeypatch, density, skipped):
-    monkeypatch.setattr(packed, "break_even", lambda num_rows: {12: 0.3}[num_rows])
+    monkeypatch.setattr(packed, "break_even", lambda *asked: {(12, "fp32"): 0.3}[asked])
     taken = []
     monkeypatch.setattr(kernels.PackedMatrix, "_skipping", lambda self, x: taken.append(x) or self._expanding(x))
     matrix, dense, _ = _matrix((70, 100), density)
@@ -128,11 +128,22 @@ def test_a_weight_denser_than_the_break_even_is_multiplied_dense(monkeypatch, de
     assert matrix.matmul(x[:0]).shape == (0, 70)
 
 
-def test_the_break_even_is_measured_once_for_a_power_of_two_of_rows(backend):
-    found = kernels.break_even(9)
-    assert 0 <= found <= 1 and found == kernels.break_even(15)
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_the_break_even_is_measured_once_for_a_power_of_two_of_rows(backend, precision, monkeypatch):
+    packed._break_even.cache_clear()
+    measured = []
+    monkeypatch.setattr(packed, "_fastest", lambda product, x, fastest=packed._fastest:
+                        measured.append(product.__self__.precision) or fastest(product, x))
+    found = kernels.break_even(9, precision)
+    assert 0 <= found <= 1 and found == kernels.break_even(15, precision)
+    assert measured == [precision] * 4
+
+
+def test_a_break_even_of_what_there_is_not():
     with pytest.raises(ValueError, match="num_rows is 0"):
-        kernels.break_even(0)
+        kernels.break_even(0, "fp32")
+    with pytest.raises(ValueError, match="'fp16'; it must be one of fp32, bf16, int8, int4"):
+        kernels.break_even(8, "fp16")
 
 
 @pytest.mark.usefixtures("skips")
