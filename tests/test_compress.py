@@ -102,6 +102,20 @@ def test_generate_says_once_that_the_portable_kernels_run(tmp_path, capsys):
             assert told == ((folder, backend) == ("sparse", "portable")), (folder, backend)
 
 
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_an_encoder_decoder_is_measured_with_both_caches(family, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path, *tiny_model(family))
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda: 1e10)
+    assert main(["bench", "decode", "--model", str(tmp_path), "--prompt-tokens", "9", "8", "--new-tokens", "3",
+                 "--repeats", "1", "--kv-cache", "fp32", "bf16"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    prompts = ["a window of sound"] if family == "whisper" else ["10 prompt tokens", "9 prompt tokens"]
+    assert [line.split("; ")[1] for line in table if line.startswith("threads:")] == prompts
+    assert [row["precision"] for row in rows] == ["fp32", "fp32, bf16 cache"] * len(prompts)
+    assert all(row["outside_products"] is not None for row in rows)  # decoded by a Decoder
+
+
 def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, monkeypatch, capsys):
     export_sparse(_sparse_model(), tiny_tokenizer(), "fp32", tmp_path / "model")
     runtime = load(tmp_path / "model")

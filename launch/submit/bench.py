@@ -45,6 +45,8 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     decode.add_argument("--threads", type=_positive, nargs="+", help="one measurement for each (default: all CPUs)")
     decode.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128], help="one measurement for each")
     decode.add_argument("--new-tokens", type=_positive, default=64)
+    decode.add_argument("--kv-cache", choices=("fp32", "bf16"), nargs="+", default=["fp32"],
+                        help="of our models, one row for each (default: fp32)")
     decode.add_argument("--repeats", type=_positive, default=7)
     decode.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the models as CUDA graphs in "
                         "BF16, for batches of 1 and 16 answers; --shape may also be mpt-7b or llama-8b")
@@ -190,11 +192,12 @@ def _decode(options, console: Console) -> None:
     rows = []
     for run in compare(options.model or [], options.shape, options.sparsity or [0.5, 0.75], options.peers,
                        options.threads or [torch.get_num_threads()], options.prompt_tokens, options.new_tokens,
-                       options.repeats):
+                       options.repeats, options.kv_cache):
         rows += run
         if not options.json:
             first = run[0]
-            console.print(f"threads: {first['threads']}; {first['prompt_tokens']} prompt tokens; memory is read at "
+            prompt = f"{first['prompt_tokens']} prompt tokens" if first["prompt_tokens"] else "a window of sound"
+            console.print(f"threads: {first['threads']}; {prompt}; memory is read at "
                           f"{first['bandwidth'] / 1e9:.1f} GB/s", highlight=False)
             print_measured(console, (*SPEED_HEADER, "tokens/s", "outside", "first ms", "MB", "off"), [
                 [*speed_cells(row), f"{row['tokens_per_second']:.1f}",

@@ -34,6 +34,9 @@ def add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
                           help="how many of FILE are answered at a time; default: 1")
     generate.add_argument("--max-new-tokens", type=int, metavar="N",
                           help="default: 128, or as many as the model has positions for")
+    generate.add_argument("--kv-cache", choices=("fp32", "bf16"), default="fp32",
+                          help="what is kept of the tokens before: bf16 makes long texts faster, and rounds, so that "
+                               "answers may differ; default: fp32. On a GPU it is bf16")
     generate.add_argument("--chat", action=argparse.BooleanOptionalAction,
                           help="put the prompt as a user's turn into the model's chat template; default: as the run "
                                "that made FOLDER was trained, elsewhere wherever there is a template")
@@ -63,7 +66,7 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     _check(options)
     prompts = [options.prompt] if options.prompts is None else _read(options.prompts)
     set_threads()
-    model = load(options.folder, device=options.device, batch_size=options.batch_size)
+    model = load(options.folder, device=options.device, batch_size=options.batch_size, kv_cache=options.kv_cache)
     errors = Console(stderr=True, soft_wrap=True)
     if model.is_sparse and options.device == "cpu" and kernels.backend() == "portable":
         errors.print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)

@@ -3,9 +3,11 @@
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparse_train import kernels
@@ -13,10 +15,12 @@ from sparse_train.bench.decode import Key, decode_rows, example_of_length
 from sparse_train.bench.peers import PEERS, prepare_peers, started
 from sparse_train.bench.peers.engine import Engine
 from sparse_train.bench.shapes import SHAPES, build_dense, sparse_runtimes
+from sparse_train.config.base import Precision
 from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError
 from sparse_train.inference import Runtime, load
 from sparse_train.models import load_model
+from sparse_train.tasks import Example
 from sparse_train.tasks.batch import encode_prompt
 
 log = logging.getLogger(__name__)
@@ -27,8 +31,8 @@ _MOST_ERROR = 0.9
 
 
 def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[float], peers: Sequence[str],
-            threads: Iterable[int], prompt_tokens: Iterable[int], new_tokens: int,
-            repeats: int) -> Iterator[list[dict[str, Any]]]:
+            threads: Iterable[int], prompt_tokens: Iterable[int], new_tokens: int, repeats: int,
+            kv_caches: Sequence[Precision] = ("fp32",)) -> Iterator[list[dict[str, Any]]]:
     """The rows of decode_rows for each number of threads and prompt, each with `threads`, `prompt_tokens`, `bandwidth`
     (bytes per second), and `logit_error`: of what computes the first model, |logits - its| / |its| behind the prompt,
     both without their mean, which no token's probability depends on.
@@ -48,18 +52,27 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
         dense = folders[0] if shape is None else f"{work}/{shape}"
         if shape is not None:
             build_dense(shape, Path(dense))
-        runtimes = {_key(folder, runtime): runtime
-                    for folder, runtime in ((folder, load(folder)) for folder in folders or [dense])}
+        runtimes: dict[Key, Runtime] = {}
+
+        def add(folder: str, loaded: Runtime) -> None:
+            for kv_cache in kv_caches:
+                runtime = replace(loaded, kv_cache=kv_cache)
+                runtimes[_key(folder, runtime)] = runtime
+
+        for folder in folders or [dense]:
+            add(folder, load(folder))
         first = next(iter(runtimes.values()))
         if names and (first.is_sparse or first.model.config.is_encoder_decoder):
             raise UserError(f"{dense}: other engines run dense decoders; give the folder of one first, or leave out "
                             "--peers")
         models = prepare_peers([name for name in names if name in PEERS], dense, Path(work))
         if shape is not None:
-            runtimes |= {_key(dense, runtime): runtime for runtime in sparse_runtimes(Path(dense), sparsities)}
+            for sparse in sparse_runtimes(Path(dense), sparsities):
+                add(dense, sparse)
         if _TORCH_BF16 in names:
             runtimes[dense, "torch", "bf16", 0.0] = Runtime(load_model(dense, torch.bfloat16), first.processor, "bf16")
-        examples = [example_of_length(first.processor.tokenizer, length) for length in prompt_tokens]
+        examples = [Example("", "", _silence)] if first.processor.features is not None else [
+            example_of_length(first.processor.tokenizer, length) for length in prompt_tokens]
         capacity = max(len(encode_prompt(example, first.processor)) for example in examples) + new_tokens
         for num_threads in threads:
             torch.set_num_threads(num_threads)
@@ -75,7 +88,12 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
 
 
 def _key(folder: str, runtime: Runtime) -> Key:
-    return folder, "sparse" if runtime.is_sparse else "torch", runtime.precision, runtime.sparsity
+    stored = runtime.precision if runtime.kv_cache == "fp32" else f"{runtime.precision}, {runtime.kv_cache} cache"
+    return folder, "sparse" if runtime.is_sparse else "torch", stored, runtime.sparsity
+
+
+def _silence(rate: int) -> np.ndarray:
+    return np.zeros(1, np.float32)  # an encoder of sound reads a whole window, whatever is in it
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
+from sparse_train.config.base import Precision
 from sparse_train.kernels import ACTIVATIONS, PackedMatrix, Steps
+from sparse_train.models.checkpoint import DTYPES
 
 _ROPES = {"default", "linear", "llama3", "yarn"}  # their angles do not depend on how long the text is
 _NAMES_OF_ACTIVATIONS = ("hidden_act", "activation_function", "dense_act_fn")  # in a config; MPT has none, but GELU
@@ -62,14 +64,16 @@ class _Cache:
 class Decoder:
     """Letters: B rows, D width of the model, V tokens of the vocabulary."""
 
-    def __init__(self, model: Any, num_rows: int, capacity: int, num_states: int = 0):
+    def __init__(self, model: Any, num_rows: int, capacity: int, num_states: int = 0, kv_cache: Precision = "fp32"):
         """`capacity`: tokens of the longest text, prompt and answer. `num_states`: of the encoder, where there is one.
-        The weights are those that the model has now."""
+        `kv_cache`: what keys and values are stored in on the CPU, of the text and of the encoder's states. The weights
+        are those that the model has now."""
         self.model, self.num_rows, self.capacity = model, num_rows, capacity
         table = model.get_input_embeddings().weight
         self.steps, self._like = steps_for(table.device), torch.empty(0, dtype=table.dtype, device=table.device)
-        self.text = _Cache(self.steps, self._like, num_rows, capacity)
-        self.encoded = _Cache(self.steps, self._like, num_rows, num_states)
+        stored = self._like.to(DTYPES[kv_cache]) if table.device.type == "cpu" else self._like
+        self.text = _Cache(self.steps, stored, num_rows, capacity)
+        self.encoded = _Cache(self.steps, stored, num_rows, num_states)
         self.num_states, self._length = num_states, 0
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self.hidden, self.normed, self.change = (self.buffer(name, table.shape[1])

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from sparse_train.config.base import Precision
+from sparse_train.errors import UserError
 from sparse_train.inference.decoder import Decoder, can_decode
 
 _STEP = 256
@@ -29,15 +31,22 @@ class Decoders:
     def __init__(self) -> None:
         self._last: Decoder | None = None
 
-    def loop_for(self, model: PreTrainedModel, capacity: int) -> Callable[..., torch.Tensor] | None:
+    def loop_for(self, model: PreTrainedModel, capacity: int,
+                 kv_cache: Precision = "fp32") -> Callable[..., torch.Tensor] | None:
         """The loop for texts of at most `capacity` tokens; None: transformers' own, where no Decoder computes the
-        model."""
-        return functools.partial(decode, self) if can_decode(model, capacity) else None
+        model. Raises UserError for a `kv_cache` that transformers' has not."""
+        if can_decode(model, capacity):
+            return functools.partial(decode, self, kv_cache=kv_cache)
+        if kv_cache != "fp32":
+            raise UserError(f"transformers decodes this model with texts of {capacity} tokens, and its KV cache is of "
+                            f"the activations' type; leave out kv_cache={kv_cache}")
+        return None
 
-    def get(self, model: Any, num_rows: int, capacity: int, num_states: int) -> Decoder:
+    def get(self, model: Any, num_rows: int, capacity: int, num_states: int,
+            kv_cache: Precision = "fp32") -> Decoder:
         """As Decoder's arguments. It is at its beginning once it is started."""
         if model.device.type == "cpu":
-            return Decoder(model, num_rows, capacity, num_states)
+            return Decoder(model, num_rows, capacity, num_states, kv_cache)
         last = self._last
         if last is None or last.capacity < capacity or (last.num_rows, last.num_states) != (num_rows, num_states):
             self._last = last = None  # its memory may be needed
@@ -47,7 +56,7 @@ class Decoders:
 
 def decode(decoders: Decoders, model: Any, input_ids: Any, logits_processor: LogitsProcessorList,
            stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig,
-           streamer: BaseStreamer | None = None, **model_inputs: Any) -> torch.Tensor:
+           streamer: BaseStreamer | None = None, kv_cache: Precision = "fp32", **model_inputs: Any) -> torch.Tensor:
     """Greedy or sampled tokens (B, T + new), padded behind a row's end: those of transformers' own loop."""
     num_rows, length = input_ids.shape
     most = generation_config.max_length
@@ -87,7 +96,7 @@ def decode(decoders: Decoders, model: Any, input_ids: Any, logits_processor: Log
         if length == most or all(is_done):
             break
         if decoder is None:
-            decoder = decoders.get(model, num_rows, most, states[0].shape[1] if states else 0)
+            decoder = decoders.get(model, num_rows, most, states[0].shape[1] if states else 0, kv_cache)
             decoder.start(cache, *masks)
         logits = decoder.step(tokens).float()
     if streamer is not None:

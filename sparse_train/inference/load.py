@@ -1,5 +1,6 @@
 """Loads a model folder, sparse or dense, for generation."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_train.config import EvaluateConfig
+from sparse_train.config.base import Precision
 from sparse_train.errors import UserError, first_line
 from sparse_train.inference import gpu
 from sparse_train.inference.decoding import Decoders
@@ -33,6 +35,9 @@ class Runtime:
     processor: Processor
     precision: str = "fp32"
     """Of the values of its sparse weights, without the head's."""
+    kv_cache: Precision = "fp32"
+    """Of the keys and values that `generate` keeps on the CPU. bf16 halves what a token reads of a long text, and
+    rounds it. On a GPU they are BF16."""
     decoders: Decoders = field(default_factory=Decoders, init=False, repr=False, compare=False)
 
     @property
@@ -52,7 +57,7 @@ class Runtime:
     def generate(self, examples: Sequence[Example], max_new_tokens: int, **options: Any) -> list[str]:
         """As sparse_train.tasks.generate, which has the `options`, and through a Decoder where there is one."""
         return generate(self.model, self.processor, examples, EvaluateConfig(max_new_tokens=max_new_tokens),
-                        loop_for=self.decoders.loop_for, **options)
+                        loop_for=functools.partial(self.decoders.loop_for, kv_cache=self.kv_cache), **options)
 
     def complete(self, prompt: str, max_new_tokens: int | None = None,
                  history: tuple[Message, ...] | None = None, **options: Any) -> str:
@@ -94,13 +99,14 @@ class Runtime:
 
 
 def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"] = "cpu",
-         batch_size: int = 1) -> Runtime:
+         batch_size: int = 1, kv_cache: Precision = "fp32") -> Runtime:
     """Sparse folders (fp32, bf16, int8, int4) run on the kernels of the device, dense ones on torch.
 
     On the CPU activations are fp32; on a GPU (cuda) the model computes in BF16, and fp32 values become BF16. `shared`:
     on the CPU large sparse weights lie in a file that all processes map (shared.py), else in memory of this process.
     `batch_size`: how many answers at a time a GPU's weights are laid out for; any other number is right as well.
-    Raises UserError for a folder that is not a complete checkpoint, and where no GPU can run it.
+    `kv_cache`: as in Runtime. Raises UserError for a folder that is not a complete checkpoint, and where no GPU can run
+    it.
     """
     try:
         model, precision = (_load_on_cpu(folder, shared) if device == "cpu" else
@@ -108,7 +114,7 @@ def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"]
     except torch.OutOfMemoryError as error:
         raise UserError(f"{folder}: the GPU's memory does not hold it ({first_line(error)}); give a smaller or sparser "
                         "model, or run it on the CPU") from error
-    runtime = Runtime(model.eval(), load_processor(folder), precision)
+    runtime = Runtime(model.eval(), load_processor(folder), precision, kv_cache)
     if runtime.is_sparse:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     return runtime

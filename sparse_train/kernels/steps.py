@@ -115,9 +115,10 @@ class Steps:
             raise ValueError(f"{num_heads} heads cannot share {num_groups} of keys and values, or {rotary} of the "
                              f"{head_dim} numbers of a head cannot turn")
         attention = _native.Attention(
-            num_rows, num_heads, num_groups, head_dim, capacity, scale,
-            self._at(keys, num_rows, num_groups, -(-capacity // _BLOCK), head_dim, _BLOCK), self._at(values),
-            self._at(position, 1, dtype=torch.int64), self._at(starts, num_rows, dtype=torch.int64), rotary,
+            num_rows, num_heads, num_groups, head_dim, capacity, scale, values.dtype == torch.bfloat16,
+            self._at(keys, num_rows, num_groups, -(-capacity // _BLOCK), head_dim, _BLOCK, dtypes=(values.dtype,)),
+            self._at(values, dtypes=(torch.float32, torch.bfloat16)),
+            self._at(position, 1, dtypes=(torch.int64,)), self._at(starts, num_rows, dtypes=(torch.int64,)), rotary,
             self._at(cosine, capacity, rotary), self._at(sine, capacity, rotary), self._at(bias, num_heads, capacity),
             self._at(query_norm, head_dim), self._at(key_norm, head_dim), epsilon)
         q_at, k_at, v_at = (self._at(part, num_rows, heads * head_dim, is_part=True)
@@ -130,12 +131,12 @@ class Steps:
             attention.attend, q_at, k_at, v_at, self._at(out, num_rows, num_heads * head_dim), q.stride(0), k_stride,
             torch.get_num_threads()))
 
-    def _at(self, tensor: torch.Tensor | None, *shape: int | None, dtype: torch.dtype = torch.float32,
+    def _at(self, tensor: torch.Tensor | None, *shape: int | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,),
             is_part: bool = False) -> int:
         """Its address, 0 for None. Raises ValueError where it is not of this shape (any, where none is given)."""
         if tensor is None:
             return 0
-        check_tensor("a tensor of a step", tensor, *(shape or tensor.shape), device=CPU, dtypes=(dtype,))
+        check_tensor("a tensor of a step", tensor, *(shape or tensor.shape), device=CPU, dtypes=dtypes)
         if tensor.numel() and not (tensor.stride(-1) == 1 if is_part else tensor.is_contiguous()):
             raise ValueError(f"a tensor of a step is {describe(tensor)}, with strides {tensor.stride()}; native code "
                              "reads numbers that follow one another")

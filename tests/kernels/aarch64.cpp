@@ -91,11 +91,18 @@ void steps() {
         give(y);
     }
     const int64_t position = capacity - 1, start = 0;
-    const Attention attention{1, heads, groups, dim, capacity, 0.5f, keys.data(), cached.data(), &position, &start, 0,
-                              nullptr, nullptr, nullptr, nullptr, nullptr, 0.0f};
-    std::vector<float> out(heads * dim);
-    attend_at(attention, address(q), address(k), address(v), address(out), heads * dim, groups * dim, 1);
-    give(out);
+    std::vector<uint16_t> short_keys(keys.size()), short_cached(cached.size());
+    std::transform(keys.begin(), keys.end(), short_keys.begin(), to_bf16);
+    std::transform(cached.begin(), cached.end(), short_cached.begin(), to_bf16);
+    for (bool is_bf16 : {false, true}) {
+        const Attention attention{1, heads, groups, dim, capacity, 0.5f, is_bf16,
+                                  is_bf16 ? (void*)short_keys.data() : keys.data(),
+                                  is_bf16 ? (void*)short_cached.data() : cached.data(), &position, &start, 0, nullptr,
+                                  nullptr, nullptr, nullptr, nullptr, 0.0f};
+        std::vector<float> out(heads * dim);
+        attend_at(attention, address(q), address(k), address(v), address(out), heads * dim, groups * dim, 1);
+        give(out);
+    }
 }
 
 // One case per process, of the kind that argv[1] names; each tier reads it anew.

@@ -88,18 +88,22 @@ def test_weights(run, precision, seed, num_columns):
 
 def test_steps(run):
     generator = torch.Generator().manual_seed(0)
-    heads, groups, dim, capacity, width = 6, 2, 20, 37, 1003
+    heads, groups, dim, capacity, width = 6, 2, 20, 150, 1003
     x = torch.linspace(-12, 12, width)
     q, k, v, keys, cached = (torch.randn(*shape, dim, generator=generator) for shape in (
         (heads, 1), (groups, 1), (groups, 1), (groups, capacity), (groups, capacity)))
     keys[:, -1:], cached[:, -1:] = k, v
 
-    def plain(x, q, keys, cached):
+    def attention(q, keys, cached):
         shared = heads // groups
+        return functional.scaled_dot_product_attention(q, keys.repeat_interleave(shared, 0),
+                                                       cached.repeat_interleave(shared, 0), scale=0.5)
+
+    def plain(x, q, keys, cached):
         return [functional.silu(x), functional.gelu(x), functional.gelu(x, approximate="tanh"), functional.relu(x),
                 functional.layer_norm(x, (width,), x), x * (x.square().mean() + 1e-5).rsqrt() * x,
-                functional.scaled_dot_product_attention(q, keys.repeat_interleave(shared, 0),
-                                                        cached.repeat_interleave(shared, 0), scale=0.5)]
+                attention(q, keys, cached),
+                attention(q, *(part.bfloat16().to(part.dtype) for part in (keys, cached)))]
 
     side_by_side = functional.pad(keys, (0, 0, 0, -capacity % 16)).unflatten(1, (-1, 16)).transpose(2, 3)
     rounded, exact = plain(x, q, keys, cached), plain(*(tensor.double() for tensor in (x, q, keys, cached)))

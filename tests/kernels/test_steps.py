@@ -71,10 +71,11 @@ def test_activations(name):
 
 @pytest.mark.parametrize("heads, groups, dim, rotary", [(4, 4, 8, 8), (9, 3, 64, 0), (6, 2, 5, 4)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias, stored):
     """Two rows, of which one starts later, three tokens one after the other."""
     capacity, first, rows = 40, 20, 2
-    keys, values = _random(rows, groups, capacity, dim, seed=1), _random(rows, groups, capacity, dim, seed=2)
+    keys, values = (_random(rows, groups, capacity, dim, seed=seed).to(stored) for seed in (1, 2))
     position, starts = torch.tensor([0]), torch.tensor([0, 7])
     angles = _random(capacity, rotary // 2, seed=3).repeat(1, 2)
     rotation = (angles.cos(), angles.sin()) if rotary else None
@@ -82,7 +83,7 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
     norms = (_random(dim, seed=5), _random(dim, seed=6)) if has_bias else None
     qkv, out = torch.empty(rows, (heads + 2 * groups) * dim), torch.empty(rows, heads * dim)
     q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], dim=1)
-    known = [(keys.to(dtype), values.to(dtype)) for dtype in (torch.float32, torch.float64)]
+    known = [(keys.to(dtype, copy=True), values.to(dtype, copy=True)) for dtype in (torch.float32, torch.float64)]
     steps = Steps()
     cache = Steps.key_cache(values).fill_(torch.nan)  # a block may begin before a text, and ends behind it
     Steps.put_keys(cache, keys[:, :, :first])
@@ -106,7 +107,12 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
             for row, start in enumerate(starts.tolist()):
                 key, query = (turned(part[row].to(known_keys.dtype), norm, place - start)
                               for part, norm in ((k, norms and norms[1]), (q, norms and norms[0])))
-                known_keys[row, :, place], known_values[row, :, place] = key, v[row].view(groups, dim)
+                if stored == torch.bfloat16:  # of numbers between two of its own either is near
+                    found = cache[row, :, place // 16, :, place % 16].to(key.dtype)
+                    assert ((found - key).abs() <= key.abs() * 2**-8).all()
+                    key = found
+                known_keys[row, :, place] = key
+                known_values[row, :, place] = v[row].view(groups, dim).to(stored)
                 for head in range(heads):
                     group = head // (heads // groups)
                     scores = known_keys[row, group, start:place + 1] @ query[head] * 0.3
@@ -121,7 +127,41 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_bias):
     assert torch.equal(again, out)
     found = cache.transpose(3, 4).flatten(2, 3)[:, :, :first + 3]
     assert_as_exact("keys", found, known[0][0][:, :, :first + 3], known[1][0][:, :, :first + 3])
-    assert torch.equal(values, known[0][1])
+    assert torch.equal(values.float(), known[0][1])
+
+
+@pytest.mark.parametrize("heads, groups", [(2, 2), (2, 1), (9, 3), (4, 1), (7, 1)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_attention_over_many_positions_has_the_same_bits_alone_and_on_any_number_of_threads(heads, groups, stored):
+    rows, capacity, last, dim = 3, 700, 690, 64
+    keys, values = (_random(rows, groups, capacity, dim, seed=seed).to(stored) for seed in (1, 2))
+    starts, q, out = torch.tensor([0, 5, 600]), _random(rows, heads * dim), torch.full((rows, heads * dim), torch.nan)
+    cache = Steps.key_cache(values)
+    Steps.put_keys(cache, keys)
+
+    def attended(row=slice(None)):
+        steps, found = Steps(), torch.full_like(out[row], torch.nan)
+        steps.attend(q[row], None, None, found, cache[row], values[row], torch.tensor([last]), starts[row], 0.125)
+        steps.run()
+        return found
+
+    def plain(q, keys, values):
+        parts = [functional.scaled_dot_product_attention(
+            q[row].view(1, heads, 1, dim), keys[row:row + 1, :, start:last + 1], values[row:row + 1, :, start:last + 1],
+            scale=0.125, enable_gqa=True) for row, start in enumerate(starts.tolist())]
+        return torch.cat(parts).view(rows, -1)
+
+    num_threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found = attended()
+            out = found if count == 1 else out
+            assert torch.equal(found, out)
+    finally:
+        torch.set_num_threads(num_threads)
+    _check(out, plain, q, keys.float(), values.float())
+    assert all(torch.equal(attended(slice(row, row + 1)), out[row:row + 1]) for row in range(rows))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -159,6 +199,8 @@ def test_what_does_not_fit_reaches_no_native_code():
                  lambda s: s.attend(one, one, None, row(1, 8), keys, cache, place, place, 1.0),
                  lambda s: s.attend(one, one, one, row(1, 8), cache, cache, place, place, 1.0),
                  lambda s: s.attend(one, one, one, row(1, 8), keys, cache, place, place.int(), 1.0),
+                 lambda s: s.attend(one, one, one, row(1, 8), keys, cache.bfloat16(), place, place, 1.0),
+                 lambda s: s.attend(one, one, one, row(1, 8), keys.half(), cache.half(), place, place, 1.0),
                  lambda s: s.attend(one, one, one, row(1, 8), keys, cache, place, place, 1.0, (row(5, 6), row(5, 6))),
                  lambda s: s.attend(one, row(1, 4), one, row(1, 8), keys, cache, place, place, 1.0)):
         with pytest.raises(ValueError):

@@ -89,101 +89,191 @@ inline void turn(const Attention& a, const float* x, const float* norm, const fl
     }
 }
 
-// Attention in registers of kLanes numbers.
-template <int kLanes>
+inline float widen(float number) { return number; }
+inline float widen(uint16_t number) { return from_bf16(number); }
+
+inline void narrow(float number, float& to) { to = number; }
+inline void narrow(float number, uint16_t& to) { to = to_bf16(number); }
+
+// Attention in registers of kLanes numbers to keys and values that are Stored as floats or as bfloat16. Up to kHeads
+// queries, which share a head of keys and values, go through it together, so that each is loaded once.
+template <int kLanes, class Stored>
 struct AttentionOf {
-    static constexpr int kSums = 4;  // at once: they hide some of the latency of multiply-adds
+    static constexpr int kChains = 8;  // sums at a time: they hide the latency of multiply-adds
     static constexpr int kRegisters = kKeyBlock / kLanes;
+    static constexpr int64_t kRoom = kPart + kKeyBlock;  // for the scores of a query: a part may begin inside a block
+    // Bytes: the keys and values of all layers do not stay in a near cache.
+    static constexpr int64_t kAhead = 4096;
 
     typedef float Register __attribute__((vector_size(4 * kLanes)));
 
-    static Register load(const float* from) {
+    static Register load(const Stored* from) {
+        float wide[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) wide[lane] = widen(from[lane]);
         Register loaded;
-        std::memcpy(&loaded, from, sizeof(loaded));
+        std::memcpy(&loaded, wide, sizeof(loaded));
+        __builtin_prefetch((const char*)from + kAhead);
         return loaded;
     }
 
-    // The dot products of a query with the keys of a block. A key is a column, so none is added up across lanes.
-    static void score(const float* query, const float* block, int64_t dim, float scale, float* scores) {
-        Register sums[kSums][kRegisters] = {};
+    // The dot products of queries (kHeads, dim) with the keys of a block, to scores (kHeads, kRoom). A key is a column,
+    // so none is added up across lanes.
+    template <int kHeads>
+    static void score(const float* queries, const Stored* block, int64_t dim, float scale, float* scores) {
+        constexpr int kSums = std::max(1, kChains / (kHeads * kRegisters));
+        Register sums[kSums][kHeads][kRegisters] = {};
+        const auto add = [&](int64_t i, int s) {
+            for (int r = 0; r < kRegisters; ++r) {
+                const Register keys = load(block + i * kKeyBlock + r * kLanes);
+                for (int h = 0; h < kHeads; ++h) sums[s][h][r] += queries[h * dim + i] * keys;
+            }
+        };
         int64_t i = 0;
         for (; i + kSums <= dim; i += kSums)
-            for (int s = 0; s < kSums; ++s)
-                for (int r = 0; r < kRegisters; ++r)
-                    sums[s][r] += query[i + s] * load(block + (i + s) * kKeyBlock + r * kLanes);
-        for (; i < dim; ++i)
-            for (int r = 0; r < kRegisters; ++r) sums[0][r] += query[i] * load(block + i * kKeyBlock + r * kLanes);
-        for (int r = 0; r < kRegisters; ++r) {
-            const Register sum = ((sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r])) * scale;
-            std::memcpy(scores + r * kLanes, &sum, sizeof(sum));
-        }
+            for (int s = 0; s < kSums; ++s) add(i + s, s);
+        for (; i < dim; ++i) add(i, 0);
+        for (int h = 0; h < kHeads; ++h)
+            for (int r = 0; r < kRegisters; ++r) {
+                for (int s = 1; s < kSums; ++s) sums[0][h][r] += sums[s][h][r];
+                const Register sum = sums[0][h][r] * scale;
+                std::memcpy(scores + h * kRoom + r * kLanes, &sum, sizeof(sum));
+            }
     }
 
-    // out = the values (count, dim), each times its share; entries first .. first + kCount * kLanes - 1 of dim.
-    template <int kCount>
-    static void mix(const float* shares, const float* values, int64_t count, int64_t dim, int64_t first, float* out) {
-        Register even[kCount] = {}, odd[kCount] = {};
-        int64_t p = 0;
-        for (const float* value = values + first; p + 1 < count; p += 2, value += 2 * dim)
+    // Of the values (count, dim), each times its shares (kHeads, kRoom), the sums of kCount registers of entries from
+    // `first` on, to `out` (kHeads, dim + 2).
+    template <int kHeads, int kCount>
+    static void mix_some(const float* shares, const Stored* values, int64_t count, int64_t dim, int64_t first,
+                         float* out) {
+        constexpr int kSums = std::max(1, kChains / (kHeads * kCount));
+        Register sums[kSums][kHeads][kCount] = {};
+        const auto add = [&](int64_t p, int s) {
             for (int r = 0; r < kCount; ++r) {
-                even[r] += shares[p] * load(value + r * kLanes);
-                odd[r] += shares[p + 1] * load(value + dim + r * kLanes);
+                const Register entries = load(values + p * dim + first + r * kLanes);
+                for (int h = 0; h < kHeads; ++h) sums[s][h][r] += shares[h * kRoom + p] * entries;
             }
-        for (int r = 0; r < kCount; ++r) {
-            if (p < count) even[r] += shares[p] * load(values + p * dim + first + r * kLanes);
-            even[r] += odd[r];
-            std::memcpy(out + first + r * kLanes, &even[r], sizeof(even[r]));
-        }
+        };
+        int64_t p = 0;
+        for (; p + kSums <= count; p += kSums)
+            for (int s = 0; s < kSums; ++s) add(p + s, s);
+        for (; p < count; ++p) add(p, 0);
+        for (int h = 0; h < kHeads; ++h)
+            for (int r = 0; r < kCount; ++r) {
+                for (int s = 1; s < kSums; ++s) sums[0][h][r] += sums[s][h][r];
+                std::memcpy(out + h * (dim + 2) + first + r * kLanes, &sums[0][h][r], sizeof(Register));
+            }
     }
 
-    static void mix(const float* shares, const float* values, int64_t count, int64_t dim, float* out) {
-        int64_t i = 0;
-        for (; i + kSums * kLanes <= dim; i += kSums * kLanes) mix<kSums>(shares, values, count, dim, i, out);
-        for (; i + kLanes <= dim; i += kLanes) mix<1>(shares, values, count, dim, i, out);
-        for (; i < dim; ++i) {
-            out[i] = 0;
-            for (int64_t p = 0; p < count; ++p) out[i] += shares[p] * values[p * dim + i];
-        }
+    // All entries from `first` on.
+    template <int kHeads, int kCount>
+    static void mix(const float* shares, const Stored* values, int64_t count, int64_t dim, int64_t first, float* out) {
+        for (; first + kCount * kLanes <= dim; first += kCount * kLanes)
+            mix_some<kHeads, kCount>(shares, values, count, dim, first, out);
+        if constexpr (kCount > 1) return mix<kHeads, kCount / 2>(shares, values, count, dim, first, out);
+        for (; first < dim; ++first)
+            for (int h = 0; h < kHeads; ++h) {
+                float sum = 0;
+                for (int64_t p = 0; p < count; ++p) sum += shares[h * kRoom + p] * widen(values[p * dim + first]);
+                out[h * (dim + 2) + first] = sum;
+            }
     }
 
-    static void attend(const Attention& a, int64_t row, int64_t group, const float* q, const float* k, const float* v,
-                       float* out, float* scratch) {
-        const int64_t dim = a.head_dim, shared = a.num_heads / a.num_groups, last = *a.position, first = a.starts[row];
-        const int64_t start = first / kKeyBlock * kKeyBlock, room = blocks(last + 1 - start) * kKeyBlock;
-        const int64_t count = last + 1 - first, head = row * a.num_groups + group;
-        float* keys = a.keys + head * blocks(a.capacity) * kKeyBlock * dim;
-        float* values = a.values + head * a.capacity * dim;
-        const float *cosine = a.cosine + (last - first) * a.rotary, *sine = a.sine + (last - first) * a.rotary;
-        float *query = scratch, *scores = scratch + dim;
-        if (k) {
-            turn(a, k, a.key_norm, cosine, sine, query);
-            for (int64_t i = 0; i < dim; ++i)
-                keys[(last / kKeyBlock * dim + i) * kKeyBlock + last % kKeyBlock] = query[i];
-            std::memcpy(values + last * dim, v, 4 * dim);
-        }
-        for (int64_t h = 0; h < shared; ++h) {
-            turn(a, q + h * dim, a.query_norm, cosine, sine, query);
-            for (int64_t p = 0; p < room; p += kKeyBlock)
-                score(query, keys + (start + p) * dim, dim, a.scale, scores + p);
-            float* share = scores + (first - start);  // the block of the first key may begin before it
-            if (a.bias) {
-                const float* bias = a.bias + (group * shared + h) * a.capacity;  // by distance
-                for (int64_t p = 0; p < count; ++p) share[p] += bias[count - 1 - p];
-            }
+    // Positions first..last-1 of one head of keys and values. `bias` (kHeads, capacity) is that of the last one's
+    // distance, and may be null.
+    template <int kHeads>
+    static void attend_to(const Attention& a, const float* queries, const Stored* keys, const Stored* values,
+                          const float* bias, int64_t first, int64_t last, float* partials) {
+        const int64_t dim = a.head_dim, count = last - first, start = first / kKeyBlock * kKeyBlock;
+        float scores[kHeads * kRoom];
+        for (int64_t p = start; p < last; p += kKeyBlock)
+            score<kHeads>(queries, keys + p * dim, dim, a.scale, scores + p - start);
+        for (int h = 0; h < kHeads; ++h) {
+            float *share = scores + (first - start) + h * kRoom, *partial = partials + h * (dim + 2);
+            if (bias)
+                for (int64_t p = 0; p < count; ++p) share[p] += bias[h * a.capacity + count - 1 - p];
             float largest = share[0], sum = 0;
 #pragma omp simd reduction(max : largest)
-            for (int64_t p = 0; p < count; ++p) largest = std::max(largest, share[p]);
+            for (int64_t p = 0; p < count; ++p) largest = share[p] > largest ? share[p] : largest;
 #pragma omp simd reduction(+ : sum)
             for (int64_t p = 0; p < count; ++p) {
                 share[p] = exponential(share[p] - largest);
                 sum += share[p];
             }
-#pragma omp simd
-            for (int64_t p = 0; p < count; ++p) share[p] /= sum;
-            mix(share, values + first * dim, count, dim, out + h * dim);
+            partial[dim] = sum, partial[dim + 1] = largest;
+        }
+        constexpr int kCount = kHeads == 1 ? 8 : kHeads < 4 ? 4 : 2;  // kHeads times as many sums fit 16 registers
+        mix<kHeads, kCount>(scores + (first - start), values + first * dim, count, dim, 0, partials);
+    }
+
+    static void attend(const Attention& a, int64_t row, int64_t group, int64_t part, const float* queries,
+                       float* partials) {
+        const int64_t dim = a.head_dim, shared = a.num_heads / a.num_groups, end = *a.position + 1;
+        const int64_t first = a.starts[row] + part * kPart, last = std::min(first + kPart, end);
+        const int64_t head = row * a.num_groups + group;
+        const Stored* keys = (const Stored*)a.keys + head * blocks(a.capacity) * kKeyBlock * dim;
+        const Stored* values = (const Stored*)a.values + head * a.capacity * dim;
+        for (int64_t h = 0; h < shared; h += 4) {
+            const float* bias = a.bias ? a.bias + (group * shared + h) * a.capacity + end - last : nullptr;
+            const auto with = [&](auto attend_to) {
+                attend_to(a, queries + h * dim, keys, values, bias, first, last, partials + h * (dim + 2));
+            };
+            switch (shared - h) {
+                case 1: with(attend_to<1>); break;
+                case 2: with(attend_to<2>); break;
+                case 3: with(attend_to<3>); break;
+                default: with(attend_to<4>);
+            }
         }
     }
 };
+
+template <int kLanes>
+inline void attend(const Attention& a, int64_t row, int64_t group, int64_t part, const float* queries,
+                   float* partials) {
+    const auto attend_as = a.is_bf16 ? AttentionOf<kLanes, uint16_t>::attend : AttentionOf<kLanes, float>::attend;
+    attend_as(a, row, group, part, queries, partials);
+}
+
+// Head `head` of keys and values, of all rows; the key has its norm and rotation.
+template <class Stored>
+inline void append(const Attention& a, int64_t head, const float* key, const float* value) {
+    const int64_t dim = a.head_dim, last = *a.position;
+    Stored* keys = (Stored*)a.keys + (head * blocks(a.capacity) + last / kKeyBlock) * kKeyBlock * dim;
+    Stored* values = (Stored*)a.values + (head * a.capacity + last) * dim;
+    for (int64_t i = 0; i < dim; ++i) {
+        narrow(key[i], keys[i * kKeyBlock + last % kKeyBlock]);
+        narrow(value[i], values[i]);
+    }
+}
+
+inline void prepare(const Attention& a, int64_t row, const float* q, const float* k, const float* v, float* queries) {
+    const int64_t dim = a.head_dim, distance = *a.position - a.starts[row];
+    const float *cosine = a.cosine + distance * a.rotary, *sine = a.sine + distance * a.rotary;
+    for (int64_t g = 0; k && g < a.num_groups; ++g) {
+        float* key = queries;  // for a while
+        turn(a, k + g * dim, a.key_norm, cosine, sine, key);
+        (a.is_bf16 ? append<uint16_t> : append<float>)(a, row * a.num_groups + g, key, v + g * dim);
+    }
+    for (int64_t h = 0; h < a.num_heads; ++h) turn(a, q + h * dim, a.query_norm, cosine, sine, queries + h * dim);
+}
+
+inline void merge(const Attention& a, int64_t num_parts, const float* partials, float* out) {
+    const int64_t dim = a.head_dim, between = a.num_heads * (dim + 2);
+    for (int64_t h = 0; h < a.num_heads; ++h, partials += dim + 2, out += dim) {
+        float largest = partials[dim + 1], total = 0;
+        for (int64_t p = 1; p < num_parts; ++p) largest = std::max(largest, partials[p * between + dim + 1]);
+        for (int64_t p = 0; p < num_parts; ++p) {
+            const float* partial = partials + p * between;
+            const float weight = exponential(partial[dim + 1] - largest);
+            total += weight * partial[dim];
+#pragma omp simd
+            for (int64_t i = 0; i < dim; ++i) out[i] = (p ? out[i] : 0) + weight * partial[i];
+        }
+        const float factor = 1 / total;
+#pragma omp simd
+        for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
+    }
+}
 
 inline void add_and_normalise(float* hidden, const float* change, const float* weight, const float* bias, float* out,
                               int64_t num_rows, int64_t width, float epsilon, bool is_rms) {
@@ -211,7 +301,7 @@ inline void activate(int kind, const float* x, const float* factor, float* y, in
 }
 
 template <int kLanes>
-constexpr Steps kSteps = {AttentionOf<kLanes>::attend, add_and_normalise, activate};
+constexpr Steps kSteps = {prepare, attend<kLanes>, merge, add_and_normalise, activate};
 
 }  // namespace
 }  // namespace sparse_train

@@ -442,21 +442,32 @@ void activate_at(int kind, uintptr_t x, uintptr_t factor, uintptr_t y, int64_t c
 // be parts of one product. k and v are 0 where nothing is appended. out is (num_rows, num_heads * head_dim).
 void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_stride,
                int64_t kv_stride, int num_threads) {
-    const int64_t shared = a.num_heads / a.num_groups, width = a.num_heads * a.head_dim;
-    const int64_t tasks = a.num_rows * a.num_groups;
-    const size_t scratch_size = a.head_dim + blocks(a.capacity) * kKeyBlock;
-    const int64_t useful = std::min(tasks, a.num_rows * width * (*a.position + 1) / kAttendedPerThread);
+    static thread_local std::vector<float> queries, partials;
+    const int64_t shared = a.num_heads / a.num_groups, width = a.num_heads * a.head_dim, end = *a.position + 1;
+    const auto parts = [&](int64_t row) { return (end - a.starts[row] + kPart - 1) / kPart; };
+    int64_t most_parts = 0;
+    for (int64_t row = 0; row < a.num_rows; ++row) most_parts = std::max(most_parts, parts(row));
+    const int64_t of_part = a.num_heads * (a.head_dim + 2), of_row = most_parts * of_part;
+    if (int64_t(queries.size()) < a.num_rows * width) queries.resize(a.num_rows * width);
+    if (int64_t(partials.size()) < a.num_rows * of_row) partials.resize(a.num_rows * of_row);
+    float *turned = queries.data(), *found = partials.data();
+    for (int64_t row = 0; row < a.num_rows; ++row)
+        tier->steps.prepare(a, row, at<const float>(q) + row * q_stride,
+                            k ? at<const float>(k) + row * kv_stride : nullptr,
+                            k ? at<const float>(v) + row * kv_stride : nullptr, turned + row * width);
+    const int64_t tasks = a.num_rows * a.num_groups * most_parts;
+    const int64_t useful = std::min(tasks, a.num_rows * width * end / kAttendedPerThread);
     const int count = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
     for (int64_t task = 0; task < tasks; ++task) {
-        static thread_local std::vector<float> scratch;
-        if (scratch.size() < scratch_size) scratch.resize(scratch_size);
-        const int64_t row = task / a.num_groups, group = task % a.num_groups;
-        const int64_t query = group * shared * a.head_dim, key = row * kv_stride + group * a.head_dim;
-        tier->steps.attend(a, row, group, at<const float>(q) + row * q_stride + query,
-                           k ? at<const float>(k) + key : nullptr, v ? at<const float>(v) + key : nullptr,
-                           at<float>(out) + row * width + query, scratch.data());
+        const int64_t part = task % most_parts, head = task / most_parts;
+        const int64_t row = head / a.num_groups, group = head % a.num_groups, first = group * shared;
+        if (part < parts(row))
+            tier->steps.attend(a, row, group, part, turned + row * width + first * a.head_dim,
+                               found + row * of_row + part * of_part + first * (a.head_dim + 2));
     }
+    for (int64_t row = 0; row < a.num_rows; ++row)
+        tier->steps.merge(a, parts(row), found + row * of_row, at<float>(out) + row * width);
 }
 
 }  // namespace
@@ -474,11 +485,11 @@ NB_MODULE(_native, m) {
     m.def("activate", &activate_at, release());
     nb::class_<Attention>(m, "Attention")
         .def("__init__", [](Attention* self, int64_t num_rows, int64_t num_heads, int64_t num_groups, int64_t head_dim,
-                            int64_t capacity, float scale, uintptr_t keys, uintptr_t values, uintptr_t position,
-                            uintptr_t starts, int64_t rotary, uintptr_t cosine, uintptr_t sine, uintptr_t bias,
-                            uintptr_t query_norm, uintptr_t key_norm, float epsilon) {
-            new (self) Attention{num_rows, num_heads, num_groups, head_dim, capacity, scale, at<float>(keys),
-                                 at<float>(values), at<const int64_t>(position), at<const int64_t>(starts), rotary,
+                            int64_t capacity, float scale, bool is_bf16, uintptr_t keys, uintptr_t values,
+                            uintptr_t position, uintptr_t starts, int64_t rotary, uintptr_t cosine, uintptr_t sine,
+                            uintptr_t bias, uintptr_t query_norm, uintptr_t key_norm, float epsilon) {
+            new (self) Attention{num_rows, num_heads, num_groups, head_dim, capacity, scale, is_bf16, at<void>(keys),
+                                 at<void>(values), at<const int64_t>(position), at<const int64_t>(starts), rotary,
                                  at<const float>(cosine), at<const float>(sine), at<const float>(bias),
                                  at<const float>(query_norm), at<const float>(key_norm), epsilon};
         })

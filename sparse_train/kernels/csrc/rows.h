@@ -66,6 +66,14 @@ inline float from_bf16(uint16_t bits) {
     return number;
 }
 
+// To the nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float number) {
+    uint32_t bits;
+    std::memcpy(&bits, &number, 4);
+    if (number != number) return uint16_t(bits >> 16 | 64);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // Calls next = visit(row, index, word, next) for each word of rows first..last-1 as they are stored; `next` starts as
 // start(first), and row `first` starts a tile.
 template <class Visit>

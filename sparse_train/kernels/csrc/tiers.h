@@ -18,14 +18,19 @@ struct Matmul {
 
 constexpr int64_t kKeyBlock = 16;  // tokens whose keys lie side by side, entry by entry
 
+// Positions that a thread attends to at a time, counted from a row's first one: the bits of a result depend neither on
+// the number of threads nor on the other rows.
+constexpr int64_t kPart = 128;
+
 inline int64_t blocks(int64_t capacity) { return (capacity + kKeyBlock - 1) / kKeyBlock; }
 
 // Attention of one new token per row of a batch, over a cache of keys and values.
 struct Attention {
     int64_t num_rows, num_heads, num_groups, head_dim, capacity;  // num_groups: heads of keys and values
     float scale;
-    float* keys;    // (num_rows, num_groups, blocks(capacity), head_dim, kKeyBlock)
-    float* values;  // (num_rows, num_groups, capacity, head_dim)
+    bool is_bf16;  // keys and values, else floats
+    void* keys;    // (num_rows, num_groups, blocks(capacity), head_dim, kKeyBlock)
+    void* values;  // (num_rows, num_groups, capacity, head_dim)
     const int64_t *position, *starts;    // the last position, a new token's; each row's first position (num_rows,)
     int64_t rotary;                      // how many of the head_dim entries turn; 0: none
     const float *cosine, *sine;          // (capacity, rotary), by the distance from a row's start
@@ -36,11 +41,15 @@ struct Attention {
 
 // The steps of a decoder between its products (decode.h).
 struct Steps {
-    // The query heads that share head `group` of keys and values, of one row of the batch: q and out are (num_heads /
-    // num_groups, head_dim); k and v (head_dim,) go to the last position, and are null if the cache has all that q
-    // attends to. `scratch` has room for head_dim numbers and blocks(capacity) blocks.
-    void (*attend)(const Attention&, int64_t row, int64_t group, const float* q, const float* k, const float* v,
-                   float* out, float* scratch);
+    // One row of the batch: q (num_heads, head_dim) with its norms and rotation to `queries`, k and v (num_groups,
+    // head_dim) to the last position of the cache; k and v are null if it has all that q attends to.
+    void (*prepare)(const Attention&, int64_t row, const float* q, const float* k, const float* v, float* queries);
+    // A part of a row, kPart positions or the rest, and the `queries` of the heads that share head `group` of keys and
+    // values. Of each head to `partials` (heads, head_dim + 2): the sum of values, each times e^(its score - the
+    // largest score), the sum of these powers, and the largest score.
+    void (*attend)(const Attention&, int64_t row, int64_t group, int64_t part, const float* queries, float* partials);
+    // The partials (num_parts, num_heads, head_dim + 2) of a row to `out` (num_heads, head_dim).
+    void (*merge)(const Attention&, int64_t num_parts, const float* partials, float* out);
     // hidden += change, where there is one; out = norm(hidden) * weight + bias; a layer norm or an RMS norm.
     void (*add_and_normalise)(float* hidden, const float* change, const float* weight, const float* bias, float* out,
                               int64_t num_rows, int64_t width, float epsilon, bool is_rms);
