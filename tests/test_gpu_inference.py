@@ -117,7 +117,7 @@ def test_too_little_memory_is_one_line(monkeypatch, tmp_path):
 
 def test_a_decoder_is_kept_for_texts_that_it_has_room_for(monkeypatch):
     class Made:
-        def __init__(self, model, num_rows, capacity, num_states):
+        def __init__(self, model, num_rows, capacity, num_states, kv_cache="fp32"):
             self.num_rows, self.capacity, self.num_states = num_rows, capacity, num_states
 
     monkeypatch.setattr(decoding, "Decoder", Made)
