@@ -26,7 +26,7 @@ _STEP = 256
 
 class Decoders:
     """Those of a model. On a GPU the last one is kept for the next batch of as many texts that it has room for, since
-    capturing its graph takes as long as many tokens; it has the weights that the model had then."""
+    its graph is captured at the speed of Python; it has the weights that the model had then."""
 
     def __init__(self) -> None:
         self._last: Decoder | None = None
