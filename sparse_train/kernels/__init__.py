@@ -5,6 +5,7 @@
     PackedMatrix.matvec      decoding: y = W x with W decompressed in registers, FP32, BF16, INT8 or INT4
     PackedMatrix.matmul      prompts: the same for many x at once, skipping zeros or by a dense product
     break_even               the density up to which it skips zeros, measured on this machine
+    DeviceMatrix             both on a GPU; in triton_matrix.py, since Triton is an extra
     Steps, ACTIVATIONS       decoding: what is between the products of a new token, and the products themselves; on a
                              GPU triton_steps.py has them
     read_bandwidth           of the memory, in bytes per second, for the byte bound
