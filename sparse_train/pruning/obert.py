@@ -67,11 +67,11 @@ class Obert(Pruner[Gradients]):
                             f"(prune.num_calibration, task.max_length), or {self.without_inputs}")
         num_columns = layer.weight.shape[1]
         keep = keep_best(scores.flatten(1)[:, :num_columns], layer)
-        kept = _in_blocks(keep.float(), width)
+        kept, values = _in_blocks(keep.float(), width), torch.empty_like(weight)
         for rows in chunks:
             fisher, _ = _fisher(layer, statistics, rows, width)
-            weight[rows] = _update(weight[rows], kept[rows], fisher, layer)
-        return weight.flatten(1)[:, :num_columns].contiguous(), keep
+            values[rows] = _update(weight[rows], kept[rows], fisher, layer)
+        return values.flatten(1)[:, :num_columns].contiguous(), keep
 
 
 def _block_width(layer: Layer, size: int) -> int:
