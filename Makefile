@@ -85,7 +85,7 @@ INSTALL_WHEELS = .venv/bin/python -m pip install -q --no-index --find-links '$(W
 .venv/gpu: pyproject.toml $(NATIVE) $(MODULES)
 	[ -x .venv/bin/python ] || $(PYTHON) -m venv --system-site-packages .venv
 	$(INSTALL_WHEELS) setuptools wheel scikit-build-core nanobind cmake ninja
-	$(INSTALL_WHEELS) --no-build-isolation -e '.[cuda]' pytest
+	$(INSTALL_WHEELS) --no-build-isolation -e '.[all]' pytest
 	touch $@
 
 clean:

@@ -52,6 +52,16 @@ def test_parts_that_are_done_are_kept_and_those_that_failed_run_again(tmp_path, 
     assert (_runs(tmp_path, "bad"), _runs(tmp_path, "good")) == ("xx", "x")
     assert run_parts((mended, good), _CARD | {"driver": "2"}, tmp_path / "out")
     assert (_runs(tmp_path, "bad"), _runs(tmp_path, "good")) == ("xxx", "xx")
+    (kept,) = (tmp_path / "out").glob("results-*.json")
+    assert artifacts.read_json(kept)["machine"] == _CARD and kept.with_suffix(".md").exists()
+
+
+def test_a_result_is_found_before_late_warnings_and_its_absence_is_an_error(tmp_path):
+    parts = (_part("late", "print('{\"x\": 1}'); print('a warning'); print(3)"), _part("none", "print('a warning')"))
+    assert not run_parts(parts, _CARD, tmp_path)
+    found = artifacts.read_json(tmp_path / "results.json")["parts"]
+    assert (found["late"]["error"], found["late"]["result"]) == (None, {"x": 1})
+    assert (found["none"]["error"], found["none"]["result"]) == ("it printed no result", None)
 
 
 def test_each_result_is_written_before_the_next_part_begins(tmp_path):
@@ -90,11 +100,11 @@ def test_figures_are_read_from_what_the_commands_print(monkeypatch, capsys):
     monkeypatch.setattr("sparse_train.bench.gpu.random_weights", _exact_weights)
     monkeypatch.setitem(WHOLE, "llama-8b", size)
     few = {"decode": ["--prompt-tokens", "2", "--new-tokens", "2"]}
-    for part in PARTS[1:3]:
+    for part in (PARTS[0], PARTS[2]):
         arguments = part.command[part.command.index("bench"):]
         assert main([*arguments, "--repeats", "1", *few.get(arguments[1], [])]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        rows = table([part], {"machine": {}, "parts": {part.name: {"error": None, "clocks": [], "result": result}}})
+        rows = table([part], {"machine": {}, "parts": {part.name: {"error": None, "result": result}}})
         missing = [row for row in rows.splitlines() if "not measured" in row]
         assert all("cusparselt" in row for row in missing) and len(missing) <= 2, rows
 
