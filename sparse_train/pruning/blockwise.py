@@ -213,13 +213,11 @@ def _prune_linears(visit: Visit, pruner: Pruner, specs: Mapping[str, PruneLevel]
             made[piece] = BitmaskTensor.from_dense(pruned.to(weight.dtype), keep)
 
     dist.agree(prune_mine)
-    num_values: dict[Piece, int] = {}
-    for counts in dist.gather_objects({piece: weight.values.numel() for piece, weight in made.items()}):
-        num_values |= counts
+    num_values = dist.gather_objects({piece: weight.values.numel() for piece, weight in made.items()})
     weights = {}
     for name, shape in shapes.items():
         weight = visit.linears[name].weight
-        parts = [_on_all_ranks(piece, made.pop(piece, None), num_values[piece], weight)
+        parts = [_on_all_ranks(piece, made.pop(piece, None), num_values[piece.rank][piece], weight)
                  for piece in pieces if piece.name == name]
         weights[name] = parts[0] if len(parts) == 1 else BitmaskTensor(
             torch.cat([part.values for part in parts]), torch.cat([part.bitmask for part in parts]), shape)

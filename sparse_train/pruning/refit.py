@@ -1,4 +1,4 @@
-"""Refit: given which weights survive, the values of least squares, by conjugate gradients on all rows at once.
+"""Refit: given which weights survive, the values of least squares, by conjugate gradients on all given rows at once.
 
     minimise over X with zeros outside `keep`:   tr((X - W) H (X - W)^T)
 

@@ -23,18 +23,20 @@ class Piece(NamedTuple):
 
 
 def divide(shapes: Mapping[str, tuple[int, int]], num_ranks: int, divides_rows: bool) -> list[Piece]:
-    """Which rank prunes what of linears (R, C). All pieces of a linear follow each other, and divided ones come first.
+    """Which rank prunes what of linears (R, C). All pieces of a linear follow each other, and divided ones come first:
+    a rank that fails at a linear of its own then leaves no other waiting in the collectives of a divided one.
 
-    The costliest linear is first, and each goes to the rank that has least. A method factorises C x C and takes some
-    products of that with R x C. With `divides_rows`, a linear of several panels that costs more than a rank's share of
-    all is divided: every rank then has a piece of it, if only an empty one, and none has all of it.
+    Otherwise the costliest linear is first, and each goes to the rank that has least. A method factorises C x C and
+    takes some products of that with R x C. With `divides_rows`, a linear of several panels that costs more than a
+    rank's share of all is divided: every rank then has a piece of it, if only an empty one, and none has all of it.
     """
     costs = {name: _cost(*shape) for name, shape in shapes.items()}
     share = sum(costs.values()) / num_ranks
+    divided = {name for name, (rows, _) in shapes.items() if divides_rows and costs[name] > share and rows > PANEL}
     loads, pieces = [0] * num_ranks, []
-    for name in sorted(costs, key=costs.__getitem__, reverse=True):
+    for name in sorted(costs, key=lambda name: (name not in divided, -costs[name])):
         rows, columns = shapes[name]
-        if divides_rows and costs[name] > share and rows > PANEL:
+        if name in divided:
             num_panels = -(-rows // PANEL)
             edges = [min(rows, PANEL * (num_panels * rank // num_ranks)) for rank in range(num_ranks + 1)]
             mine = [Piece(name, edges[rank], edges[rank + 1], rank) for rank in range(num_ranks)]
