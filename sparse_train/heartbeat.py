@@ -18,7 +18,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 
+import deepspeed
+from torch import distributed
 from torch.distributed import TCPStore
 
 from sparse_train import dist
@@ -26,7 +29,8 @@ from sparse_train import dist
 log = logging.getLogger(__name__)
 _VERDICT = "silent"  # the store's key of the text that rank 0 sends to all ranks
 _MOST_NAMED = 8
-_IN_A_COLLECTIVE = "(distributed_c10d.py:"  # part of a position
+_WAITING = tuple(os.path.dirname(package.__file__ or "") + os.sep for package in (distributed, deepspeed))
+"""Folders of code that waits for other ranks: collectives, and under ZeRO-3 DeepSpeed for those that it has begun."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class _Beat:
     number: str = ""
     cpu_ms: str = ""
     """Of its main thread."""
+    waits: bool = False
+    """Whether its main thread waits for other ranks."""
     position: str = ""
     """Of its main thread."""
 
@@ -95,7 +101,7 @@ class Heartbeat:
         while not self._stopped.wait(self._interval_s):
             number += 1
             try:
-                self._store.set(str(self._rank), f"{number} {_cpu_ms_of_main_thread()} {_position_of_main_thread()}")
+                self._store.set(str(self._rank), f"{number} {_cpu_ms_of_main_thread()} {_waits()} {_position()}")
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
                 if self._rank == 0:
                     self._check_ranks()
@@ -122,22 +128,22 @@ class Heartbeat:
     def _receive_beats(self) -> None:
         now, ranks = time.monotonic(), [rank for rank in range(len(self._beats)) if self._store.check([str(rank)])]
         for rank, value in zip(ranks, self._store.multi_get([str(rank) for rank in ranks]), strict=True):
-            number, cpu_ms, position = value.decode().split(" ", 2)
+            number, cpu_ms, waits, position = value.decode().split(" ", 3)
             last = self._beats[rank]
             if number != last.number:
                 moved = last.moved if (cpu_ms, position) == (last.cpu_ms, last.position) else now
-                self._beats[rank] = _Beat(now, moved, number, cpu_ms, position)
+                self._beats[rank] = _Beat(now, moved, number, cpu_ms, waits == "True", position)
 
     def _hung(self, now: float) -> list[int]:
         """Ranks that neither work nor wait for another; all of them where each waits for another."""
         idle = [rank for rank, beat in enumerate(self._beats) if now - beat.moved > self._silence_s]
-        alone = [rank for rank in idle if _IN_A_COLLECTIVE not in self._beats[rank].position]
+        alone = [rank for rank in idle if not self._beats[rank].waits]
         return alone or (idle if len(idle) == len(self._beats) else [])
 
     def _check_for_stall(self) -> None:
         # The position alone is not enough: each look at a healthy training may find it at the line that waits for the
         # GPU.
-        now, position = time.monotonic(), (_position_of_main_thread(), dist.num_sums())
+        now, position = time.monotonic(), (_position(), dist.num_sums())
         if position != self._position:
             self._position, self._moved, self.stall = position, now, ""
         elif not self.stall and now - self._moved > self._silence_s:
@@ -175,7 +181,16 @@ def _cpu_ms_of_main_thread() -> int:
     return int(1000 * time.clock_gettime(time.pthread_getcpuclockid(threading.main_thread().ident or 0)))
 
 
-def _position_of_main_thread() -> str:
-    """Its function, file and line."""
-    frame = sys._current_frames()[threading.main_thread().ident or 0]
+def _frame() -> FrameType:
+    """The innermost one of the main thread."""
+    return sys._current_frames()[threading.main_thread().ident or 0]
+
+
+def _waits() -> bool:
+    return _frame().f_code.co_filename.startswith(_WAITING)
+
+
+def _position() -> str:
+    """The main thread's function, file and line."""
+    frame = _frame()
     return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"

@@ -11,6 +11,8 @@ from torch import distributed
 
 from sparse_train.heartbeat import Heartbeat
 from sparse_train.launch.submit.processes import free_port
+from sparse_train.models import save_model
+from tests.models import tiny_model
 from tests.ranks import CONTEXT, run_ranks
 
 _SILENCE_S = 3.0
@@ -136,6 +138,28 @@ def _hang_after_work():
 def test_a_rank_that_takes_no_cpu_time_ends_all_and_one_that_works_does_not():
     for while_one_worked, reports in run_ranks(_hang_after_work, 2):
         assert not while_one_worked
+        (report,) = reports
+        assert report.startswith("no CPU time for 3 s: rank 1 (host1) in _hang_in_the_data (test_heartbeat.py:")
+
+
+def _hang_beside_a_sharded_model(path):
+    from sparse_train import dist
+    from sparse_train.training import load_sharded
+
+    model, reports = load_sharded(path, "fp32"), []
+    heartbeat = Heartbeat(f"host{dist.rank()}", "127.0.0.1", _SILENCE_S, reports.append, watches_hangs=True)
+    if dist.rank() == 1:
+        _hang_in_the_data()
+    model(torch.tensor([[5, 6, 7]]))
+    dist.barrier()
+    heartbeat.stop()
+    return set(reports)
+
+
+def test_a_rank_that_waits_for_a_sharded_models_weights_does_not_count_as_hung(tmp_path):
+    model, processor = tiny_model("llama")
+    save_model(tmp_path, model, processor)
+    for reports in run_ranks(_hang_beside_a_sharded_model, 2, tmp_path):
         (report,) = reports
         assert report.startswith("no CPU time for 3 s: rank 1 (host1) in _hang_in_the_data (test_heartbeat.py:")
 
