@@ -141,8 +141,36 @@ def test_what_gives_no_gradient_or_none_that_is_finite_is_named():
         prune(model, batches, spec)
 
 
+def test_a_linear_whose_gradient_would_be_wrong_is_named():
+    spec = PruneConfig(method="obert", sparsity=0.5)
+    model, batches = _problem()
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: args[0].transpose(0, 1))
+    mlp.down_proj.register_forward_hook(lambda module, args, output: output.transpose(0, 1))
+    with pytest.raises(UserError, match=r"down_proj multiplies positions \(\d+, 3\) where the batch has \(3, \d+\)"):
+        prune(model, batches, spec)
+    model, batches = _problem()
+    mlp, seen = model.model.layers[1].mlp, []
+
+    def overwrite(*_):
+        seen[-1].detach().zero_()
+
+    model.requires_grad_(False)  # autograd itself minds where a weight's gradient is asked for
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    mlp.register_forward_hook(overwrite)
+    with pytest.raises(UserError, match=r"the block writes into what \S+down_proj has multiplied"):
+        prune(model, batches, spec)
+
+
+def test_a_block_that_is_singular_gets_ten_times_the_damping(caplog):
+    model, batches = _problem()
+    weights = prune(model, batches, PruneConfig(method="obert", sparsity=0.5, damping=1e-8))
+    assert "blocks of its Fisher matrix are singular with damping 1e-08; they got up to" in caplog.text
+    assert all(torch.isfinite(weight.values).all() for weight in weights.values())
+
+
 def test_a_block_that_stays_singular_is_named():
     model, batches = _problem()
     spec = PruneConfig(method="obert", sparsity=0.5, damping=1e-20)
-    with pytest.raises(UserError, match=r"layers\.1\.\S+: a block of its Fisher matrix is singular even with"):
+    with pytest.raises(UserError, match=r"layers\.1\.\S+: a block of its Fisher matrix is singular .* damping 1e-16"):
         prune(model, batches, spec)

@@ -32,6 +32,8 @@ from sparse_train.pruning.statistics import Gradients
 from sparse_train.tasks import Batch
 from sparse_train.tasks.batch import IGNORED
 
+_REMEDY = "leave it out (prune.ignore), or choose another prune.method"
+
 
 def require_decoder_only(model: PreTrainedModel) -> None:
     """Raises UserError for an encoder-decoder: its encoder's gradient comes through every block of the decoder."""
@@ -171,13 +173,19 @@ def _recorded(linears: dict[str, nn.Linear], batch: Batch) -> Iterator[dict[str,
     seen: defaultdict[str, list] = defaultdict(list)
 
     def watch(name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        if inputs[..., 0].numel() != batch.attend.numel():
-            raise UserError(f"{name} multiplies {inputs[..., 0].numel()} positions where the batch has "
-                            f"{batch.attend.numel()}, so the gradients of its examples cannot be told apart; leave it "
-                            "out (prune.ignore), or choose another prune.method")
-        inputs, shape = inputs.detach(), (*batch.attend.shape, -1)
+        if inputs.shape[:-1] not in (batch.attend.shape, (batch.attend.numel(),)):
+            raise UserError(f"{name} multiplies positions {tuple(inputs.shape[:-1])} where the batch has "
+                            f"{tuple(batch.attend.shape)}, so the gradients of its examples cannot be told apart; "
+                            f"{_REMEDY}")
+        inputs, version, shape = inputs.detach(), inputs._version, (*batch.attend.shape, -1)
+
+        def add(gradient: torch.Tensor) -> None:
+            if inputs._version != version:
+                raise UserError(f"the block writes into what {name} has multiplied, so its gradient is lost; {_REMEDY}")
+            seen[name].append((inputs.reshape(shape), gradient.reshape(shape)))
+
         # A hook on the tensor gets the gradient of what the linear gave, whatever writes into it later.
-        outputs.register_hook(lambda gradient: seen[name].append((inputs.reshape(shape), gradient.reshape(shape))))
+        outputs.register_hook(add)
 
     handles = [linear.register_forward_hook(lambda _, args, output, name=name: watch(name, args[0], output))
                for name, linear in linears.items()]

@@ -10,12 +10,15 @@ Q, as equations in the kept weights. Their code for single weights adds up what 
 where many of a block go at once.
 
 All gradients are those of the dense model, as in the paper's one-shot step (backward.py). Further deviations: a
-gradient is that of one example; blocks lie within rows; counts are exact over each layer, where the paper ranks all
-layers together; lambda is prune.damping times the mean of a row's diagonal, so that the loss may have any scale; a
-block is inverted by its Cholesky factorisation.
+gradient is that of one example's mean loss per target, where training divides by the targets of a whole micro-step;
+blocks lie within rows; counts are exact over each layer, where the paper ranks all layers together; lambda is
+prune.damping times the mean of a row's diagonal, so that the loss may have any scale; a block is inverted by its
+Cholesky factorisation, with ten times the damping where that fails.
 
 Letters: R rows (outputs), C columns (inputs), B weights of a block, N = ceil(C / B) blocks of a row.
 """
+
+import logging
 
 import torch
 from torch.nn import functional
@@ -28,7 +31,9 @@ from sparse_train.pruning.pattern import keep_best
 from sparse_train.pruning.pruner import Layer, Pruner
 from sparse_train.pruning.statistics import Gradients
 
-_NUMBERS = 1 << 22  # of the Fisher matrix at a time: 32 MB, and five times as much with what is computed of it
+log = logging.getLogger(__name__)
+_NUMBERS = 1 << 22  # of the Fisher matrix at a time, if a row has no more: 32 MB, and 160 MB with what is made of it
+_CHOLESKY_ATTEMPTS = 5
 
 
 class ObertOptions(Section):
@@ -57,11 +62,16 @@ class Obert(Pruner[Gradients]):
         weight = _in_blocks(layer.weight.detach().float(), width)
         step = max(1, _NUMBERS // (weight[0].numel() * width))
         chunks = [slice(start, start + step) for start in range(0, len(weight), step)]
-        scores = torch.empty_like(weight)
+        scores, strongest = torch.empty_like(weight), layer.spec.damping
         for rows in chunks:
             fisher, scale = _fisher(layer, statistics, rows, width)
-            inverse = torch.cholesky_inverse(_cholesky(fisher, layer))
+            lower, damping = _cholesky(fisher, layer)
+            strongest = max(strongest, damping)
+            inverse = torch.cholesky_inverse(lower)
             scores[rows] = scale * weight[rows].square() / (2 * inverse.diagonal(dim1=-2, dim2=-1))
+        if strongest > layer.spec.damping and dist.rank() == 0:
+            log.warning("%s: blocks of its Fisher matrix are singular with damping %g; they got up to %g", layer.name,
+                        layer.spec.damping, strongest)
         if not scores.any() and weight.any():
             raise UserError(f"no gradient of the loss reaches {layer.name}; give more or shorter examples "
                             f"(prune.num_calibration, task.max_length), or {self.without_inputs}")
@@ -112,13 +122,19 @@ def _update(weight: torch.Tensor, kept: torch.Tensor, fisher: torch.Tensor, laye
     pruned = 1 - kept
     equations = fisher * kept[..., None] * kept[..., None, :] + torch.diag_embed(pruned)
     pull = kept[..., None] * (fisher @ (weight * pruned)[..., None])
-    change = torch.cholesky_solve(pull, _cholesky(equations, layer))[..., 0]
+    change = torch.cholesky_solve(pull, _cholesky(equations, layer)[0])[..., 0]
     return (weight + change) * kept
 
 
-def _cholesky(matrices: torch.Tensor, layer: Layer) -> torch.Tensor:
-    lower, failed = torch.linalg.cholesky_ex(matrices)
-    if failed.any():
-        raise UserError(f"{layer.name}: a block of its Fisher matrix is singular even with damping "
-                        f"{layer.spec.damping:g}; raise prune.num_calibration or prune.damping")
-    return lower
+def _cholesky(matrices: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, float]:
+    """(lower factors, the strongest damping of any). Each of `matrices` that is singular gets ten times the damping, in
+    place, until it is not; raises UserError, naming the layer, where one stays so."""
+    damping = layer.spec.damping
+    for _ in range(_CHOLESKY_ATTEMPTS):
+        lower, failed = torch.linalg.cholesky_ex(matrices)
+        if not failed.any():
+            return lower, damping
+        tried, damping = damping, 10 * damping
+        matrices.diagonal(dim1=-2, dim2=-1).add_((damping - tried) * (failed > 0)[..., None])
+    raise UserError(f"{layer.name}: a block of its Fisher matrix is singular even with damping {tried:g}; raise "
+                    "prune.num_calibration or prune.damping")
