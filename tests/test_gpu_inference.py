@@ -126,7 +126,10 @@ def test_a_decoder_is_kept_for_texts_that_it_has_room_for(monkeypatch):
     first = decoders.get(model, 1, 100, 0)
     assert first.capacity == 256 and decoders.get(model, 1, 256, 0) is first
     assert decoders.get(model, 1, 257, 0).capacity == 512
-    assert decoders.get(model, 2, 100, 0).num_rows == 2 and decoders.get(model, 2, 100, 5).num_states == 5
+    assert decoders.get(model, 2, 100, 0).num_rows == 2
+    states = decoders.get(model, 2, 100, 5)
+    assert states.num_states == 256 and decoders.get(model, 2, 100, 256) is states is decoders.get(model, 2, 100, 3)
+    assert decoders.get(model, 2, 100, 257).num_states == 512
     model.device = torch.device("cpu")
     assert decoders.get(model, 1, 100, 0).capacity == 100
 
@@ -140,7 +143,7 @@ def test_a_graph_says_what_its_steps_say_one_by_one(family, tmp_path, monkeypatc
     examples, said = tiny_examples(processor), []
     for is_graphed in (True, False):
         if not is_graphed:
-            monkeypatch.setattr(steps, "CudaGraph", lambda launch: launch)
+            monkeypatch.setattr(steps, "CudaGraph", lambda launch, device: launch)
         runtime = load(tmp_path, device="cuda")
         for settings in ({}, {"do_sample": True, "top_k": 5}, {}):
             torch.manual_seed(0)

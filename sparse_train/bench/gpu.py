@@ -28,7 +28,7 @@ from sparse_train.tasks import Example
 log = logging.getLogger(__name__)
 
 _DTYPE = torch.bfloat16
-_GRAPH_BYTES, _GRAPH_LAUNCHES = 1 << 31, 1024
+_GRAPH_BYTES, _GRAPH_LAUNCHES = 1 << 32, 1024
 """The dense weights that a graph of products reads, and the most products in it."""
 
 LLAMA_8B_BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
@@ -51,15 +51,15 @@ def device_layer_rows(model: str, weights: Mapping[tuple[str, float], Sequence[B
                       bandwidth: float, device: torch.device, progress: Callable[[int, int], None] | None = None,
                       num_rows: int = 1) -> list[dict[str, Any]]:
     """As layer_rows, for torch's dense product and for that of `weights`, by precision and sparsity, all of the same
-    shapes. With several rows, torch's semi-structured product too, of the first weights that are 2:4."""
+    shapes. With several rows, cuSPARSELt's product by its default algorithm too, of the first weights that are 2:4."""
     first = next(iter(weights.values()))
     engines: dict[Key, Callable[[], list[tuple[Product, int]]]] = {
         ("torch", "bf16", 0.0): lambda: [_dense(weight, device) for weight in first]}
-    if num_rows > 1 and _is_2_of_4(first):
-        engines["cusparselt", "bf16", 0.5] = lambda: [_semi_structured(weight, device) for weight in first]
     for (precision, sparsity), some in weights.items():
         engines["sparse", precision, sparsity] = functools.partial(
             lambda precision, some: [_packed(weight, precision, num_rows, device) for weight in some], precision, some)
+    if num_rows > 1 and _is_2_of_4(first):  # last, since the device may be unusable after it has failed
+        engines["cusparselt", "bf16", 0.5] = lambda: [_semi_structured(weight, device) for weight in first]
     dense_bytes = sum(_DTYPE.itemsize * weight.shape[0] * weight.shape[1] for weight in first)
     count = 1 if device.type == "cpu" else max(1, min(_GRAPH_BYTES // dense_bytes, _GRAPH_LAUNCHES // len(first)))
     inputs = [torch.randn(num_rows, weight.shape[1], dtype=_DTYPE, device=device) for weight in first]
@@ -98,7 +98,8 @@ def _packed(weight: BitmaskTensor, precision: str, num_rows: int, device: torch.
 
 def _semi_structured(weight: BitmaskTensor, device: torch.device) -> tuple[Product, int]:
     dense = _on(device, weight).to_dense()
-    return functools.partial(functional.linear, weight=torch.sparse.to_sparse_semi_structured(dense)), (
+    packed = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(dense)
+    return functools.partial(functional.linear, weight=packed), (
         dense.nbytes * 9 // 16)  # half of the values, and two bits for each of these
 
 
@@ -161,7 +162,9 @@ def random_runtime(size: ModelConfig, variant: tuple[str, float] | None, batch: 
     with device:
         model = from_config(describe(size), _DTYPE).eval()
     precision, sparsity = variant or ("bf16", 0.0)
-    for number, (name, linear) in enumerate(family_of(model).prunable_linears(model).items() if variant else ()):
-        (weight,) = random_weights([(linear.out_features, linear.in_features)], sparsity, number, device)
+    linears = family_of(model).prunable_linears(model) if variant else {}
+    while linears:  # a dense one is freed when it is replaced
+        name, linear = linears.popitem()
+        (weight,) = random_weights([(linear.out_features, linear.in_features)], sparsity, len(linears), device)
         replace_module(model, name, PackedLinear(_matrix(weight, precision, batch, device), linear.bias))
     return Runtime(model, build_processor(size, shape_tokenizer()), precision)

@@ -66,11 +66,11 @@ def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], ob
     """`call` itself; on a GPU the graph of its launches, awaited."""
     if device.type == "cpu":
         return call
-    graph = CudaGraph(call)
+    graph = CudaGraph(call, device)
 
     def replay() -> None:
         graph()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
     replay()
     replay()  # captured

@@ -21,7 +21,7 @@ from sparse_train.errors import UserError
 from sparse_train.inference.decoder import Decoder, can_decode
 
 _STEP = 256
-"""Tokens by which the Decoders of a GPU are larger than one another."""
+"""Tokens, or states of an encoder, by which the Decoders of a GPU are larger than one another."""
 
 
 class Decoders:
@@ -48,9 +48,10 @@ class Decoders:
         if model.device.type == "cpu":
             return Decoder(model, num_rows, capacity, num_states, kv_cache)
         last = self._last
-        if last is None or last.capacity < capacity or (last.num_rows, last.num_states) != (num_rows, num_states):
+        if last is None or last.num_rows != num_rows or last.capacity < capacity or last.num_states < num_states:
+            capacity, num_states = (-(-size // _STEP) * _STEP for size in (capacity, num_states))
             self._last = last = None  # its memory may be needed
-            self._last = last = Decoder(model, num_rows, -(-capacity // _STEP) * _STEP, num_states)
+            self._last = last = Decoder(model, num_rows, capacity, num_states)
         return last
 
 

@@ -111,9 +111,7 @@ class Steps:
         cosine, sine = rotation or (None, None)
         query_norm, key_norm = norms or (None, None)
         rotary = 0 if cosine is None else cosine.shape[1]
-        if num_heads % num_groups or rotary % 2 or rotary > head_dim:
-            raise ValueError(f"{num_heads} heads cannot share {num_groups} of keys and values, or {rotary} of the "
-                             f"{head_dim} numbers of a head cannot turn")
+        k_stride = check_attention(num_heads, num_groups, head_dim, rotary, k, v)
         attention = _native.Attention(
             num_rows, num_heads, num_groups, head_dim, capacity, scale, values.dtype == torch.bfloat16,
             self._at(keys, num_rows, num_groups, -(-capacity // _BLOCK), head_dim, _BLOCK, dtypes=(values.dtype,)),
@@ -123,10 +121,6 @@ class Steps:
             self._at(query_norm, head_dim), self._at(key_norm, head_dim), epsilon)
         q_at, k_at, v_at = (self._at(part, num_rows, heads * head_dim, is_part=True)
                             for part, heads in ((q, num_heads), (k, num_groups), (v, num_groups)))
-        k_stride, v_stride = (0 if part is None else part.stride(0) for part in (k, v))
-        if (k is None) != (v is None) or k_stride != v_stride:
-            raise ValueError(f"k is {describe(k)}, with rows {k_stride} numbers apart, and v {describe(v)}, with rows "
-                             f"{v_stride} apart; both must be alike, or both missing")
         self.add(functools.partial(
             attention.attend, q_at, k_at, v_at, self._at(out, num_rows, num_heads * head_dim), q.stride(0), k_stride,
             torch.get_num_threads()))
@@ -136,9 +130,31 @@ class Steps:
         """Its address, 0 for None. Raises ValueError where it is not of this shape (any, where none is given)."""
         if tensor is None:
             return 0
-        check_tensor("a tensor of a step", tensor, *(shape or tensor.shape), device=CPU, dtypes=dtypes)
-        if tensor.numel() and not (tensor.stride(-1) == 1 if is_part else tensor.is_contiguous()):
-            raise ValueError(f"a tensor of a step is {describe(tensor)}, with strides {tensor.stride()}; native code "
-                             "reads numbers that follow one another")
+        check_step(tensor, *shape, device=CPU, dtypes=dtypes, is_part=is_part)
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def check_step(tensor: torch.Tensor | None, *shape: int | None, device: torch.device | None = None,
+               dtypes: tuple[torch.dtype, ...] | None = None, is_part: bool = False) -> None:
+    """Raises ValueError where a tensor is not of this shape (any, where none is given), or its numbers, of a part those
+    of each row, do not follow one another."""
+    if tensor is None:
+        return
+    check_tensor("a tensor of a step", tensor, *(shape or tensor.shape), device=device, dtypes=dtypes)
+    if tensor.numel() and not (tensor.stride(-1) == 1 if is_part else tensor.is_contiguous()):
+        raise ValueError(f"a tensor of a step is {describe(tensor)}, with strides {tensor.stride()}; a step reads "
+                         "numbers that follow one another")
+
+
+def check_attention(num_heads: int, num_groups: int, head_dim: int, rotary: int, k: torch.Tensor | None,
+                    v: torch.Tensor | None) -> int:
+    """How far the rows of k and v are apart, 0 without them. Raises ValueError for what does not fit together."""
+    if num_heads % num_groups or rotary % 2 or rotary > head_dim:
+        raise ValueError(f"{num_heads} heads cannot share {num_groups} of keys and values, or {rotary} of the "
+                         f"{head_dim} numbers of a head cannot turn")
+    k_stride, v_stride = (0 if part is None else part.stride(0) for part in (k, v))
+    if (k is None) != (v is None) or k_stride != v_stride:
+        raise ValueError(f"k is {describe(k)}, with rows {k_stride} numbers apart, and v {describe(v)}, with rows "
+                         f"{v_stride} apart; both must be alike, or both missing")
+    return k_stride

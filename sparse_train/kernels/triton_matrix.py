@@ -9,6 +9,9 @@ from sparse_train.kernels.reference import GROUP, unpack
 from sparse_train.kernels.triton_runs import MOST_COLUMNS, Runs
 from sparse_train.kernels.triton_tiles import Tiles
 
+_MOST_PLACES = 2 ** 31 - 1
+"""Kernels count places in int32."""
+
 
 class DeviceMatrix:
     """A sparse weight (R, C) laid out for products on a GPU; inference only.
@@ -58,6 +61,10 @@ class DeviceMatrix:
         # dense. docs/benchmarks.md has the arithmetic of these numbers.
         layout, self._most_rows = (Runs, 16) if num_rows * self.density <= 1.4 else (Tiles, 64)
         self._layout = layout(values, bitmask, num_columns, scale)
+        num_places = self._layout.values.numel() * (2 if self.precision == "int4" else 1)
+        if num_places > _MOST_PLACES:
+            raise ValueError(f"a weight of shape {self.shape} takes {num_places} values, zeros that fill up included; "
+                             f"a product on the GPU has at most {_MOST_PLACES}; divide its rows among several weights")
 
     @property
     def num_bytes(self) -> int:

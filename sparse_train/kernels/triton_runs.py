@@ -18,8 +18,9 @@ from sparse_train.kernels.reference import GROUP, unpack
 
 _ROWS, _CHUNK = 32, 8
 MOST_COLUMNS = 32_768
-_MOST_WORDS = 65_536
-"""A program holds so many activations in registers, and has them in shared memory while it reads them: 128 KB."""
+_MOST_ACTIVATIONS = 32_768
+"""A program holds so many in registers, and has them in shared memory while it reads them: 64 KB, which leaves room
+for what is on its way in the 99 KB of compute capability 8.6 and 8.9."""
 
 
 class Runs:
@@ -87,8 +88,8 @@ class Runs:
 
     def multiply(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """y (B, R) = x (B, C) W^T, both contiguous BF16. A launch reads the weight once for up to four vectors, two
-        where there are more than 16384 columns."""
-        most = min(4, _MOST_WORDS // triton.next_power_of_2(self.shape[1]))
+        where there are more than 8192 columns, one where there are more than 16384."""
+        most = min(4, _MOST_ACTIVATIONS // triton.next_power_of_2(self.shape[1]))
         for first in range(0, len(x), most):
             part = x[first:first + most]
             self._launch(_multiply, part, y[first:first + most], len(part), VECTORS=triton.next_power_of_2(len(part)))

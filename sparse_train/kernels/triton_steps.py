@@ -1,8 +1,8 @@
 """GraphSteps: what a decoder computes for a new token on a GPU, in one CUDA graph.
 
-A token of a sparse model takes a millisecond or two, in which a GPU waits for Python and for launches most of the time.
-So all of a token's kernels are replayed by one call, and what lies between two products is one kernel each, where
-torch has up to a dozen. Positions are read from memory, so every token has the same graph.
+The products of a token are expected to take less time than Python needs to launch its kernels. So all of these are
+replayed by one call, and what lies between two products is one kernel each, where torch has up to a dozen. Positions
+are read from memory, so every token has the same graph.
 """
 
 import functools
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from sparse_train.kernels.cuda_graph import CudaGraph
-from sparse_train.kernels.steps import ACTIVATIONS, Steps
+from sparse_train.kernels.steps import ACTIVATIONS, Steps, check_attention, check_step
 
 _SPAN = 256
-"""Cached tokens that one program attends to: a longer text is divided, so that it keeps all multiprocessors busy."""
+"""Cached tokens that one program attends to: a longer text is divided among several."""
 _SCORES = 64
 """Of so many tokens and heads at a time, as registers hold them."""
 
@@ -32,7 +32,7 @@ class GraphSteps(Steps):
         super().__init__()
         self._buffers: dict[tuple[int, ...], torch.Tensor] = {}
         self.run, self.run_products = (  # type: ignore[method-assign]
-            CudaGraph(run) if device.type == "cuda" else run
+            CudaGraph(run, device) if device.type == "cuda" else run
             for run in (functools.partial(_run, calls) for calls in (self._calls, self._products)))
 
     @staticmethod
@@ -46,15 +46,22 @@ class GraphSteps(Steps):
     def normalise(self, hidden: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor,
                   bias: torch.Tensor | None, epsilon: float, out: torch.Tensor, is_rms: bool) -> None:
         num_rows, width = hidden.shape
+        for tensor, shape in ((hidden, (num_rows, width)), (change, (num_rows, width)), (out, (num_rows, width)),
+                              (weight, (width,)), (bias, (width,))):
+            check_step(tensor, *shape)
         self.add(functools.partial(
             _normalise[(num_rows,)], hidden, change, weight, bias, out, width, epsilon, is_rms,
             triton.next_power_of_2(width), num_warps=8, **_OPTIONS))
 
     def activate(self, name: str, x: torch.Tensor, factor: torch.Tensor | None, out: torch.Tensor) -> None:
+        for tensor in (x, factor, out):
+            check_step(tensor, *x.shape)
         self.add(functools.partial(_activate[(triton.cdiv(x.numel(), 1024),)], x, factor, out, x.numel(),
                                    ACTIVATIONS[name], 1024, **_OPTIONS))
 
     def multiply(self, weight: Any, bias: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor) -> None:
+        check_step(x, None, weight.shape[1])
+        check_step(out, len(x), weight.shape[0])
         calls: list[Callable[[], object]]
         if isinstance(weight, torch.Tensor):
             start = (x, weight.T) if bias is None else (bias, x, weight.T)
@@ -75,14 +82,24 @@ class GraphSteps(Steps):
         num_shared, num_parts = num_heads // num_groups, triton.cdiv(capacity, _SPAN)
         cosine, sine = rotation or (None, None)
         query_norm, key_norm = norms or (None, None)
+        rotary = 0 if cosine is None else cosine.shape[1]
+        k_stride = check_attention(num_heads, num_groups, head_dim, rotary, k, v)
+        for tensor, shape in ((out, (num_rows, num_heads * head_dim)), (keys, values.shape), (values, values.shape),
+                              (cosine, (capacity, rotary)), (sine, (capacity, rotary)), (bias, (num_heads, capacity)),
+                              (query_norm, (head_dim,)), (key_norm, (head_dim,))):
+            check_step(tensor, *shape)
+        for tensor, size in ((position, 1), (starts, num_rows)):
+            check_step(tensor, size, dtypes=(torch.int64,))
+        for tensor, heads in ((q, num_heads), (k, num_groups), (v, num_groups)):
+            check_step(tensor, num_rows, heads * head_dim, is_part=True)
         parts = self._buffer(out, num_rows, num_heads, num_parts, head_dim)
         tops, totals = (self._buffer(out, num_rows, num_heads, num_parts, number) for number in (-1, -2))
         self.add(functools.partial(
             _attend[(num_rows * num_groups, num_parts)], q, k, v, out, keys, values, position, starts, cosine, sine,
-            bias, query_norm, key_norm, parts, tops, totals, q.stride(0), 0 if k is None else k.stride(0), capacity,
-            num_parts, scale, epsilon, num_groups, num_shared, head_dim, 0 if cosine is None else cosine.shape[1],
-            num_parts == 1, triton.next_power_of_2(num_shared), triton.next_power_of_2(head_dim), _SPAN,
-            max(1, _SCORES // triton.next_power_of_2(num_shared)), num_warps=4, **_OPTIONS))
+            bias, query_norm, key_norm, parts, tops, totals, q.stride(0), k_stride, capacity, num_parts, scale, epsilon,
+            num_groups, num_shared, head_dim, rotary, num_parts == 1, triton.next_power_of_2(num_shared),
+            triton.next_power_of_2(head_dim), _SPAN, max(1, _SCORES // triton.next_power_of_2(num_shared)),
+            num_warps=4, **_OPTIONS))
         if num_parts > 1:
             self.add(functools.partial(
                 _add_parts[(num_rows * num_heads,)], parts, tops, totals, out, num_parts, head_dim,

@@ -1,5 +1,6 @@
 """Triton's kernels against the reference: on a GPU compiled, without one interpreted, on tensors in CPU memory."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -330,6 +331,17 @@ def test_a_weight_that_no_product_takes_is_refused(dtype, num_columns, scale, to
         matrix.DeviceMatrix(values, mask, num_columns, scale)
 
 
+@pytest.mark.parametrize("laid_out_for", [1, 1000])
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_more_values_than_an_int32_counts_are_refused(precision, laid_out_for, monkeypatch):
+    keep = torch.ones(64, 128, dtype=torch.bool)
+    values, scale, _ = _weight(keep, precision)
+    for most in (keep.numel(), keep.numel() - 1):
+        monkeypatch.setattr(matrix, "_MOST_PLACES", most)
+        with pytest.raises(ValueError, match="takes 8192 values") if most < 8192 else contextlib.nullcontext():
+            matrix.DeviceMatrix(values, kernels.pack(keep), 128, scale, laid_out_for)
+
+
 @pytest.mark.slow
 def test_they_compile_for_each_generation_without_spills(tmp_path):
     """With Triton's own assembler, so no GPU is needed: as a call launches them, with the types and alignments that it
@@ -353,5 +365,6 @@ def test_they_compile_for_each_generation_without_spills(tmp_path):
             continue
         # A multiprocessor holds five programs of moves at a time, and four of tiles.
         assert int(row["REG"]) <= (128 if row["call"].startswith("product") else 96), row
+        assert int(row["shared"]) <= 99 * 1024, row  # what 8.6 and 8.9 have
         most = _MOST_INSTRUCTIONS.get(row["call"], 22)
         assert float(row["instructions"]) <= most, row

@@ -77,22 +77,26 @@ def test_activations(name, device):
 @_EACH_DEVICE
 @pytest.mark.parametrize("heads, groups, dim, rotary, has_more, dtype", [
     (2, 2, 8, 8, False, torch.float32), (3, 1, 5, 4, True, torch.bfloat16),
-    pytest.param(9, 3, 20, 0, True, torch.float32, marks=pytest.mark.slow)])
+    pytest.param(9, 3, 20, 0, True, torch.float32, marks=pytest.mark.slow),
+    pytest.param(32, 8, 128, 128, False, torch.bfloat16, marks=pytest.mark.skipif(
+        not _HAS_GPU, reason="an 8B Llama's heads, which take minutes where they are interpreted"))])
 def test_attention_over_a_cache(heads, groups, dim, rotary, has_more, dtype, device, monkeypatch):
     """Two rows, of which one starts later, two tokens one after the other, over one part of the text or several, of
     which the last is empty, and the first of one row. Behind the text, memory is not read."""
-    capacity, first, rows = 40, 14, 2
+    is_large, rows = dim == 128, 2
+    capacity, first, late = (768, 500, 300) if is_large else (40, 14, 13)
     angles = _random(capacity, rotary // 2, seed=3).repeat(1, 2)
     rotation = tuple(part.to(device, dtype) for part in (angles.cos(), angles.sin())) if rotary else None
     bias = _random(heads, capacity, seed=4, device=device) if has_more else None
     norms = tuple(_random(dim, seed=seed, device=device, dtype=dtype) for seed in (5, 6)) if has_more else None
-    for span in (256, 12):
+    for span in (256,) if is_large else (256, 12):
         monkeypatch.setattr(triton_steps, "_SPAN", span)
-        monkeypatch.setattr(triton_steps, "_SCORES", 16)
+        if not is_large:
+            monkeypatch.setattr(triton_steps, "_SCORES", 16)
         keys, values = (_random(rows, groups, capacity, dim, seed=seed, device=device, dtype=dtype) for seed in (1, 2))
         keys[:, :, first:] = values[:, :, first:] = torch.nan
         known = [keys.double(), values.double()]
-        position, starts = (torch.tensor(places, device=device) for places in ([0], [0, 13]))
+        position, starts = (torch.tensor(places, device=device) for places in ([0], [0, late]))
         qkv = torch.empty(rows, (heads + 2 * groups) * dim, device=device, dtype=dtype)
         out = qkv.new_full((rows, heads * dim), torch.nan)
         q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], dim=1)
@@ -152,21 +156,39 @@ def test_products(device):
             _assert_close(out, exact if extra is None else exact + extra.double(), torch.bfloat16)
 
 
+def test_tensors_that_a_step_would_misread_are_refused():
+    steps, square, cache = _steps("cpu"), torch.zeros(4, 4), torch.zeros(2, 1, 8, 4)
+    position, starts, qkv, out = torch.zeros(1).long(), torch.zeros(2).long(), torch.zeros(2, 12), torch.zeros(2, 4)
+    q, k, v = qkv.chunk(3, dim=1)
+    for call in (lambda: steps.normalise(square.T[:2], None, square[0], None, 1e-5, out, True),
+                 lambda: steps.normalise(square, None, square[:, 0], None, 1e-5, square, True),
+                 lambda: steps.activate("silu", square, square[:2], square),
+                 lambda: steps.multiply(square, None, out, square[:1]),
+                 lambda: steps.attend(q, k, v.clone(), out, cache, cache, position, starts, 1.0),
+                 lambda: steps.attend(q, k, v, out, cache[:, :, :4], cache, position, starts, 1.0),
+                 lambda: steps.attend(q, k, v, out, cache, cache, position, starts.int(), 1.0),
+                 lambda: steps.attend(q, k, v, out, cache, cache, position, starts, 1.0, (square, square))):
+        with pytest.raises(ValueError, match=r"a tensor of a step is|both must be alike"):
+            call()
+
+
 def test_launches_are_warmed_up_captured_and_then_replayed(monkeypatch):
     told = []
 
     @contextlib.contextmanager
-    def capture(graph):
-        told.append("begin")
+    def between(begin, end):
+        told.append(begin)
         yield
-        told.append("end")
+        told.append(end)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: told.append("replay")))
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    graph = CudaGraph(lambda: told.append("launch"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: between("begin", "end"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: between(f"to {device}", "back"))
+    graph = CudaGraph(lambda: told.append("launch"), torch.device("cuda", 1))
     for _ in range(3):
         graph()
-    assert told == ["launch", "begin", "launch", "end", "replay", "replay"]
+    assert told == ["to cuda:1", "launch", "back", "to cuda:1", "begin", "launch", "end", "replay", "back",
+                    "to cuda:1", "replay", "back"]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 TARGETS = (80, 90, 100)
-PRODUCTS = {"bf16": (1, 2, 4, 16, 64), "int8": (1, 16), "int4": (1, 16), "2:4": (1,)}
+PRODUCTS = {"bf16": (1, 2, 4, 16, 64), "int8": (1, 16), "int4": (1, 16), "2:4": (1,), "wide": (2,)}
 """{weight: how many rows of activations it is multiplied with}"""
 _NUM_COLUMNS = 4096
 
@@ -59,12 +59,12 @@ def _launched(target: int) -> dict:
                 found[f"{move}-{dtype.itemsize}"] = [(kernel, 8 * triton_moves._MOST_BYTES) for kernel in kernels]
         for name, (keep, values, scale) in _weights().items():
             for num_rows in PRODUCTS[name]:
-                matrix = DeviceMatrix(values[:int(keep.sum())], pack(keep), _NUM_COLUMNS, scale,
+                matrix = DeviceMatrix(values[:int(keep.sum())], pack(keep), keep.shape[1], scale,
                                       1 if num_rows <= 4 else num_rows)
                 kernels.clear()
-                matrix.matmul(torch.zeros(num_rows, _NUM_COLUMNS, dtype=torch.bfloat16))
-                step = 8 * 8 * 32 if num_rows <= 4 else 64 * 64
-                found[f"product-{name}-{num_rows}"] = [(kernel, step) for kernel in kernels]
+                matrix.matmul(torch.zeros(num_rows, keep.shape[1], dtype=torch.bfloat16))
+                found[f"product-{name}-{num_rows}"] = [
+                    (kernel, 8 * 32 * kernel.metadata.num_warps if num_rows <= 4 else 64 * 64) for kernel in kernels]
         for name, steps in _steps().items():
             kernels.clear()
             steps.run()
@@ -93,11 +93,13 @@ def _steps() -> dict:
 
 def _weights() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """{name: (keep, values, scale)}"""
-    unstructured = torch.rand(64, _NUM_COLUMNS, generator=torch.Generator().manual_seed(0)) < 0.5
+    unstructured, wide = (torch.rand(64, num_columns, generator=torch.Generator().manual_seed(0)) < 0.5
+                          for num_columns in (_NUM_COLUMNS, 14_336))
     two_of_four = (torch.arange(_NUM_COLUMNS) % 2 == 0).expand(64, -1)
     codes, scales = torch.zeros(64 * _NUM_COLUMNS, dtype=torch.int8), torch.ones(64, _NUM_COLUMNS // 128)
     return {"bf16": (unstructured, codes.bfloat16(), None), "int8": (unstructured, codes, scales[:, 0]),
-            "int4": (unstructured, codes, scales.bfloat16()), "2:4": (two_of_four, codes.bfloat16(), None)}
+            "int4": (unstructured, codes, scales.bfloat16()), "2:4": (two_of_four, codes.bfloat16(), None),
+            "wide": (wide, torch.zeros(wide.numel(), dtype=torch.bfloat16), None)}
 
 
 def _tool(name: str, *arguments: str) -> str:
