@@ -71,14 +71,16 @@ class DeviceMatrix:
         """What a product reads of the weight, unless it is expanded."""
         return self._layout.num_bytes
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (..., C) BF16 -> (..., R) BF16. Where x is not finite, a row may skip it that has no weight there."""
+    def matmul(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` (..., C) BF16 -> (..., R) BF16, which `out` is, contiguous, where it is given. Where x is not finite, a
+        row may skip it that has no weight there."""
         if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != self.dtype
                 or x.device != self.device or x.layout != torch.strided):
             raise ValueError(f"x is {describe(x)}; it needs rows of {self.shape[1]} bfloat16 numbers on {self.device}")
         if x.numel() > self._most_rows * self.shape[1]:
-            return functional.linear(x, self.to_dense())
-        y = x.new_empty(*x.shape[:-1], self.shape[0])
+            y = functional.linear(x, self.to_dense())
+            return y if out is None else out.copy_(y)
+        y = x.new_empty(*x.shape[:-1], self.shape[0]) if out is None else out
         if y.numel():
             with torch.cuda.device_of(x):
                 self._layout.multiply(consecutive(x).view(-1, self.shape[1]), y.view(-1, self.shape[0]))

@@ -67,7 +67,7 @@ class GraphSteps(Steps):
             start = (x, weight.T) if bias is None else (bias, x, weight.T)
             calls = [functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out)]
         else:
-            calls = [lambda: out.copy_(weight.matmul(x))]
+            calls = [functools.partial(weight.matmul, x, out)]
             if bias is not None:
                 calls.append(functools.partial(out.add_, bias))
         self._calls += calls

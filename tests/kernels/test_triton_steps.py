@@ -139,15 +139,17 @@ def test_attention_over_a_cache(heads, groups, dim, rotary, has_more, dtype, dev
 
 
 @_EACH_DEVICE
-def test_products(device):
-    """Of looked-up rows with dense and packed weights."""
+@pytest.mark.parametrize("num_rows", [2, 17])
+def test_products(num_rows, device):
+    """Of looked-up rows with dense and packed weights, which are expanded for more than 16."""
     weight = BitmaskTensor.from_dense(_random(20, 70), _random(20, 70, seed=1) > 0)
     weight = BitmaskTensor(weight.values.to(device, torch.bfloat16), weight.bitmask.to(device), weight.shape)
-    x, bias = (_random(*shape, seed=2, device=device, dtype=torch.bfloat16) for shape in ((2, 70), (20,)))
-    table, tokens = _random(9, 70, seed=3, device=device, dtype=torch.bfloat16), torch.tensor([8, 0], device=device)
+    x, bias = (_random(*shape, seed=2, device=device, dtype=torch.bfloat16) for shape in ((num_rows, 70), (20,)))
+    table = _random(9, 70, seed=3, device=device, dtype=torch.bfloat16)
+    tokens = torch.arange(num_rows, device=device) * 8 % 9
     for operand in (weight.to_dense(), DeviceMatrix(weight.values, weight.bitmask, 70)):
         for extra in (None, bias):
-            out, steps = x.new_full((2, 20), torch.nan), _steps(device)
+            out, steps = x.new_full((num_rows, 20), torch.nan), _steps(device)
             steps.embed(table, tokens, x)
             steps.multiply(operand, extra, x, out)
             steps.run()
