@@ -261,6 +261,9 @@ def test_blocks_are_skipped_only_where_no_other_argument_depends_on_them(depends
         found = record[1].others()
         assert len(found) == len(expected) > 1 and all(map(torch.equal, found, expected))
     assert len(num_runs) == (2 if depends else 1)
+    if depends:
+        with pytest.raises(UserError, match=r"obert\) needs blocks that get hidden states alone .* this llama model"):
+            prune(model, batches, PruneConfig(method="obert", sparsity=0.5))
 
 
 def test_a_pattern_that_does_not_divide_a_width_is_refused_before_anything_changes():

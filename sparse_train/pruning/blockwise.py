@@ -131,7 +131,7 @@ def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str],
             for stack in family.stacks:
                 mine = {prefix: block for prefix, block in blocks.items() if prefix.startswith(f"{stack.blocks}.")}
                 if num_done < len(mine):
-                    records = _record(model, list(mine.values()), batches, read)
+                    records = _record(model, list(mine.values()), batches, read, method.Statistics is Gradients)
                     if method.Statistics is Gradients:
                         yield from visit_backwards(model, mine, linears, records, batches, read, num_done, begin)
                     else:
@@ -142,14 +142,19 @@ def visit_blocks(model: PreTrainedModel, method: Collects, names: Iterable[str],
         model.train(was_training)
 
 
-def _record(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch],
-            read: Read | None) -> list[list[Call]]:
-    """As record_calls."""
-    if not batches:
-        return []
-    without = [*family_of(model).blocks(model).values(), *_untied_head(model)]
-    with filled(model, read, without=without) if read else nullcontext():
-        return record_calls(model, blocks, batches)
+def _record(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch], read: Read | None,
+            for_gradients: bool) -> list[list[Call]]:
+    """As record_calls. Collective."""
+    records: list[list[Call]] = []
+
+    def run() -> None:
+        if batches:
+            without = [*family_of(model).blocks(model).values(), *_untied_head(model)]
+            with filled(model, read, without=without) if read else nullcontext():
+                records.extend(record_calls(model, blocks, batches, for_gradients))
+
+    dist.agree(run)
+    return records
 
 
 def _visit_stack(method: Collects, blocks: dict[str, nn.Module], linears: dict[str, nn.Linear],

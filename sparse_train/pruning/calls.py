@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparse_train.errors import UserError
 from sparse_train.models.filled import replaced_forwards
 from sparse_train.tasks import Batch
 
@@ -38,11 +39,13 @@ class Call:
                 if isinstance(value, torch.Tensor)]
 
 
-def record_calls(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch]) -> list[list[Call]]:
+def record_calls(model: PreTrainedModel, blocks: list[nn.Module], batches: list[Batch],
+                 for_gradients: bool = False) -> list[list[Call]]:
     """What each block is called with, by batch; of the hidden states only the first block's are kept.
 
     What blocks get besides hidden states seldom depends on what the blocks before them compute. Where the first batch
-    shows that it does not, the blocks of the others do nothing.
+    shows that it does not, the blocks of the others do nothing; where it shows that it does, a UserError is raised
+    `for_gradients`, which reach earlier blocks by hidden states alone.
     """
     records: list[list[Call]] = []
     skips = False
@@ -51,6 +54,10 @@ def record_calls(model: PreTrainedModel, blocks: list[nn.Module], batches: list[
         if not records and returns_states:
             skipped, _ = _record(model, blocks, batch, skips=True)
             skips = all(_same_others(call, other) for call, other in zip(record, skipped, strict=True))
+            if for_gradients and not skips:
+                raise UserError("pruning by gradients (prune.method=obert) needs blocks that get hidden states alone "
+                                f"from those before them, and in this {model.config.model_type} model some get more; "
+                                "choose another method")
         records.append(record)
     return records
 
