@@ -9,7 +9,7 @@ from torch import nn
 
 from sparse_train import dist
 from sparse_train.artifacts import write_json
-from sparse_train.compat.deepspeed import full_shape
+from sparse_train.compat.deepspeed import full_shape, release
 from sparse_train.compat.transformers import to_device
 from sparse_train.jobs.job import Job
 from sparse_train.jobs.ledger import Ledger
@@ -53,6 +53,8 @@ def _score_all(job: Job, ledger: Ledger) -> dict[str, Any]:
         if dist.rank() == 0:
             with open(job.out / f"{stage.id.replace('/', '-')}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample) + "\n" for sample in score.samples)
+        if spec.placement == "sharded" and (len(rows) > 1 or not texts):  # texts compare with the first one
+            release(model)
         del model  # before the next one is loaded
     if dist.rank() == 0:
         write_json(job.out / "scores.json", rows)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_train.artifacts import write_json
+from sparse_train.compat.deepspeed import local_part
 from sparse_train.config import PruneConfig, RunConfig
 from sparse_train.jobs import evaluate, report
 from sparse_train.jobs.job import Input, Job, Stopped, finished_file
@@ -101,13 +102,28 @@ def _kill_after(num_rounds):
     return progress
 
 
+def _watch_shards(monkeypatch):
+    """Fails where a model that is not the dense one has memory when another is loaded."""
+    models, load_one = [], evaluate.load_sharded
+
+    def load(*arguments):
+        assert not any(part.numel() for model in models[1:] for whole in model.parameters()
+                       for part in (whole, local_part(whole)))
+        models.append(load_one(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(evaluate, "load_sharded", load)
+
+
 def _evaluate_on_ranks(config, models, killed):
     """On each rank: undisturbed, into a folder of its own, and with models in shards; then what a process that was
     killed left in `killed`, stopped once more by a signal that one rank gets, and finished."""
     torch.set_num_threads(1)
     evaluate.run(_job(config, models, models / "undisturbed"))
     sharded = config.evaluate.model_copy(update={"placement": "sharded"})
-    evaluate.run(_job(config.model_copy(update={"evaluate": sharded}), models, models / "sharded"))
+    with pytest.MonkeyPatch.context() as patched:
+        _watch_shards(patched)
+        evaluate.run(_job(config.model_copy(update={"evaluate": sharded}), models, models / "sharded"))
     before = num_finished(killed)
     with pytest.raises(Stopped):
         evaluate.run(_job(config, models, killed, lambda *_: os.kill(os.getpid(), signal.SIGTERM)))

@@ -49,6 +49,14 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
+def release(module: torch.nn.Module) -> None:
+    """Free what this rank holds of a module under ZeRO-3 that is not used any more. DeepSpeed's stack of running
+    modules keeps the module of every engine for ever."""
+    for parameter in module.parameters():
+        for tensor in (parameter, local_part(parameter)):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
 @dataclass(frozen=True)
 class FlatRange:
     """Where a rank's range of a parameter lies in the rank's flat masters, under stages 1 and 2."""
