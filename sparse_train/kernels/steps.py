@@ -20,7 +20,8 @@ _BLOCK = _native.key_block
 class Steps:
     """Calls in order, made once and run for every token. Letters: B rows of the batch, D width, C and R as in kernels.
 
-    Tensors are float32 on the CPU and contiguous, and must not be resized. Raises ValueError for what does not fit.
+    Tensors are float32, a cache's also bfloat16, on the CPU and contiguous, and must not be resized. Raises ValueError
+    for what does not fit.
     """
 
     def __init__(self) -> None:
@@ -101,10 +102,10 @@ class Steps:
         and v, as in cross-attention, to what is there.
 
         `keys` as `key_cache` makes it, `values` (B, heads of both, capacity, head_dim); `position` (1,) int64: the last
-        one, where k and v go, below the capacity; `starts` (B,) int64: each row's first one. `rotation`: cosines and
-        sines (capacity, rotary width) by the distance from the start; `bias` (heads, capacity) by the distance between
-        q and k; `norms` (head_dim,): RMS norms of each head of q and of k, before they turn. q, k, v may be parts of
-        one tensor's rows.
+        one, where k and v go, below the capacity; `starts` (B,) int64: each row's first one, and a row that starts
+        behind the last one becomes NaN. `rotation`: cosines and sines (capacity, rotary width) by the distance from the
+        start; `bias` (heads, capacity) by the distance between q and k; `norms` (head_dim,): RMS norms of each head of
+        q and of k, before they turn. q, k, v may be parts of one tensor's rows.
         """
         num_rows, num_groups, capacity, head_dim = values.shape
         num_heads = out.shape[1] // head_dim

@@ -136,12 +136,11 @@ def test_attention_over_many_positions_has_the_same_bits_alone_and_on_any_number
     rows, capacity, last, dim = 3, 700, 690, 64
     keys, values = (_random(rows, groups, capacity, dim, seed=seed).to(stored) for seed in (1, 2))
     starts, q, out = torch.tensor([0, 5, 600]), _random(rows, heads * dim), torch.full((rows, heads * dim), torch.nan)
-    cache = Steps.key_cache(values)
-    Steps.put_keys(cache, keys)
 
-    def attended(row=slice(None)):
-        steps, found = Steps(), torch.full_like(out[row], torch.nan)
-        steps.attend(q[row], None, None, found, cache[row], values[row], torch.tensor([last]), starts[row], 0.125)
+    def attended(q, keys, values, last, starts):
+        steps, found, cache = Steps(), torch.full_like(q, torch.nan), Steps.key_cache(values)
+        Steps.put_keys(cache, keys)
+        steps.attend(q, None, None, found, cache, values, torch.tensor([last]), starts, 0.125)
         steps.run()
         return found
 
@@ -155,13 +154,27 @@ def test_attention_over_many_positions_has_the_same_bits_alone_and_on_any_number
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found = attended()
+            found = attended(q, keys, values, last, starts)
             out = found if count == 1 else out
             assert torch.equal(found, out)
     finally:
         torch.set_num_threads(num_threads)
     _check(out, plain, q, keys.float(), values.float())
-    assert all(torch.equal(attended(slice(row, row + 1)), out[row:row + 1]) for row in range(rows))
+    for row, start in enumerate(starts.tolist()):
+        for first in (0, 3):  # behind another number of paddings
+            alone = (part[row:row + 1].roll(first - start, dims=2) for part in (keys, values))
+            found = attended(q[row:row + 1], *alone, last + first - start, torch.tensor([first]))
+            assert torch.equal(found, out[row:row + 1]), (row, first)
+
+
+def test_a_row_that_attends_to_nothing_is_nan():
+    values, q = _random(3, 2, 20, 8), _random(3, 16)
+    cache, position = Steps.key_cache(values).zero_(), torch.tensor([9])
+    for starts in ([0, 0, 0], [0, 10, 20], [10, 10, 10]):  # the first leaves numbers where parts of a result are kept
+        steps, out, first = Steps(), torch.zeros_like(q), torch.tensor(starts)
+        steps.attend(q, None, None, out, cache, values, position, first, 1.0)
+        steps.run()
+        assert torch.equal(out.isnan(), (first > 9)[:, None].expand_as(out)), starts
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -1,5 +1,6 @@
-// What a decoder computes for one new token beside its products: norms, attention, activations. All in float32; rows
-// are those of the batch. Written for the compiler's vectoriser, attention in registers of a tier's width.
+// What a decoder computes for one new token beside its products: norms, attention, activations. All in float32, but for
+// keys and values stored in bfloat16; rows are those of the batch. Written for the compiler's vectoriser, attention in
+// registers of a tier's width.
 //
 // Tiers' files include this, as they do matmul.h: all is in an unnamed namespace.
 #pragma once

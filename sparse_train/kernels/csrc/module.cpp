@@ -439,7 +439,8 @@ void activate_at(int kind, uintptr_t x, uintptr_t factor, uintptr_t y, int64_t c
 }
 
 // q, k and v have rows of `q_stride` and `kv_stride` numbers, which begin with num_heads or num_groups heads: they may
-// be parts of one product. k and v are 0 where nothing is appended. out is (num_rows, num_heads * head_dim).
+// be parts of one product. k and v are 0 where nothing is appended. out is (num_rows, num_heads * head_dim), NaN for a
+// row that starts behind the last position: a softmax of no scores.
 void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_stride,
                int64_t kv_stride, int num_threads) {
     static thread_local std::vector<float> queries, partials;
@@ -452,9 +453,10 @@ void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintpt
     if (int64_t(partials.size()) < a.num_rows * of_row) partials.resize(a.num_rows * of_row);
     float *turned = queries.data(), *found = partials.data();
     for (int64_t row = 0; row < a.num_rows; ++row)
-        tier->steps.prepare(a, row, at<const float>(q) + row * q_stride,
-                            k ? at<const float>(k) + row * kv_stride : nullptr,
-                            k ? at<const float>(v) + row * kv_stride : nullptr, turned + row * width);
+        if (parts(row) > 0)
+            tier->steps.prepare(a, row, at<const float>(q) + row * q_stride,
+                                k ? at<const float>(k) + row * kv_stride : nullptr,
+                                k ? at<const float>(v) + row * kv_stride : nullptr, turned + row * width);
     const int64_t tasks = a.num_rows * a.num_groups * most_parts;
     const int64_t useful = std::min(tasks, a.num_rows * width * end / kAttendedPerThread);
     const int count = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
@@ -466,8 +468,11 @@ void attend_at(const Attention& a, uintptr_t q, uintptr_t k, uintptr_t v, uintpt
             tier->steps.attend(a, row, group, part, turned + row * width + first * a.head_dim,
                                found + row * of_row + part * of_part + first * (a.head_dim + 2));
     }
-    for (int64_t row = 0; row < a.num_rows; ++row)
-        tier->steps.merge(a, parts(row), found + row * of_row, at<float>(out) + row * width);
+    for (int64_t row = 0; row < a.num_rows; ++row) {
+        float* merged = at<float>(out) + row * width;
+        if (parts(row) > 0) tier->steps.merge(a, parts(row), found + row * of_row, merged);
+        else std::fill_n(merged, width, NAN);
+    }
 }
 
 }  // namespace
