@@ -116,6 +116,21 @@ def test_an_encoder_decoder_is_measured_with_both_caches(family, tmp_path, monke
     assert all(row["outside_products"] is not None for row in rows)  # decoded by a Decoder
 
 
+def test_speech_beside_text_and_unknown_caches_are_refused(tmp_path, capsys):
+    sound, text = str(tmp_path / "sound"), str(tmp_path / "text")
+    save_model(Path(sound), *tiny_model("whisper"))
+    save_model(Path(text), *tiny_model("llama"))
+    for command, told in ((["bench", "decode", "--model", sound, text], "measure them in two runs"),
+                          (["bench", "decode", "--model", text, "--device", "cuda", "--kv-cache", "bf16"],
+                           "are measured on the CPU; leave them out"),
+                          (["generate", text, "--prompt", "Tom", "--device", "cuda", "--kv-cache", "fp32"],
+                           "on a GPU it is always bf16")):
+        assert main(command) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="kv_cache='int8': .* give one of fp32, bf16"):
+        load(text, kv_cache="int8")
+
+
 def test_generate_streams_samples_stops_and_reads_prompts(tmp_path, monkeypatch, capsys):
     export_sparse(_sparse_model(), tiny_tokenizer(), "fp32", tmp_path / "model")
     runtime = load(tmp_path / "model")

@@ -45,8 +45,8 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     decode.add_argument("--threads", type=_positive, nargs="+", help="one measurement for each (default: all CPUs)")
     decode.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128], help="one measurement for each")
     decode.add_argument("--new-tokens", type=_positive, default=64)
-    decode.add_argument("--kv-cache", choices=("fp32", "bf16"), nargs="+", default=["fp32"],
-                        help="of our models, one row for each (default: fp32)")
+    decode.add_argument("--kv-cache", choices=("fp32", "bf16"), nargs="+",
+                        help="of our models on the CPU, one row for each (default: fp32)")
     decode.add_argument("--repeats", type=_positive, default=7)
     decode.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the models as CUDA graphs in "
                         "BF16, for batches of 1 and 16 answers; --shape may also be mpt-7b or llama-8b")
@@ -195,7 +195,7 @@ def _decode(options, console: Console) -> None:
     rows = []
     for run in compare(options.model or [], options.shape, options.sparsity or [0.5, 0.75], options.peers,
                        options.threads or [torch.get_num_threads()], options.prompt_tokens, options.new_tokens,
-                       options.repeats, options.kv_cache):
+                       options.repeats, options.kv_cache or ["fp32"]):
         rows += run
         if not options.json:
             first = run[0]
@@ -224,8 +224,9 @@ def _device_decode(options, console: Console) -> None:
     from sparse_train.inference.gpu import find_gpu
     from sparse_train.models import load_processor
 
-    if options.peers or options.threads or len(options.prompt_tokens) > 1:
-        raise UserError("--peers, --threads and several --prompt-tokens are measured on the CPU; leave them out")
+    if options.peers or options.threads or options.kv_cache or len(options.prompt_tokens) > 1:
+        raise UserError("--peers, --threads, --kv-cache and several --prompt-tokens are measured on the CPU; leave them "
+                        "out")
     if options.shape and options.shape not in WHOLE:
         raise UserError(f"--shape {options.shape}: a GPU is measured with one of {', '.join(WHOLE)}")
     device = find_gpu()

@@ -34,9 +34,9 @@ def add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
                           help="how many of FILE are answered at a time; default: 1")
     generate.add_argument("--max-new-tokens", type=int, metavar="N",
                           help="default: 128, or as many as the model has positions for")
-    generate.add_argument("--kv-cache", choices=("fp32", "bf16"), default="fp32",
-                          help="what is kept of the tokens before: bf16 makes long texts faster, and rounds, so that "
-                               "answers may differ; default: fp32. On a GPU it is bf16")
+    generate.add_argument("--kv-cache", choices=("fp32", "bf16"),
+                          help="what is kept of the tokens before, on the CPU: bf16 makes long texts faster, and "
+                               "rounds, so that answers may differ; default: fp32. On a GPU it is always bf16")
     generate.add_argument("--chat", action=argparse.BooleanOptionalAction,
                           help="put the prompt as a user's turn into the model's chat template; default: as the run "
                                "that made FOLDER was trained, elsewhere wherever there is a template")
@@ -66,7 +66,8 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     _check(options)
     prompts = [options.prompt] if options.prompts is None else _read(options.prompts)
     set_threads()
-    model = load(options.folder, device=options.device, batch_size=options.batch_size, kv_cache=options.kv_cache)
+    model = load(options.folder, device=options.device, batch_size=options.batch_size,
+                 kv_cache=options.kv_cache or "fp32")
     errors = Console(stderr=True, soft_wrap=True)
     if model.is_sparse and options.device == "cpu" and kernels.backend() == "portable":
         errors.print(kernels.PORTABLE_NOTE, style="yellow", highlight=False)
@@ -110,6 +111,8 @@ def _check(options: argparse.Namespace) -> None:
                         "or 0, which takes the most likely token")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}: it must be above 0 and at most 1")
+    if options.kv_cache and options.device == "cuda":
+        raise UserError(f"--kv-cache {options.kv_cache}: on a GPU it is always bf16; leave it out with --device cuda")
     for text in options.stop:
         if not text:
             raise UserError("--stop: it must have at least one character")

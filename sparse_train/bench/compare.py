@@ -62,6 +62,9 @@ def compare(folders: Sequence[str], shape: str | None, sparsities: Iterable[floa
         for folder in folders or [dense]:
             add(folder, load(folder))
         first = next(iter(runtimes.values()))
+        if len({runtime.processor.features is None for runtime in runtimes.values()}) > 1:
+            raise UserError(f"--model {' '.join(folders)}: models of speech and of text read no prompt in common; "
+                            "measure them in two runs")
         if names and (first.is_sparse or first.model.config.is_encoder_decoder):
             raise UserError(f"{dense}: other engines run dense decoders; give the folder of one first, or leave out "
                             "--peers")

@@ -20,6 +20,7 @@ from sparse_train.inference.packed_linear import PackedEmbedding, PackedLinear
 from sparse_train.inference.shared import pack_shared
 from sparse_train.kernels import PackedMatrix, pack
 from sparse_train.models import ModelFolder, Processor, fill, load_processor, open_model
+from sparse_train.models.checkpoint import DTYPES
 from sparse_train.sparse import replace_module
 from sparse_train.tasks import Example, generate, read
 from sparse_train.tasks.batch import encode_prompt
@@ -105,9 +106,11 @@ def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"]
     On the CPU activations are fp32; on a GPU (cuda) the model computes in BF16, and fp32 values become BF16. `shared`:
     on the CPU large sparse weights lie in a file that all processes map (shared.py), else in memory of this process.
     `batch_size`: how many answers at a time a GPU's weights are laid out for; any other number is right as well.
-    `kv_cache`: as in Runtime. Raises UserError for a folder that is not a complete checkpoint, and where no GPU can run
-    it.
+    `kv_cache`: as in Runtime. Raises UserError for one that is neither, for a folder that is not a complete checkpoint,
+    and where no GPU can run it.
     """
+    if kv_cache not in DTYPES:
+        raise UserError(f"kv_cache={kv_cache!r}: there is no such cache; give one of {', '.join(DTYPES)}")
     try:
         model, precision = (_load_on_cpu(folder, shared) if device == "cpu" else
                             gpu.load_on_gpu(folder, gpu.find_gpu(), batch_size))
