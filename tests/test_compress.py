@@ -127,7 +127,7 @@ def test_speech_beside_text_and_unknown_caches_are_refused(tmp_path, capsys):
                            "on a GPU it is always bf16")):
         assert main(command) == 2
         assert told in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(UserError, match="kv_cache='int8': .* give one of fp32, bf16"):
+    with pytest.raises(UserError, match=r"kv_cache='int8': .* give one of fp32, bf16"):
         load(text, kv_cache="int8")
 
 

@@ -225,8 +225,8 @@ def _device_decode(options, console: Console) -> None:
     from sparse_train.models import load_processor
 
     if options.peers or options.threads or options.kv_cache or len(options.prompt_tokens) > 1:
-        raise UserError("--peers, --threads, --kv-cache and several --prompt-tokens are measured on the CPU; leave them "
-                        "out")
+        raise UserError("--peers, --threads, --kv-cache and several --prompt-tokens are measured on the CPU; leave "
+                        "them out")
     if options.shape and options.shape not in WHOLE:
         raise UserError(f"--shape {options.shape}: a GPU is measured with one of {', '.join(WHOLE)}")
     device = find_gpu()
