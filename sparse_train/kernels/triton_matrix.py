@@ -3,10 +3,10 @@
 import torch
 from torch.nn import functional
 
-from sparse_train.kernels.arguments import check_bits, check_tensor, consecutive, describe
+from sparse_train.kernels.arguments import check_bits, check_count, check_tensor, consecutive, describe
 from sparse_train.kernels.native import FLOATS
 from sparse_train.kernels.reference import GROUP, unpack
-from sparse_train.kernels.triton_runs import MOST_COLUMNS, Runs
+from sparse_train.kernels.triton_runs import Runs
 from sparse_train.kernels.triton_tiles import Tiles
 
 _MOST_PLACES = 2 ** 31 - 1
@@ -32,8 +32,7 @@ class DeviceMatrix:
                  scale: torch.Tensor | None = None, num_rows: int = 1):
         check_tensor("values", values, None, dtypes=(torch.bfloat16, torch.int8))
         check_bits(bitmask, num_columns, device=values.device)
-        if not 0 < num_columns <= MOST_COLUMNS:
-            raise ValueError(f"num_columns is {num_columns}; a product on the GPU takes 1 to {MOST_COLUMNS}")
+        check_count("num_columns", num_columns, 1)
         if (values.dtype == torch.int8) != (scale is not None):
             raise ValueError(f"values are {values.dtype} and scale is {'missing' if scale is None else 'given'}; "
                              "int8 values have a scale per row or per group, others have none")

@@ -1,8 +1,9 @@
 """A weight on a GPU for products with few vectors, in Triton, with work for nonzeros alone: the memory of data-centre
 cards delivers a weight faster than a multiprocessor can test the bits of all its positions.
 
-Rows are sorted by their number of nonzeros, and 32 of them that follow each other are a block, the work of one program.
-8 or 16 threads share a row, and each has a run of it: as many chunks of eight nonzeros as all others of its block. A
+Columns are divided into panels of at most 4096. A panel's rows are sorted by their number of nonzeros, and 32 of them
+that follow each other are a block, the work of one program. Eight threads share a row, and each has a run of it: as
+many chunks of eight nonzeros as all others of its block. Sums of several panels are added up by a second launch. A
 nonzero is its value and the distance to the one before it, in 4 or 8 bits, whichever makes fewer bytes of the weight; a
 greater distance is bridged by zeros. Where every row keeps N of each M <= 16 columns, a nonzero's place in its M takes
 that of the distance, and its number tells the rest. The chunks with one number are consecutive over the block, so that
@@ -16,11 +17,15 @@ import triton.language as tl
 
 from sparse_train.kernels.reference import GROUP, unpack
 
-_ROWS, _CHUNK = 32, 8
-MOST_COLUMNS = 32_768
-_MOST_ACTIVATIONS = 32_768
-"""A program holds so many in registers, and has them in shared memory while it reads them: 64 KB, which leaves room
-for what is on its way in the 99 KB of compute capability 8.6 and 8.9."""
+_ROWS, _LANES, _CHUNK = 32, 8, 8
+_PANEL = 4096
+"""A program stores the activations of so many columns again at each step; of four vectors they are 32 KB."""
+_STAGES = 5
+"""Four steps are on their way while one is multiplied: 20 KB of BF16 values and distances of four bits."""
+_VECTORS = 4
+"""For which a launch reads the weight once."""
+_SUMS = 1024
+"""That a program adds up."""
 
 
 class Runs:
@@ -28,10 +33,14 @@ class Runs:
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int, scale: torch.Tensor | None):
         self.shape = num_rows, num_columns = len(bitmask), num_columns
-        self._scale, self._lanes = scale, 8 if num_columns <= 8192 else 16
+        self._scale = scale
         self._value_bits = 4 if scale is not None and scale.ndim == 2 else 8 * values.itemsize
         keep = unpack(bitmask, num_columns)
         rows, columns = keep.nonzero(as_tuple=True)
+        self._num_panels = -(-num_columns // _PANEL)
+        self._width = -(-num_columns // (self._num_panels * GROUP)) * GROUP  # of a panel
+        rows, sorting = (columns // self._width * num_rows + rows).sort(stable=True)  # of all panels
+        columns, values = columns[sorting] % self._width, values[sorting]
         self._pattern = _pattern(keep)
         if self._pattern is None:
             missing = {bits: _missing(_distances(rows, columns), bits) for bits in (4, 8)}
@@ -42,19 +51,19 @@ class Runs:
         else:
             self._index_bits = 4
 
-        counts = rows.bincount(minlength=num_rows)
-        order = counts.argsort(descending=True, stable=True)
-        place_of_row = torch.empty_like(order).scatter_(0, order, torch.arange(num_rows, device=order.device))
+        counts = rows.bincount(minlength=self._num_panels * num_rows)
+        most, order = counts.view(self._num_panels, num_rows).sort(dim=1, descending=True, stable=True)
         self._rows = torch.nn.functional.pad(order.int(), (0, -num_rows % _ROWS), value=num_rows)
-        most = counts[order[::_ROWS]]  # in a row of each block
-        chunks = -(-most // (self._lanes * _CHUNK))  # of each of its runs
+        places = torch.arange(self._rows.numel(), device=order.device).view(self._rows.shape)[:, :num_rows]
+        place_of_row = torch.empty_like(order).scatter_(1, order, places).view(-1)
+        chunks = -(-most[:, ::_ROWS].reshape(-1) // (_LANES * _CHUNK))  # of each run of a block
         self._first_chunks = torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).int()
-        num_runs = _ROWS * self._lanes  # of a block
+        num_runs = _ROWS * _LANES  # of a block
 
         block = place_of_row[rows] // _ROWS
         index = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # within the row
         lane, index = index // (_CHUNK * chunks[block]), index % (_CHUNK * chunks[block])  # within the run
-        run = place_of_row[rows] % _ROWS * self._lanes + lane  # within the block
+        run = place_of_row[rows] % _ROWS * _LANES + lane  # within the block
         place = ((self._first_chunks[block] + index // _CHUNK) * num_runs + run) * _CHUNK + index % _CHUNK
         size = int(self._first_chunks[-1]) * num_runs * _CHUNK
         self._starts = None
@@ -78,21 +87,20 @@ class Runs:
 
     def _launch(self, kernel, *arguments, **constants) -> None:
         kept, of = self._pattern or (0, 0)
-        kernel[(len(self._rows) // _ROWS,)](
+        kernel[(self._rows.numel() // _ROWS,)](
             self.values, self._codes, self._starts, self._first_chunks, self._rows, self._scale, *arguments,
             *self.shape, -(-self.shape[1] // GROUP), VALUE_BITS=self._value_bits, INDEX_BITS=self._index_bits,
-            KEPT=kept, OF=of, GROUP=GROUP, COLUMNS=triton.next_power_of_2(self.shape[1]), ROWS=_ROWS,
-            LANES=self._lanes, CHUNK=_CHUNK, num_warps=_ROWS * self._lanes // 32, enable_fp_fusion=True,
-            # 1024 chunks or less are on their way while a step is multiplied: 20 KB with distances of four bits.
-            STAGES=1 + 32 // self._lanes, **constants)
+            KEPT=kept, OF=of, GROUP=GROUP, WIDTH=self._width, COLUMNS=triton.next_power_of_2(self._width), ROWS=_ROWS,
+            LANES=_LANES, CHUNK=_CHUNK, STAGES=_STAGES, num_warps=_ROWS * _LANES // 32, enable_fp_fusion=True,
+            **constants)
 
     def multiply(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y (B, R) = x (B, C) W^T, both contiguous BF16. A launch reads the weight once for up to four vectors, two
-        where there are more than 8192 columns, one where there are more than 16384."""
-        most = min(4, _MOST_ACTIVATIONS // triton.next_power_of_2(self.shape[1]))
-        for first in range(0, len(x), most):
-            part = x[first:first + most]
-            self._launch(_multiply, part, y[first:first + most], len(part), VECTORS=triton.next_power_of_2(len(part)))
+        """y (B, R) = x (B, C) W^T, both contiguous BF16."""
+        for part, out in zip(x.split(_VECTORS), y.split(_VECTORS), strict=True):
+            sums = out if self._num_panels == 1 else x.new_empty(self._num_panels, *out.shape, dtype=torch.float32)
+            self._launch(_multiply, part, sums, len(part), VECTORS=triton.next_power_of_2(len(part)))
+            if self._num_panels > 1:
+                add_sums(sums, out)
 
     def expand(self) -> torch.Tensor:
         """-> the weight (R, C) BF16."""
@@ -141,6 +149,20 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return codes if bits == 8 else codes[::2] | codes[1::2] << 4
 
 
+def add_sums(sums: torch.Tensor, y: torch.Tensor) -> None:
+    """y (B, R) BF16 = the sum of (N, B, R) FP32 over its first dimension, in its order."""
+    _add[(-(-y.numel() // _SUMS),)](sums, y, y.numel(), len(sums), SUMS=_SUMS, num_warps=4, enable_fp_fusion=False)
+
+
+@triton.jit(do_not_specialize=["size", "num_sums"])
+def _add(sums, y, size, num_sums, SUMS: tl.constexpr):
+    place = tl.program_id(0) * SUMS + tl.arange(0, SUMS)
+    total = tl.zeros([SUMS], tl.float32)
+    for number in range(num_sums):
+        total += tl.load(sums + number * size + place, mask=place < size, other=0)
+    tl.store(y + place, total, mask=place < size)
+
+
 @triton.jit
 def _load_codes(codes, run, BITS: tl.constexpr, CHUNK: tl.constexpr):
     """-> (RUNS, CHUNK) int32 of 4 or 8 bits."""
@@ -152,9 +174,9 @@ def _load_codes(codes, run, BITS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _load_chunk(values, codes, scale, row, chunk, at, num_groups, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
-                KEPT: tl.constexpr, OF: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.constexpr,
-                CHUNK: tl.constexpr):
+def _load_chunk(values, codes, scale, row, chunk, at, first_group, num_groups, VALUE_BITS: tl.constexpr,
+                INDEX_BITS: tl.constexpr, KEPT: tl.constexpr, OF: tl.constexpr, GROUP: tl.constexpr,
+                COLUMNS: tl.constexpr, RUNS: tl.constexpr, CHUNK: tl.constexpr):
     """-> values (RUNS, CHUNK) FP32 and their columns, of the chunk with this number of each run; `at` moves on."""
     run = chunk * RUNS + tl.arange(0, RUNS)
     code = _load_codes(codes, run, INDEX_BITS, CHUNK)
@@ -167,9 +189,10 @@ def _load_chunk(values, codes, scale, row, chunk, at, num_groups, VALUE_BITS: tl
     if VALUE_BITS == 4:
         value = (_load_codes(values, run, 4, CHUNK) - 8).to(tl.float32)
         group = column_before // GROUP
-        last = num_groups - 1
-        here = tl.load(scale + row * num_groups + tl.minimum(group, last)).to(tl.float32)
-        beyond = tl.load(scale + row * num_groups + tl.minimum(group + 1, last)).to(tl.float32)
+        last = num_groups - 1 - first_group
+        scale += row * num_groups + first_group
+        here = tl.load(scale + tl.minimum(group, last)).to(tl.float32)
+        beyond = tl.load(scale + tl.minimum(group + 1, last)).to(tl.float32)
         value *= tl.where(column < (group[:, None] + 1) * GROUP, here[:, None], beyond[:, None])
     else:
         value = tl.load(values + run[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]).to(tl.float32)
@@ -218,42 +241,46 @@ def _product(value, column, word, VECTORS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "num_vectors"])
 def _multiply(values, codes, starts, first_chunks, rows, scale, x, y, num_vectors, num_rows, num_columns, num_groups,
               VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, KEPT: tl.constexpr, OF: tl.constexpr,
-              GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-              CHUNK: tl.constexpr, STAGES: tl.constexpr, VECTORS: tl.constexpr):
+              GROUP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+              LANES: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, VECTORS: tl.constexpr):
     block = tl.program_id(0)
+    panel = block // tl.cdiv(num_rows, ROWS)
     first, last = tl.load(first_chunks + block), tl.load(first_chunks + block + 1)
     at = _first_places(starts, first, last, block, KEPT, ROWS, LANES, CHUNK)
     row = tl.load(rows + block * ROWS + tl.arange(0, ROWS * LANES) // LANES)
     row = tl.minimum(row, num_rows - 1)
-    word = _activations(x, tl.arange(0, COLUMNS), num_vectors, num_columns, VECTORS)
+    word = _activations(x, panel * WIDTH + tl.arange(0, COLUMNS), num_vectors, num_columns, VECTORS)
     total = tl.zeros([ROWS * LANES, VECTORS], tl.float32)
     for chunk in tl.range(first, last, num_stages=STAGES):
-        value, column, at = _load_chunk(values, codes, scale, row, chunk, at, num_groups, VALUE_BITS, INDEX_BITS, KEPT,
-                                        OF, GROUP, COLUMNS, ROWS * LANES, CHUNK)
+        value, column, at = _load_chunk(values, codes, scale, row, chunk, at, panel * (WIDTH // GROUP), num_groups,
+                                        VALUE_BITS, INDEX_BITS, KEPT, OF, GROUP, COLUMNS, ROWS * LANES, CHUNK)
         total += _product(value, column, word, VECTORS)
     row = tl.load(rows + block * ROWS + tl.arange(0, ROWS))[:, None]
     vector = tl.arange(0, VECTORS)[None, :]
     result = tl.sum(tl.reshape(total, [ROWS, LANES, VECTORS]), 1)
     if VALUE_BITS == 8:
         result *= tl.load(scale + row, mask=row < num_rows, other=0)
-    tl.store(y + vector * num_rows + row, result, mask=(row < num_rows) & (vector < num_vectors))
+    tl.store(y + (panel * num_vectors + vector) * num_rows + row, result,
+             mask=(row < num_rows) & (vector < num_vectors))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _expand(values, codes, starts, first_chunks, rows, scale, dense, num_rows, num_columns, num_groups,
             VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, KEPT: tl.constexpr, OF: tl.constexpr,
-            GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr,
-            STAGES: tl.constexpr):
+            GROUP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+            CHUNK: tl.constexpr, STAGES: tl.constexpr):
     block = tl.program_id(0)
+    panel = block // tl.cdiv(num_rows, ROWS)
     first, last = tl.load(first_chunks + block), tl.load(first_chunks + block + 1)
     at = _first_places(starts, first, last, block, KEPT, ROWS, LANES, CHUNK)
     row = tl.load(rows + block * ROWS + tl.arange(0, ROWS * LANES) // LANES)
     exists = row < num_rows
     row = tl.minimum(row, num_rows - 1).to(tl.int64)
     for chunk in tl.range(first, last, num_stages=STAGES):
-        value, column, at = _load_chunk(values, codes, scale, row, chunk, at, num_groups, VALUE_BITS, INDEX_BITS, KEPT,
-                                        OF, GROUP, COLUMNS, ROWS * LANES, CHUNK)
+        value, column, at = _load_chunk(values, codes, scale, row, chunk, at, panel * (WIDTH // GROUP), num_groups,
+                                        VALUE_BITS, INDEX_BITS, KEPT, OF, GROUP, COLUMNS, ROWS * LANES, CHUNK)
         if VALUE_BITS == 8:
             value *= tl.load(scale + row)[:, None]
         # A zero that bridges or fills may lie where another value is.
-        tl.store(dense + row[:, None] * num_columns + column, value, mask=(value != 0) & exists[:, None])
+        tl.store(dense + row[:, None] * num_columns + panel * WIDTH + column, value,
+                 mask=(value != 0) & exists[:, None])

@@ -15,13 +15,11 @@ import triton.language as tl
 
 from sparse_train.kernels.reference import GROUP, pack, unpack
 from sparse_train.kernels.triton_moves import load_bytes
-from sparse_train.kernels.triton_runs import pack_codes
+from sparse_train.kernels.triton_runs import add_sums, pack_codes
 
 _SIZE = 64
 _PROGRAMS = 512
 """At least, where the weight has that many tiles: four on each multiprocessor of a large GPU."""
-_SUMS = 1024
-"""That a program of the second launch adds up."""
 
 
 class Tiles:
@@ -69,8 +67,7 @@ class Tiles:
         sums = x.new_empty(self._num_splits, *y.shape, dtype=torch.float32)
         self._launch(_multiply, (self._grid[0], self._num_splits), x, sums, len(x),
                      VECTORS=max(16, triton.next_power_of_2(len(x))), WORDS=self._words_per_split, STAGES=3)
-        _add[(-(-y.numel() // _SUMS),)](sums, y, y.numel(), self._num_splits, SUMS=_SUMS, num_warps=4,
-                                       enable_fp_fusion=False)
+        add_sums(sums, y)
 
     def expand(self) -> torch.Tensor:
         """-> the weight (R, C) BF16, to which scaled integers are rounded."""
@@ -143,15 +140,6 @@ def _multiply(values, bits, firsts, scale, x, sums, num_vectors, num_rows, num_c
         total *= tl.load(scale + row, mask=row < num_rows, other=0)[:, None]
     tl.store(sums + (split * num_vectors + vector[None, :]).to(tl.int64) * num_rows + row[:, None], total,
              mask=(vector[None, :] < num_vectors) & (row[:, None] < num_rows))
-
-
-@triton.jit(do_not_specialize=["size", "num_splits"])
-def _add(sums, y, size, num_splits, SUMS: tl.constexpr):
-    place = tl.program_id(0) * SUMS + tl.arange(0, SUMS)
-    total = tl.zeros([SUMS], tl.float32)
-    for split in range(num_splits):
-        total += tl.load(sums + split * size + place, mask=place < size, other=0)
-    tl.store(y + place, total, mask=place < size)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
