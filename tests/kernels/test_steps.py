@@ -170,8 +170,8 @@ def test_attention_over_many_positions_has_the_same_bits_alone_and_on_any_number
 def test_a_row_that_attends_to_nothing_is_nan():
     values, q = _random(3, 2, 20, 8), _random(3, 16)
     cache, position = Steps.key_cache(values).zero_(), torch.tensor([9])
-    for starts in ([0, 0, 0], [0, 10, 20], [10, 10, 10]):  # the first leaves numbers where parts of a result are kept
-        steps, out, first = Steps(), torch.zeros_like(q), torch.tensor(starts)
+    for starts in ([0, 0, 0], [0, 10, 20], [10, 10, 10]):
+        steps, out, first = Steps(), torch.ones_like(q), torch.tensor(starts)
         steps.attend(q, None, None, out, cache, values, position, first, 1.0)
         steps.run()
         assert torch.equal(out.isnan(), (first > 9)[:, None].expand_as(out)), starts
