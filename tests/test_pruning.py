@@ -159,7 +159,7 @@ def test_every_prunable_linear_is_pruned_to_the_count_and_nothing_else_changes(m
 
 
 def test_padding_does_not_count():
-    spec = PruneConfig(sparsity=0.5)
+    spec = PruneConfig(method="sparsegpt", sparsity=0.5)
     plain, padded = (prune(_model(), batches, spec) for batches in (_batches(), _batches(extra_padding=9)))
     for name, weight in plain.items():
         assert torch.equal(weight.bitmask, padded[name].bitmask), name
@@ -167,7 +167,7 @@ def test_padding_does_not_count():
 
 
 def test_a_block_sees_the_inputs_that_the_pruned_blocks_before_it_make():
-    spec = PruneConfig(sparsity=0.75)
+    spec = PruneConfig(method="sparsegpt", sparsity=0.75)
     pruned, name = _model(), "transformer.blocks.1.attn.Wqkv"
     weights = prune(pruned, _batches(), spec)
     model = _model()

@@ -254,7 +254,7 @@ def _fail():
     batches = [collate([example], processor) for example in tiny_examples(processor)]
     mine, *others = (set(batches[index].input_ids.flatten().tolist()) for index in (1, 0, 2, 3))
     model.get_input_embeddings().weight.data[min(mine.difference(*others))] = torch.nan
-    return [_message(_pruned, "mpt", PruneConfig(sparsity=0.6, damping=1e-30)),
+    return [_message(_pruned, "mpt", PruneConfig(method="sparsegpt", sparsity=0.6, damping=1e-30)),
             _message(prune, model, batches[dist.rank()::dist.world_size()], PruneConfig(sparsity=0.6))]
 
 

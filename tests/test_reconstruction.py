@@ -51,7 +51,7 @@ def _pruned(batches, family="llama", **keys):
     return model.double(), {name: weight for name, weight in weights.items() if name.startswith(f"{first}.")}
 
 
-@pytest.mark.parametrize("keys", [{"method": "magnitude", "sparsity": 0.7}, {"pattern": "2:4"},
+@pytest.mark.parametrize("keys", [{"method": "magnitude", "sparsity": 0.7}, {"method": "sparsegpt", "pattern": "2:4"},
                                   {"method": "wanda", "sparsity": 0.5, "family": "mpt"}], ids=str)
 def test_the_error_falls_and_the_bits_stay(keys):
     dense, processor = tiny_model(keys.get("family", "llama"))

@@ -20,8 +20,9 @@ class ReconstructionConfig(Section):
 
 
 class PruneConfig(Section):
-    method: Annotated[str, AfterValidator(PRUNERS.check)] = "sparsegpt"
-    """One of the table PRUNERS of sparse_train/registry.py."""
+    method: Annotated[str, AfterValidator(PRUNERS.check)] = "admm"
+    """One of the table PRUNERS of sparse_train/registry.py. The default is what was best for its time on a pretrained
+    model (docs/benchmarks.md, "Methods by score")."""
     sparsity: float | tuple[float, ...] | None = None
     """The fraction of each prunable weight that becomes zero, uniform over layers; an N:M pattern implies it. A list,
     ascending, is a chain: each level is pruned from the fine-tuned weights of the one before."""
