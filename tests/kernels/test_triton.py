@@ -28,7 +28,7 @@ _EACH_DEVICE = pytest.mark.parametrize("device", [
     pytest.param("cuda", marks=_GPU)])
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 _MOST_INSTRUCTIONS = {"product-bf16-1": 15, "product-bf16-2": 17, "product-bf16-4": 27, "product-int8-1": 15,
-                      "product-int4-1": 23, "product-2:4-1": 16, "product-bf16-16": 15, "product-bf16-64": 21,
+                      "product-int4-1": 24, "product-2:4-1": 16, "product-bf16-16": 15, "product-bf16-64": 21,
                       "product-int8-16": 18, "product-int4-16": 21}
 """For a nonzero in runs, for a position in tiles. docs/benchmarks.md says what a GPU has time for."""
 _AROUND = 8  # elements before and behind a target that must stay as they are
@@ -354,7 +354,7 @@ def test_they_compile_for_each_generation_without_spills(tmp_path):
     moved = {(f"{move}-{size}", kernel) for move in ("expand", "compact") for size in (2, 4)
              for kernel in ("_count_parts", "_move_parts")}
     products = {(f"product-{name}-{num_rows}", kernel) for name, counts in PRODUCTS.items() for num_rows in counts
-                for kernel in (["_multiply"] if num_rows <= 4 else ["_multiply", "_add"])}
+                for kernel in (["_multiply"] if num_rows <= 4 and name != "wide" else ["_multiply", "_add"])}
     steps = {(f"steps-{name}", kernel) for name in ("llama-8b", "mpt-7b")
              for kernel in ("_normalise", "_attend", "_add_parts", "_activate")}
     assert {(row["target"], row["call"], row["kernel"]) for row in found} == {
