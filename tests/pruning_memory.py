@@ -57,7 +57,7 @@ def peak(folder: Path) -> int:
     """Bytes that this rank has at most, beyond those before, while it prunes the model `folder`/dense."""
     torch.set_num_threads(1)
     dense, before = Stage(Kind.DENSE, "dense", external=str(folder / "dense")), psutil.Process().memory_info().rss
-    job = Job(RunConfig(prune={"sparsity": 0.75, "num_calibration": 6, "batch_size": 2}),
+    job = Job(RunConfig(prune={"method": "sparsegpt", "sparsity": 0.75, "num_calibration": 6, "batch_size": 2}),
               Stage(Kind.PRUNE, "prune", inputs=(dense,)), folder / "out", (Input(dense, folder / "dense"),),
               _ignore)
     return int(1e9 * prune.run(job)["peak_memory_gb"][dist.rank()]) - before
