@@ -34,23 +34,7 @@ class PackedMatrix:
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
                  scale: torch.Tensor | None = None):
-        check_tensor("values", values, None, device=CPU, dtypes=(*FLOATS, torch.int8))
-        check_bits(bitmask, num_columns)
-        if (values.dtype == torch.int8) != (scale is not None):
-            raise ValueError(f"values are {values.dtype} and scale is {'missing' if scale is None else 'given'}; "
-                             "int8 values have a scale per row or per group, others have none")
-        is_int4 = False
-        if isinstance(scale, torch.Tensor) and scale.ndim == 2:
-            is_int4 = True
-            check_tensor("scale", scale, len(bitmask), -(-num_columns // reference.GROUP), device=CPU,
-                         dtypes=(torch.bfloat16,))
-            if values.numel() and not -8 <= values.min() <= values.max() <= 7:
-                raise ValueError(f"values are {int(values.min())} to {int(values.max())}; with a scale per group they "
-                                 "are codes of four bits, -8 to 7")
-        elif scale is not None:
-            check_tensor("scale", scale, len(bitmask), device=CPU, dtypes=FLOATS)
-            scale = scale.float()
-        scale = None if scale is None else consecutive(scale)
+        scale, is_int4 = check_weight(values, bitmask, num_columns, scale, FLOATS, CPU)
         values, bitmask = consecutive(values.float() if values.dtype == torch.float16 else values), consecutive(bitmask)
         self._hold(_native.Packed(values.data_ptr(), bitmask.data_ptr(), 0 if scale is None else scale.data_ptr(),
                                   len(bitmask), num_columns, values.numel(), values.element_size(), is_int4,
@@ -197,6 +181,30 @@ class PackedMatrix:
         if not finite.all():
             y[~finite] = self._expanding(rows[~finite])
         return y.view(*x.shape[:-1], self.shape[0])
+
+
+def check_weight(values: torch.Tensor, bitmask: torch.Tensor, num_columns: int, scale: torch.Tensor | None,
+                 floats: tuple[torch.dtype, ...],
+                 device: torch.device | None = None) -> tuple[torch.Tensor | None, bool]:
+    """What a weight (R, C) for products is made from: `values` (nnz,) of `floats`, int8 with `scale` (R,) floating, or
+    INT4, as PackedMatrix has it; on one device, any where none is given. Returns the scale, consecutive and of int8
+    float32, and whether the weight is INT4. Raises ValueError for what does not fit."""
+    check_tensor("values", values, None, device=device, dtypes=(*floats, torch.int8))
+    check_bits(bitmask, num_columns, device=values.device)
+    if (values.dtype == torch.int8) != (scale is not None):
+        raise ValueError(f"values are {values.dtype} and scale is {'missing' if scale is None else 'given'}; "
+                         "int8 values have a scale per row or per group, others have none")
+    if scale is None:
+        return None, False
+    if not isinstance(scale, torch.Tensor) or scale.ndim != 2:
+        check_tensor("scale", scale, len(bitmask), device=values.device, dtypes=FLOATS)
+        return consecutive(scale.float()), False
+    check_tensor("scale", scale, len(bitmask), -(-num_columns // reference.GROUP), device=values.device,
+                 dtypes=(torch.bfloat16,))
+    if values.numel() and not -8 <= values.min() <= values.max() <= 7:
+        raise ValueError(f"values are {int(values.min())} to {int(values.max())}; with a scale per group they "
+                         "are codes of four bits, -8 to 7")
+    return consecutive(scale), True
 
 
 def break_even(num_rows: int, precision: str) -> float:

@@ -5,6 +5,7 @@ A call costs well under a microsecond, an operator of torch several, and a token
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -80,17 +81,13 @@ class Steps:
         """out (B, R) = x (B, C) W^T + bias, W packed or dense (R, C)."""
         self._at(x, None, weight.shape[1])
         self._at(out, len(x), weight.shape[0])
-        calls: list[Callable[[], object]] = []
-        if isinstance(weight, PackedMatrix):
-            calls.append(weight.product(x, out))
-            if bias is not None:
-                calls.append(functools.partial(out.add_, bias))
-        elif len(x) == 1:
+        if isinstance(weight, torch.Tensor) and len(x) == 1:
             start = (weight, x[0]) if bias is None else (bias, weight, x[0])
-            calls.append(functools.partial(torch.mv if bias is None else torch.addmv, *start, out=out[0]))
+            self._add_products([functools.partial(torch.mv if bias is None else torch.addmv, *start, out=out[0])])
         else:
-            start = (x, weight.T) if bias is None else (bias, x, weight.T)
-            calls.append(functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out))
+            self._add_products(product_calls(weight, bias, x, out))
+
+    def _add_products(self, calls: list[Callable[[], object]]) -> None:
         self._calls += calls
         self._products += calls
 
@@ -134,6 +131,18 @@ class Steps:
         check_step(tensor, *shape, device=CPU, dtypes=dtypes, is_part=is_part)
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def product_calls(weight: Any, bias: torch.Tensor | None, x: torch.Tensor,
+                  out: torch.Tensor) -> list[Callable[[], object]]:
+    """out (B, R) = x (B, C) W^T + bias, W packed or dense (R, C)."""
+    if isinstance(weight, torch.Tensor):
+        start = (x, weight.T) if bias is None else (bias, x, weight.T)
+        return [functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out)]
+    calls = [weight.product(x, out)]
+    if bias is not None:
+        calls.append(functools.partial(out.add_, bias))
+    return calls
 
 
 def check_step(tensor: torch.Tensor | None, *shape: int | None, device: torch.device | None = None,

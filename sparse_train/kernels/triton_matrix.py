@@ -1,11 +1,14 @@
 """DeviceMatrix: the operand of inference on a GPU, in one of two layouts."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
-from sparse_train.kernels.arguments import check_bits, check_count, check_tensor, consecutive, describe
-from sparse_train.kernels.native import FLOATS
-from sparse_train.kernels.reference import GROUP, unpack
+from sparse_train.kernels.arguments import check_count, consecutive, describe
+from sparse_train.kernels.packed import check_weight
+from sparse_train.kernels.reference import unpack
 from sparse_train.kernels.triton_runs import Runs
 from sparse_train.kernels.triton_tiles import Tiles
 
@@ -30,37 +33,21 @@ class DeviceMatrix:
 
     def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int,
                  scale: torch.Tensor | None = None, num_rows: int = 1):
-        check_tensor("values", values, None, dtypes=(torch.bfloat16, torch.int8))
-        check_bits(bitmask, num_columns, device=values.device)
         check_count("num_columns", num_columns, 1)
-        if (values.dtype == torch.int8) != (scale is not None):
-            raise ValueError(f"values are {values.dtype} and scale is {'missing' if scale is None else 'given'}; "
-                             "int8 values have a scale per row or per group, others have none")
+        scale, is_int4 = check_weight(values, bitmask, num_columns, scale, (torch.bfloat16,))
         num_kept = int(unpack(bitmask, num_columns).sum())
         if num_kept != len(values):
             raise ValueError(f"the bits keep {num_kept} positions, but there are {len(values)} values; both must come "
                              "from one weight")
-        self.precision = "bf16"
-        if scale is not None and scale.ndim == 2:
-            self.precision = "int4"
-            check_tensor("scale", scale, len(bitmask), -(-num_columns // GROUP), device=values.device,
-                         dtypes=(torch.bfloat16,))
-            if num_kept and not -8 <= values.min() <= values.max() <= 7:
-                raise ValueError(f"values are {int(values.min())} to {int(values.max())}; with a scale per group they "
-                                 "are codes of four bits, -8 to 7")
-        elif scale is not None:
-            self.precision = "int8"
-            check_tensor("scale", scale, len(bitmask), device=values.device, dtypes=FLOATS)
-            scale = scale.float()
-        scale = None if scale is None else consecutive(scale)
+        self.precision = "bf16" if scale is None else "int4" if is_int4 else "int8"
         self.shape, self.device = (len(bitmask), num_columns), values.device
         self.density = num_kept / max(1, self.shape[0] * self.shape[1])
         # The one rule of which kernel multiplies. Runs skip zeros, and each row of x adds to their work; tiles do work
         # for each position, which the rows share; for more than `_most_rows` the weight is expanded and multiplied
         # dense. docs/benchmarks.md has the arithmetic of these numbers.
         layout, self._most_rows = (Runs, 16) if num_rows * self.density <= 1.4 else (Tiles, 64)
-        self._layout = layout(values, bitmask, num_columns, scale)
-        num_places = self._layout.values.numel() * (2 if self.precision == "int4" else 1)
+        self._layout = layout(values, bitmask, num_columns, scale, 4 if is_int4 else 8 * values.itemsize)
+        num_places = self._layout.values.numel() * (2 if is_int4 else 1)
         if num_places > _MOST_PLACES:
             raise ValueError(f"a weight of shape {self.shape} takes {num_places} values, zeros that fill up included; "
                              f"a product on the GPU has at most {_MOST_PLACES}; divide its rows among several weights")
@@ -68,7 +55,7 @@ class DeviceMatrix:
     @property
     def num_bytes(self) -> int:
         """What a product reads of the weight, unless it is expanded."""
-        return self._layout.num_bytes
+        return sum(tensor.nbytes for tensor in self._layout.tensors if tensor is not None)
 
     def matmul(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x` (..., C) BF16 -> (..., R) BF16, which `out` is, contiguous, where it is given. Where x is not finite, a
@@ -86,6 +73,10 @@ class DeviceMatrix:
         return y
 
     matvec = matmul
+
+    def product(self, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
+        """A call that computes y (B, R) from what x (B, C) holds by then, both BF16 and contiguous."""
+        return functools.partial(self.matmul, x, y)
 
     def to_dense(self) -> torch.Tensor:
         """(R, C) BF16, to which integers times their scale are rounded."""

@@ -31,10 +31,10 @@ _SUMS = 1024
 class Runs:
     """`values` (nnz,) bfloat16, int8, or codes of four bits as int8; `scale` as DeviceMatrix takes it."""
 
-    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int, scale: torch.Tensor | None):
+    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int, scale: torch.Tensor | None,
+                 value_bits: int):
         self.shape = num_rows, num_columns = len(bitmask), num_columns
-        self._scale = scale
-        self._value_bits = 4 if scale is not None and scale.ndim == 2 else 8 * values.itemsize
+        self._scale, self._value_bits = scale, value_bits
         keep = unpack(bitmask, num_columns)
         rows, columns = keep.nonzero(as_tuple=True)
         self._num_panels = -(-num_columns // _PANEL)
@@ -78,12 +78,8 @@ class Runs:
         self.values = values.new_zeros(size).index_copy(0, place, values)
         if self._value_bits == 4:
             self.values = pack_codes(self.values + 8, 4)
-
-    @property
-    def num_bytes(self) -> int:
+        self.tensors = (self.values, self._codes, self._starts, self._first_chunks, self._rows, scale)
         """What a product reads of the weight."""
-        return sum(tensor.nbytes for tensor in (self.values, self._codes, self._starts, self._first_chunks, self._rows,
-                                                self._scale) if tensor is not None)
 
     def _launch(self, kernel, *arguments, **constants) -> None:
         kept, of = self._pattern or (0, 0)

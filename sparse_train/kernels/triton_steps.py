@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_train.kernels.cuda_graph import CudaGraph
-from sparse_train.kernels.steps import ACTIVATIONS, Steps, check_attention, check_step
+from sparse_train.kernels.steps import ACTIVATIONS, Steps, check_attention, check_step, product_calls
 
 _SPAN = 256
 """Cached tokens that one program attends to: a longer text is divided among several."""
@@ -62,16 +62,7 @@ class GraphSteps(Steps):
     def multiply(self, weight: Any, bias: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor) -> None:
         check_step(x, None, weight.shape[1])
         check_step(out, len(x), weight.shape[0])
-        calls: list[Callable[[], object]]
-        if isinstance(weight, torch.Tensor):
-            start = (x, weight.T) if bias is None else (bias, x, weight.T)
-            calls = [functools.partial(torch.mm if bias is None else torch.addmm, *start, out=out)]
-        else:
-            calls = [functools.partial(weight.matmul, x, out)]
-            if bias is not None:
-                calls.append(functools.partial(out.add_, bias))
-        self._calls += calls
-        self._products += calls
+        self._add_products(product_calls(weight, bias, x, out))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, out: torch.Tensor,
                keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor, starts: torch.Tensor, scale: float,

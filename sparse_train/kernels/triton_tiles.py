@@ -25,10 +25,10 @@ _PROGRAMS = 512
 class Tiles:
     """`values` (nnz,) bfloat16, int8, or codes of four bits as int8; `scale` as DeviceMatrix takes it."""
 
-    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int, scale: torch.Tensor | None):
+    def __init__(self, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int, scale: torch.Tensor | None,
+                 value_bits: int):
         self.shape = num_rows, num_columns = len(bitmask), num_columns
-        self._scale = scale
-        self._value_bits = 4 if scale is not None and scale.ndim == 2 else 8 * values.itemsize
+        self._scale, self._value_bits = scale, value_bits
         self._grid = num_blocks, num_words = -(-num_rows // _SIZE), bitmask.shape[1] // 8
         rows, columns = unpack(bitmask, num_columns).nonzero(as_tuple=True)
         num_tiles = num_blocks * num_words
@@ -45,17 +45,13 @@ class Tiles:
         self.values = values.new_zeros(8 * int(self._firsts[-1])).index_copy(0, place, values[order])
         if self._value_bits == 4:
             self.values = pack_codes(self.values + 8, 4)
+        self.tensors = (self.values, self._bits, self._firsts, scale)
+        """What a product reads of the weight."""
         # More than there are, so that ranks behind the last value lie within, and enough for a vector load.
         self._most = triton.next_power_of_2(min(max(counts.tolist(), default=0) + 15, _SIZE * _SIZE))
 
         self._words_per_split = -(-num_words // min(num_words, -(-_PROGRAMS // max(1, num_blocks))))
         self._num_splits = -(-num_words // self._words_per_split)
-
-    @property
-    def num_bytes(self) -> int:
-        """What a product reads of the weight."""
-        return sum(tensor.nbytes for tensor in (self.values, self._bits, self._firsts, self._scale)
-                   if tensor is not None)
 
     def _launch(self, kernel, grid, *arguments, **constants) -> None:
         kernel[grid](self.values, self._bits, self._firsts, self._scale, *arguments, *self.shape, self._grid[1],

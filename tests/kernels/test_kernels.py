@@ -271,7 +271,7 @@ def test_threads_agree_to_the_bit(backend):
 
 
 _CHILD = """
-import ctypes, threading, torch
+import ctypes, torch
 from sparse_train import kernels
 
 def check():
@@ -304,12 +304,11 @@ def check():
 torch.set_num_threads(4)
 check()
 library = ctypes.CDLL("libgomp.so.1")
-failed, one_by_one = [], threading.Lock()  # a backend is all threads'
+failed = []  # another thread may choose another backend at any time, and a product is right with any
 
 def in_a_region(_):
     try:
-        with one_by_one:
-            check()
+        check()
     except BaseException as error:
         failed.append(error)
 

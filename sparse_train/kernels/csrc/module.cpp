@@ -195,6 +195,7 @@ public:
         constexpr int64_t kMostX = 256;     // at once: what the sums and the tiles then take still fits caches
         constexpr int64_t kMostRows = 512;  // that a tile of x is read for, while it is in the first-level cache
         const Rows& rows = rows_;
+        const Tier& chosen = *tier;  // for all of it: what one has packed, another cannot read
         const int64_t most_x = std::min(num_x, kMostX);
         const Buffer tiles = allocate(4 * 64 * rows.num_words * ((most_x + 15) / 16 * 16));
         const int64_t useful = rows.offsets[rows.num_rows] * most_x / kProductsPerThread;
@@ -209,12 +210,12 @@ public:
             {
 #pragma omp for
                 for (int64_t w = 0; w < rows.num_words; ++w)
-                    tier->matmul.pack(from, count, rows, (float*)tiles.get(), w, w + 1);
+                    chosen.matmul.pack(from, count, rows, (float*)tiles.get(), w, w + 1);
 #pragma omp for schedule(dynamic)
                 for (int64_t r = 0; r < rows.num_rows; r += part) {
                     const int64_t end = std::min(r + part, rows.num_rows);
                     const AtHand these = at_hand(r, end);
-                    tier->matmul.multiply(these.rows, size_, these.values, (const float*)tiles.get(), count,
+                    chosen.matmul.multiply(these.rows, size_, these.values, (const float*)tiles.get(), count,
                                           at<float>(y) + m * rows.num_rows, r, end, is_int4_ ? &int4_ : nullptr);
                 }
             }
@@ -370,12 +371,13 @@ private:
             scales[m] = quantise(input + m * rows.num_columns, rows.num_columns, codes.data() + m * between);
         const Vectors<uint8_t> x{codes.data(), between, num_vectors};
         const Quantised* of = scales.data();
+        const Tier& chosen = *tier;  // for all of it: its sums have its offset
         int64_t* output = sums.data();
         over_rows(rows, num_threads, 1, [&](int64_t first, int64_t last) {
-            if (is_int4_) tier->matvec_i4(rows, int4_, x, y, first, last);
-            else tier->matvec_i8(rows, (const int8_t*)block_.values, x, output, first, last);
+            if (is_int4_) chosen.matvec_i4(rows, int4_, x, y, first, last);
+            else chosen.matvec_i8(rows, (const int8_t*)block_.values, x, output, first, last);
             for (int64_t m = 0; m < num_vectors; ++m) {
-                const int zero = of[m].zero - (is_int4_ ? 0 : tier->x_offset);
+                const int zero = of[m].zero - (is_int4_ ? 0 : chosen.x_offset);
                 for (int64_t i = m * rows.num_rows, r = first; r < last; ++r) {
                     const double sum = is_int4_ ? double(y[i + r]) : double(output[i + r]);
                     const double step = is_int4_ ? of[m].step : block_.scale[r] * of[m].step;
