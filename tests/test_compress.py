@@ -76,6 +76,27 @@ def test_the_dense_export_is_read_by_from_pretrained_with_every_zero_in_place(tm
         assert not found[~weight.keep].any() and torch.equal(found[weight.keep], weight.values), name
 
 
+def test_config_json_names_the_format_of_a_sparse_folder_and_of_no_other(tmp_path):
+    def key(folder):
+        return json.loads((tmp_path / folder / "config.json").read_text()).get("quantization_config")
+
+    model = tiny_model("t5")[0]  # whose head is a linear of its own
+    model = sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    for precision in ("fp32", "bf16", "int8", "int4"):
+        export_sparse(model, tiny_tokenizer(), precision, tmp_path / precision)
+        export_sparse(model, tiny_tokenizer(), precision, tmp_path / "head", int8_head=True)
+        whole = [] if precision.startswith("int") else ["lm_head"]
+        assert key(precision) == {"quant_method": "sparse-train", "version": 1, "precision": precision,
+                                  "modules_to_not_convert": ["lm_head"]}
+        assert key("head") == key(precision) | {"modules_to_not_convert": whole}
+    again = load_model(tmp_path / "bf16")  # FP32 values; a fine-tune starts like this
+    assert not hasattr(again.config, "quantization_config")
+    save_model(tmp_path / "next", again, tiny_tokenizer())
+    assert key("next") == key("fp32")
+    export_dense(again, tiny_tokenizer(), tmp_path / "dense")
+    assert key("dense") is None
+
+
 @pytest.mark.parametrize("spoil", ["alive", "changed"])
 def test_the_audit_names_a_weight_that_came_back_or_changed(spoil, tmp_path):
     model = _sparse_model()

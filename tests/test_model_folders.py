@@ -222,6 +222,7 @@ def test_an_expert_that_is_missing_is_found_from_names_alone(tmp_path):
 
 @pytest.mark.parametrize("facts, told", [
     ({"quantization_config": {"quant_method": "fp8"}}, r"is quantised \(fp8\)"),
+    ({"quantization_config": {"quant_method": "sparse-train", "version": 2}}, "version 2 .*update sparse-train"),
     ({"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_x.XConfig"}},
      "code of its own, and the code of a model folder is never run$"),
     ({"hidden_size": -4}, "cannot|no model"),

@@ -23,7 +23,7 @@ from sparse_train.models.gguf import as_folder
 from sparse_train.models.names import Match, Shape, Source, as_stored, match
 from sparse_train.models.older import add_older_keys, with_head
 from sparse_train.models.processor import Processor
-from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_tensors
+from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_sparse, write_tensors
 from sparse_train.sparse.header import QUANTISED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -214,7 +214,9 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Processor | PreT
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     add_older_keys(folder)
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()}
     own = own_tensors(model)
     named = own.items() if tensors is None else tensors
-    write_tensors(folder, named if shapes else with_head(model, as_stored(model, named, own)), shapes)
+    if sparse_linears(model):
+        write_sparse(folder, model, named)
+    else:
+        write_tensors(folder, with_head(model, as_stored(model, named, own)), {})

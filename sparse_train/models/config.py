@@ -14,6 +14,7 @@ from sparse_train.extras import require
 from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
+from sparse_train.sparse.header import METHOD, VERSION
 
 _COUNTED, _LARGEST_COUNT = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
 
@@ -35,7 +36,10 @@ def read_config(path: str | Path) -> PretrainedConfig:
         family_of_type(str(config.get("model_type"))).check_config(path, config)
         if header:
             return AutoConfig.for_model(**config)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        read = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(read, "quantization_config"):  # of a sparse folder, which says so in its tensors as well
+            del read.quantization_config
+        return read
 
 
 def read_generation(path: str | Path) -> GenerationConfig:
@@ -83,11 +87,14 @@ def _check_counts(path: str | Path, config: dict[str, Any]) -> None:
 def _check_quantised(path: str | Path, config: dict[str, Any]) -> None:
     for section in (config, config.get("text_config")):
         if isinstance(section, dict) and (quantisation := section.get("quantization_config")):
-            method = quantisation
-            if isinstance(quantisation, dict):
-                method = quantisation.get("quant_method", "some method")
-            raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; give "
-                            "the checkpoint that it was made from, in fp32, bf16 or fp16")
+            facts = quantisation if isinstance(quantisation, dict) else {"quant_method": quantisation}
+            method, version = facts.get("quant_method", "some method"), facts.get("version")
+            if method != METHOD:
+                raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; "
+                                "give the checkpoint that it was made from, in fp32, bf16 or fp16")
+            if version != VERSION:
+                raise UserError(f"{path}: its config.json has version {version!r} of the sparse format, this release "
+                                f"reads {VERSION}; update sparse-train")
 
 
 @contextmanager

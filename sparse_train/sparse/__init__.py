@@ -9,9 +9,10 @@
 from sparse_train.sparse.bitmask import BitmaskTensor
 from sparse_train.sparse.format import TensorFolder, pack_nibbles, save_file, write_tensors
 from sparse_train.sparse.linear import SparseLinear, sparse_linears
+from sparse_train.sparse.save import write_sparse
 from sparse_train.sparse.swap import densify, replace_module, sparsify
 
 __all__ = [
     "BitmaskTensor", "SparseLinear", "TensorFolder", "densify", "pack_nibbles", "replace_module", "save_file",
-    "sparse_linears", "sparsify", "write_tensors",
+    "sparse_linears", "sparsify", "write_sparse", "write_tensors",
 ]

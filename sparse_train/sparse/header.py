@@ -16,6 +16,8 @@ from sparse_train.errors import UserError, describe_error
 from sparse_train.kernels import GROUP
 
 HEADER, VERSION = "sparse_train", 1
+METHOD = "sparse-train"
+"""`quant_method` in the `quantization_config` of a sparse folder's config.json."""
 SPARSE, DENSE = "sparse", "model"
 PARTS = ("values", "bitmask", "scale")
 NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -23,7 +25,8 @@ NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16":
 INT4 = "U8"
 """What values of four bits are stored as, two codes per byte."""
 QUANTISED = ("I8", INT4)
-_VALUES = ("F32", "BF16", "F16", *QUANTISED)
+PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", INT4: "int4"}
+"""Of sparse weights, by the dtype of their values."""
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
@@ -142,7 +145,7 @@ def _check_parts(folder: Path, name: str, shape: tuple[int, int], stored: dict[s
         if f"{name}.{part}" not in stored:
             raise UserError(f"{folder}: {name}.{part} is missing; the checkpoint is not complete")
     values = stored[f"{name}.values"]
-    needed = {"values": ((max((1, *values.shape[:1])),), values.dtype if values.dtype in _VALUES else "F32"),
+    needed = {"values": ((max((1, *values.shape[:1])),), values.dtype if values.dtype in PRECISIONS else "F32"),
               "bitmask": ((shape[0], 8 * -(-shape[1] // 64)), "U8"),
               "scale": {"I8": ((shape[0],), "F32"),
                         INT4: ((shape[0], -(-shape[1] // GROUP)), "BF16")}.get(values.dtype)}

@@ -1,18 +1,34 @@
-"""Makes save_pretrained, which Hugging Face's Trainer calls too, write models with SparseLinears in our format.
+"""Writes models with SparseLinears, also where save_pretrained is called, as by Hugging Face's Trainer.
 
-Otherwise it would write a model.safetensors with tensor names that every other loader skips.
+Otherwise that would write a model.safetensors with tensor names that every other loader skips.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from sparse_train import artifacts
 from sparse_train.errors import UserError
 from sparse_train.sparse.format import write_tensors
+from sparse_train.sparse.header import METHOD, PRECISIONS, VERSION, read_headers
 from sparse_train.sparse.linear import sparse_linears
+
+
+def write_sparse(folder: Path, model: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write the tensors (name, tensor) of `model`, which has SparseLinears, and add `quantization_config` to the
+    config.json of `folder`: the key by which other loaders see that they need sparse-train for it."""
+    linears, head = sparse_linears(model), model.get_output_embeddings()
+    write_tensors(folder, tensors, {name: linear.weight.shape for name, linear in linears.items()})
+    stored, _ = read_headers(folder)
+    name = next((name for name, linear in linears.items() if linear is not head), next(iter(linears)))
+    config = folder / "config.json"
+    artifacts.write_json(config, artifacts.read_json(config) | {"quantization_config": {
+        "quant_method": METHOD, "version": VERSION, "precision": PRECISIONS[stored[f"{name}.values"].dtype],
+        "modules_to_not_convert": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]}})
 
 
 def patch_save_pretrained(model: nn.Module) -> None:
@@ -56,5 +72,4 @@ def _save_sparse(model: Any, save_directory: str | Path, is_main_process: bool =
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    write_tensors(folder, ((name, state_dict[name]) for name in names if name in state_dict),
-                  {name: (linear.out_features, linear.in_features) for name, linear in sparse_linears(model).items()})
+    write_sparse(folder, model, ((name, state_dict[name]) for name in names if name in state_dict))
