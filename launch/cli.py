@@ -18,13 +18,14 @@ from rich.console import Console
 
 from sparse_train import log
 from sparse_train.errors import REMEDIES, StageFailed, UserError, describe_error
+from sparse_train.launch.model.export import add_export
+from sparse_train.launch.model.generate import add_generate
 from sparse_train.launch.monitor.cancel import add_cancel
 from sparse_train.launch.monitor.inspect import add_inspect
 from sparse_train.launch.monitor.logs import add_logs
 from sparse_train.launch.monitor.status import add_status
 from sparse_train.launch.submit.bench import add_bench
 from sparse_train.launch.submit.command import add_run
-from sparse_train.launch.submit.generate import add_generate
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(prog="sparse-train", description="Train LLMs to be sparse, and run them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parser.add_argument("--version", action="version", version=f"sparse-train {version('sparse-train')}")
-    for add_command in (add_run, add_status, add_logs, add_cancel, add_inspect, add_bench, add_generate):
+    for add_command in (add_run, add_status, add_logs, add_cancel, add_inspect, add_bench, add_generate, add_export):
         add_command(commands)
     parser.set_defaults(log_level=logging.WARNING)
     for each in (parser, *commands.choices.values()):

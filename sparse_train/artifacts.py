@@ -17,7 +17,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """As write_text. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path`, for a file or a folder, which becomes `path` at the end, and is deleted after an error.
+
+    Raises UserError where something is at `path` already.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists, and is left as it is; give a path where there is nothing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.rename(aside, path)
+    except BaseException:
+        clear(aside.parent, (aside.name,))
+        raise
 
 
 def parse_json(text: str) -> Any:

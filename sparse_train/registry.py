@@ -36,12 +36,12 @@ class Registry(Generic[E]):
 
     def __init__(self, kind: str, group: str, make_entry: type[E], entries: Mapping[str, E]):
         self.kind, self.group = kind, group
-        self._make_entry, self._built_in = make_entry, dict(entries)
+        self._make_entry, self.built_in = make_entry, dict(entries)
 
     @functools.cached_property
     def entries(self) -> Mapping[str, E]:
         """Ours, then those of other packages. Raises UserError where one of theirs takes a name that is in use."""
-        entries = dict(self._built_in)
+        entries = dict(self.built_in)
         for point in entry_points(group=self.group):
             if point.name in entries:
                 raise UserError(f"{_origin(point)} adds a {self.kind} called {point.name}, which is in use; uninstall "
@@ -65,7 +65,7 @@ class Registry(Generic[E]):
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            if name in self._built_in:
+            if name in self.built_in:
                 raise
             raise UserError(f"the {self.kind} {name} ({target}) cannot be imported: {error}; fix or uninstall its "
                             "package") from error
@@ -166,3 +166,16 @@ LOSS_TERMS = Registry("loss term", "sparse_train.loss_terms", LossTermEntry, {
 })
 """finetune.losses.LOSS: NAME_weight for these, terms.NAME for those of other packages. The target is a subclass of
 sparse_train.training.terms.LossTerm."""
+
+
+@dataclass(frozen=True)
+class ExitEntry(Entry):
+    types: tuple[str, ...] = ()
+    """How it can store weights."""
+
+
+EXITS = Registry("export format", "sparse_train.exits", ExitEntry, {
+    "dense": ExitEntry("sparse_train.exits.dense:write", types=("fp32", "bf16", "fp16")),
+})
+"""`sparse-train export --to`. The target is a function (source, path, type or None) that writes a
+sparse_train.exits.Source to a path."""

@@ -7,5 +7,4 @@
     slurm.py       the stages of a run as SLURM jobs
     sweep.py       a run per combination, and one table of their scores
     bench.py       the `bench` commands
-    generate.py    the `generate` command
 """

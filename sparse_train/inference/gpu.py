@@ -10,9 +10,8 @@ from sparse_train.compat.transformers import to_device
 from sparse_train.errors import UserError
 from sparse_train.extras import require
 from sparse_train.inference.packed_linear import PackedLinear
-from sparse_train.kernels import scale_of_columns
 from sparse_train.models import fill, open_model
-from sparse_train.sparse import BitmaskTensor, replace_module
+from sparse_train.sparse import replace_module
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -44,7 +43,8 @@ def load_on_gpu(folder: str | Path, device: torch.device, batch_size: int) -> tu
         bias = tensors.get(f"{name}.bias").to(device, torch.bfloat16) if f"{name}.bias" in tensors else None
         if weight.values.numel() == num_rows * num_columns:  # a quantised head; without zeros there are none to skip
             linear = nn.Linear(num_columns, num_rows, bias is not None, device="meta")
-            linear.weight = nn.Parameter(_dense(weight, scale).to(device, torch.bfloat16), requires_grad=False)
+            linear.weight = nn.Parameter(tensors.get_dense(f"{name}.weight").to(device, torch.bfloat16),
+                                         requires_grad=False)
             if bias is not None:
                 linear.bias = nn.Parameter(bias, requires_grad=False)
             replace_module(model, name, linear)
@@ -56,10 +56,3 @@ def load_on_gpu(folder: str | Path, device: torch.device, batch_size: int) -> tu
         replace_module(model, name, PackedLinear(packed, bias))
     fill(model, tensors)
     return to_device(model, device), precision
-
-
-def _dense(weight: BitmaskTensor, scale: torch.Tensor | None) -> torch.Tensor:
-    dense = weight.to_dense().float()
-    if scale is None:
-        return dense
-    return dense * (scale[:, None] if scale.ndim == 1 else scale_of_columns(scale, weight.shape[1]))

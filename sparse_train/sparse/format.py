@@ -122,9 +122,15 @@ class TensorFolder:
             return self._finite(name, opened.get_tensor(name))
 
     def get_dense(self, name: str) -> torch.Tensor:
-        """As get, but a sparse weight under its name in the dense model, with zeros in place."""
+        """As get, but a sparse weight under its name in the dense model, with zeros in place; of codes, these times
+        their scale, float32."""
         module = name.removesuffix(".weight")
-        return self.weight(module).to_dense() if module in self.shapes else self.get(name)
+        if module not in self.shapes:
+            return self.get(name)
+        dense, scale = self.weight(module).to_dense(), self.scale(module)
+        if scale is None:
+            return dense
+        return dense * (scale[:, None] if scale.ndim == 1 else kernels.scale_of_columns(scale, dense.shape[1]))
 
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Entries start..stop-1 of the flattened tensor; only the rows that hold them are read."""

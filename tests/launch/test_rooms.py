@@ -8,7 +8,7 @@ import pytest
 
 _ROOT = Path(__file__).parents[2]
 _LAUNCH = _ROOT / "launch"
-_BELOW = {"monitor": {"worker", "run"}, "submit": {"worker", "run"}, "worker": {"run"}, "run": set()}
+_BELOW = {"model": set(), "monitor": {"worker", "run"}, "submit": {"worker", "run"}, "worker": {"run"}, "run": set()}
 
 
 def _imports(file, package="sparse_train.launch"):

@@ -1,0 +1,5 @@
+"""Use a model folder. What is computed is in the library; here are its commands.
+
+    generate.py   `generate`: answers to prompts
+    export.py     `export`: the model in a format of other software
+"""

@@ -1,0 +1,9 @@
+"""Models in formats of other software, a file per format, each a line of EXITS in sparse_train/registry.py.
+
+    source.py   the model folder that is read: dense or sparse, of any precision; and `export`, which writes one
+    dense.py    Hugging Face's layout with zeros in place
+"""
+
+from sparse_train.exits.source import Source, export
+
+__all__ = ["Source", "export"]
