@@ -46,6 +46,17 @@ struct Int8Kernel {
 // entries takes 1.6 times as long (Zen 5).
 constexpr int64_t kAhead = 8192;
 
+// FP32 values, of which a word has up to four lines, are fetched into the second-level cache, from twice as far: the
+// first one has too few line buffers for them (Intel, half of the entries: 0.95 of the byte bound instead of 0.80).
+template <class Value>
+inline void prefetch(const Value* values) {
+    const char* next = (const char*)values;
+    if constexpr (sizeof(Value) == 4) {
+        __builtin_prefetch(next + 2 * kAhead, 0, 2);
+        __builtin_prefetch(next + 2 * kAhead + 64, 0, 2);
+    } else __builtin_prefetch(next + kAhead);
+}
+
 // Kept positions of a word before its k-th part.
 template <int kLanes>
 inline int64_t kept_before(int k, uint64_t word) {
@@ -73,8 +84,7 @@ inline void dot(const Rows& rows, const typename Kernel::Value* values, Vectors<
                 if (kRows == kTile || (mine >= 0 && mine < kRows)) {
                     words[mine] = word;
                     at[mine] = next;
-                    __builtin_prefetch((const char*)next + kAhead);
-                    if (sizeof(*next) == 4) __builtin_prefetch((const char*)next + kAhead + 64);
+                    prefetch(next);
                 }
                 next += __builtin_popcountll(word);
             }
