@@ -1,6 +1,7 @@
 """Ranks of a training job: their number and place, sums, exchange of objects. On one process all are the identity.
 
-A rank is a process of the job. The device is that of DeepSpeed's accelerator; nothing here assumes a CPU.
+A rank is a process of the job. The device is that of DeepSpeed's accelerator; nothing here assumes a CPU. DeepSpeed is
+imported where ranks start or a device is asked for: inference takes neither, and runs without it.
 """
 
 import os
@@ -8,12 +9,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
-from sparse_train.compat.deepspeed import disable_shared_memory_collectives
 from sparse_train.errors import UserError
 
 _num_sums = 0
@@ -25,6 +23,11 @@ def start(rank: int, world_size: int, local_rank: int, local_size: int, address:
 
     The timeout is passed explicitly because DeepSpeed's default changed between releases.
     """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    from sparse_train.compat.deepspeed import disable_shared_memory_collectives
+
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         local_rank %= accelerator.device_count()  # SLURM may show each task one GPU only
@@ -63,6 +66,8 @@ def node() -> tuple[int, int]:
 
 def device() -> torch.device:
     """Of this rank."""
+    from deepspeed.accelerator import get_accelerator
+
     return torch.device(get_accelerator().current_device_name())
 
 

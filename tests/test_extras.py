@@ -1,5 +1,6 @@
 """A missing optional dependency is one line that says what to install."""
 
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -25,3 +26,10 @@ def test_a_missing_package_is_named_with_its_extra(extra, monkeypatch):
     with pytest.raises(UserError) as caught:
         require(extra)
     assert str(caught.value) == f"{EXTRAS[extra][-1]} not installed; pip install 'sparse-train[{extra}]'"
+
+
+def test_models_are_loaded_and_exported_without_deepspeed():
+    """A server's environment has none."""
+    script = ("import sys; sys.modules['deepspeed'] = None\n"
+              "import sparse_train.inference, sparse_train.compress, sparse_train.bench.layers")
+    subprocess.run([sys.executable, "-c", script], check=True)

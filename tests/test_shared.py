@@ -12,6 +12,7 @@ from sparse_train.compress import export_sparse
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import load, shared
+from sparse_train.models import save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import BitmaskTensor, sparsify
 from tests.models import tiny_mpt, tiny_tokenizer
@@ -53,6 +54,12 @@ def test_shared_weights_are_those_of_the_folder(precision, place, tmp_path, capl
     assert [record.message for record in caplog.records if "packed weights" in record.message] == [
         f"{folder}: its packed weights (0 MB) are kept in {entry}, for all processes"]
     assert place.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_dense_folder_has_nothing_to_share(place, tmp_path, caplog):
+    save_model(tmp_path / "model", tiny_mpt(vocab_size=300), tiny_tokenizer())
+    load(tmp_path / "model")
+    assert not place.exists() and not caplog.records
 
 
 def test_an_entry_that_is_not_of_the_folder_is_made_again(place, tmp_path, caplog):

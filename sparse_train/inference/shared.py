@@ -38,7 +38,7 @@ def pack_shared(folder: Path, names: Sequence[str], pack: Callable[[str], Packed
     """`pack` of each name, over memory that all processes of this user share where that can be had: it takes a cache
     that can be written, and a folder large enough. A file that is not what was written is made again."""
     files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
-    if sum(stats.st_size for _, stats in files) >= _LEAST_BYTES:
+    if names and sum(stats.st_size for _, stats in files) >= _LEAST_BYTES:
         version = artifacts.digest([_LAYOUT, list(names), [
             (name, stats.st_size, stats.st_mtime_ns, stats.st_ino) for name, stats in files]])
         try:
