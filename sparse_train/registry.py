@@ -176,6 +176,7 @@ class ExitEntry(Entry):
 
 EXITS = Registry("export format", "sparse_train.exits", ExitEntry, {
     "dense": ExitEntry("sparse_train.exits.dense:write", types=("fp32", "bf16", "fp16")),
+    "compressed-tensors": ExitEntry("sparse_train.exits.compressed_tensors:write", types=("w8a8", "w4a16")),
 })
 """`sparse-train export --to`. The target is a function (source, path, type or None) that writes a
 sparse_train.exits.Source to a path."""

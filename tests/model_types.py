@@ -7,7 +7,6 @@ import copy
 import json
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from sparse_train.models import load_model, save_model
 from sparse_train.models.empty import from_config
 from sparse_train.pruning import prune
 from sparse_train.sparse import densify, sparsify
+from tests.environments import python_with
 
 TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
 
@@ -226,16 +226,8 @@ def sweep(root: Path, types: list[str] = TYPES) -> dict[str, str]:
 
 
 def older_python(folder: Path) -> Path:
-    """A Python with transformers 4, this one's torch and other packages behind it. Raises OSError without an index."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    done = subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", f"transformers=={OLDER}",
-                           "tokenizers>=0.22,<0.23.1", "huggingface-hub>=0.34,<1"], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"no transformers {OLDER}: {done.stderr.strip().splitlines()[-1:]}")
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "shared.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
-    return python
+    """A Python with transformers 4. Raises OSError without an index."""
+    return python_with(folder, f"transformers=={OLDER}", "tokenizers>=0.22,<0.23.1", "huggingface-hub>=0.34,<1")
 
 
 def read_by_older(root: Path, python: Path) -> dict[str, str]:

@@ -30,7 +30,8 @@ def tiny_tokenizer():
 def tiny_model(family, **size):
     """(a new model of `family` in eval mode, its processor)."""
     torch.manual_seed(0)
-    config = ModelConfig(family=family, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, window_seconds=0.4, **size)
+    config = ModelConfig(**{"family": family, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
+                            "window_seconds": 0.4, **size})
     processor = build_processor(config, tiny_tokenizer())
     return build_model(config, processor).eval(), processor
 

@@ -1,7 +1,8 @@
 """Models in formats of other software, a file per format, each a line of EXITS in sparse_train/registry.py.
 
-    source.py   the model folder that is read: dense or sparse, of any precision; and `export`, which writes one
-    dense.py    Hugging Face's layout with zeros in place
+    source.py               the model folder that is read: dense or sparse, of any precision; `export` runs an exit
+    dense.py                Hugging Face's layout with zeros in place
+    compressed_tensors.py   the same with INT8 or INT4 weights, as vLLM and transformers read them
 """
 
 from sparse_train.exits.source import Source, export

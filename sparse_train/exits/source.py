@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from sparse_train import artifacts
-from sparse_train.models import ModelFolder, Processor, load_processor, open_model
+from sparse_train.models import ModelFolder, Processor, family_of, load_processor, open_model
 from sparse_train.registry import EXITS
 from sparse_train.sparse import densify
 from sparse_train.sparse.header import INT4
@@ -25,6 +25,13 @@ class Source:
     processor: Processor
     precision: str
     """fp32, bf16, fp16, int8 or int4: of the sparse weights but the head's, where there are any."""
+    head: str | None
+    """Module name of the output head."""
+
+    def linears(self) -> list[str]:
+        """Module names of the sparse weights but the head's; in a dense folder those that pruning would choose."""
+        sparse = [name for name in self.tensors.shapes if name != self.head]
+        return sparse or list(family_of(self.model).prunable_linears(self.model))
 
 
 def open_source(folder: str | Path) -> Source:
@@ -36,7 +43,7 @@ def open_source(folder: str | Path) -> Source:
     stored = [tensors.spec(f"{name}.values")[1] for name in tensors.shapes if name != head]
     stored += [tensors.spec(name)[1] for name in tensors.names]
     precision = next(_PRECISIONS[dtype] for dtype in stored if dtype in _PRECISIONS)
-    return Source(str(folder), densify(model), tensors, load_processor(folder), precision)
+    return Source(str(folder), densify(model), tensors, load_processor(folder), precision, head)
 
 
 def export(folder: str | Path, to: str, out: Path, type_: str | None = None) -> None:
