@@ -152,6 +152,15 @@ PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
 """prune.method. The target is a subclass of sparse_train.pruning.Pruner."""
 
 
+ENTRANCES = Registry("entrance", "sparse_train.entrances", Entry, {
+    "dense": Entry("sparse_train.entrances.dense:Dense"),
+    "gguf": Entry("sparse_train.entrances.dense:Gguf"),
+    "compressed-tensors": Entry("sparse_train.entrances.compressed_tensors:CompressedTensors"),
+})
+"""import --from: what makes a sparse folder of other code's checkpoints. The target is a subclass of
+sparse_train.entrances.Entrance."""
+
+
 @dataclass(frozen=True)
 class LossTermEntry(Entry):
     needs_teacher: bool = True

@@ -191,8 +191,8 @@ def _names(folder: Path) -> set[str]:
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 OLDER = "4.57.6"
-_HEAD = f"""# Types of models
-
+_TITLE = "## Types of models\n"
+_HEAD = f"""{_TITLE}
 Written by `python -m tests.model_types` from tiny models of every type that predicts text in transformers 5.23, and
 checked by `tests/test_model_types.py` (`make test-slow`).
 
@@ -256,5 +256,6 @@ if __name__ == "__main__":
         older = read_by_older(root, older_python(Path(folder) / "older"))
     for model_type, told in older.items():
         print(model_type, told)
-    DOCS.write_text(_HEAD + "".join(f"| {model_type} | {told} | {older_cell(older.get(model_type))} |\n"
+    before = DOCS.read_text().partition(_TITLE)[0]
+    DOCS.write_text(before + _HEAD + "".join(f"| {model_type} | {told} | {older_cell(older.get(model_type))} |\n"
                                     for model_type, told in here.items()))

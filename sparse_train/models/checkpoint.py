@@ -56,9 +56,7 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
     Raises UserError where the folder lacks a tensor of the model, holds one too many or one of another shape.
     """
     folder = ModelFolder(fetch(path))
-    with reading(folder.folder, "a model"):
-        model = empty_model(read_config(folder.folder), dtype, folder.match)
-    model.generation_config = read_generation(folder.folder)
+    model = model_of(folder, read_config(folder.folder), dtype)
     for name, shape in folder.shapes.items():
         (num_values,), stored = folder.spec(f"{name}.values")  # of codes of four bits, their bytes
         if stored in QUANTISED and not quantised:
@@ -68,6 +66,14 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32,
         sparsify(model, {name: BitmaskTensor(torch.empty(num_values, dtype=dtype, device="meta"), bitmask, shape)})
         model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a quantised head is no longer the embedding
     return model, folder
+
+
+def model_of(folder: "ModelFolder", config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model of `config` without data, whose tensors `folder` has been found to hold. Raises UserError."""
+    with reading(folder.folder, "a model"):
+        model = empty_model(config, dtype, folder.match)
+    model.generation_config = read_generation(folder.folder)
+    return model
 
 
 def fetch(path: str | Path) -> Path:

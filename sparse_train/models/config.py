@@ -1,6 +1,6 @@
 """config.json of a model folder or hub name, or the header of a GGUF file, read without running anything of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,52 @@ from sparse_train.models.generation import model_tokens
 from sparse_train.sparse.header import METHOD, VERSION
 
 _COUNTED, _LARGEST_COUNT = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
+_STORED_AS = ("quantization_config", "compression_config", "sparsity_config")
+"""Keys of config.json that say how weights are stored; the last two are those of compressed-tensors before 0.7."""
+_PEER = "compressed-tensors"
+_PACKED = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
+"""Its formats of weights without their zeros, which it wrote before 0.15."""
 
 
-def read_config(path: str | Path) -> PretrainedConfig:
-    """Of a folder, a hub name or a GGUF file's header. Raises UserError where there is none, or one whose model
-    transformers does not have."""
+def read_config(path: str | Path, packed: bool = False) -> PretrainedConfig:
+    """Of a folder, a hub name or a GGUF file's header. `packed`: also accept sparse weights that are stored as
+    compressed-tensors did. Raises UserError where there is none, or one whose model transformers does not have."""
+    with reading(path, "a model config", "give a folder with config.json, a hub name or a GGUF file"):
+        config = read_config_keys(path)
+        _check_counts(path, config)
+        _check_quantised(path, config)
+        if not packed and (stored := packed_format(config)):
+            raise UserError(f"{path} stores its weights as {stored} of {_PEER}; make a sparse folder of it: "
+                            f"sparse-train import {path} FOLDER")
+        family_of_type(str(config.get("model_type"))).check_config(path, config)
+        if is_gguf(path):
+            return AutoConfig.for_model(**config)
+        built = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for part in (built, getattr(built, "text_config", None)):
+        for key in _STORED_AS:  # what passed the checks says nothing of a model that is saved from here
+            if hasattr(part, key):
+                delattr(part, key)
+    return built
+
+
+def read_config_keys(path: str | Path) -> dict[str, Any]:
+    """As read_config, unchecked, and as plain data."""
     header = is_gguf(path)
     if header:
         require("gguf")
     elif not is_folder(path):
         hub_answers()
-    with reading(path, "a model config", "give a folder with config.json, a hub name or a GGUF file"):
-        source = {"gguf_file": Path(path).name} if header else {}
-        config, _ = PretrainedConfig.get_config_dict(Path(path).parent if header else path, trust_remote_code=False,
-                                                     **source)
-        _check_counts(path, config)
-        _check_quantised(path, config)
-        family_of_type(str(config.get("model_type"))).check_config(path, config)
-        if header:
-            return AutoConfig.for_model(**config)
-        read = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if hasattr(read, "quantization_config"):  # of a sparse folder, which says so in its tensors as well
-            del read.quantization_config
-        return read
+    source = {"gguf_file": Path(path).name} if header else {}
+    config, _ = PretrainedConfig.get_config_dict(Path(path).parent if header else path, trust_remote_code=False,
+                                                 **source)
+    return dict(config)
+
+
+def packed_format(config: Mapping[str, Any]) -> str | None:
+    """The format in which compressed-tensors stored weights in `config`'s folder that it made sparse, if it did."""
+    formats = (str(part.get("format")) for section in _stored_as(config)
+               for part in (section, section.get("sparsity_config")) if isinstance(part, dict))
+    return next((name for name in formats if name in _PACKED), None)
 
 
 def read_generation(path: str | Path) -> GenerationConfig:
@@ -84,17 +107,27 @@ def _check_counts(path: str | Path, config: dict[str, Any]) -> None:
                             "any model has; give a folder that is not damaged")
 
 
-def _check_quantised(path: str | Path, config: dict[str, Any]) -> None:
-    for section in (config, config.get("text_config")):
-        if isinstance(section, dict) and (quantisation := section.get("quantization_config")):
-            facts = quantisation if isinstance(quantisation, dict) else {"quant_method": quantisation}
-            method, version = facts.get("quant_method", "some method"), facts.get("version")
-            if method != METHOD:
-                raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; "
-                                "give the checkpoint that it was made from, in fp32, bf16 or fp16")
-            if version != VERSION:
-                raise UserError(f"{path}: its config.json has version {version!r} of the sparse format, this release "
-                                f"reads {VERSION}; update sparse-train")
+def _check_quantised(path: str | Path, config: Mapping[str, Any]) -> None:
+    for section in _stored_as(config):
+        method, version = section.get("quant_method", "some method"), section.get("version")
+        if method == METHOD and version != VERSION:
+            raise UserError(f"{path}: its config.json has version {version!r} of the sparse format, this release reads "
+                            f"{VERSION}; update sparse-train")
+        # compressed-tensors has its section in configs of models that are not quantised as well.
+        if method not in (METHOD, _PEER) or section.get("config_groups"):
+            raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; give "
+                            "the checkpoint that it was made from, in fp32, bf16 or fp16")
+
+
+def _stored_as(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sections of a config that say how its weights are stored."""
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for key in _STORED_AS:
+            if section := part.get(key):
+                section = section if isinstance(section, dict) else {"quant_method": section}
+                yield section if key == _STORED_AS[0] else section | {"quant_method": _PEER}
 
 
 @contextmanager

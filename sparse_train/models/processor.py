@@ -40,14 +40,14 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig,
                      getattr(config.get_text_config(decoder=True), "vocab_size", None))
 
 
-def load_processor(path: str | Path, language: str | None = None) -> Processor:
+def load_processor(path: str | Path, language: str | None = None, packed: bool = False) -> Processor:
     """Of a folder, hub name or GGUF file. A tokenizer without a padding token pads with its end-of-text token.
 
-    `language`: of speech, for Whisper's multilingual tokenizers. Raises UserError where there is no tokenizer, or one
-    that does not fit the model.
+    `language`: of speech, for Whisper's multilingual tokenizers. `packed`: as in read_config. Raises UserError where
+    there is no tokenizer, or one that does not fit the model.
     """
     path = as_folder(path)
-    config = read_config(path)
+    config = read_config(path, packed)
     family = family_of_type(config.model_type)
     with reading(path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

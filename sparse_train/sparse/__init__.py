@@ -7,12 +7,12 @@
 """
 
 from sparse_train.sparse.bitmask import BitmaskTensor
-from sparse_train.sparse.format import TensorFolder, pack_nibbles, save_file, write_tensors
+from sparse_train.sparse.format import TensorFolder, count_bits, pack_nibbles, save_file, write_tensors
 from sparse_train.sparse.linear import SparseLinear, sparse_linears
 from sparse_train.sparse.save import write_sparse
 from sparse_train.sparse.swap import densify, replace_module, sparsify
 
 __all__ = [
-    "BitmaskTensor", "SparseLinear", "TensorFolder", "densify", "pack_nibbles", "replace_module", "save_file",
-    "sparse_linears", "sparsify", "write_sparse", "write_tensors",
+    "BitmaskTensor", "SparseLinear", "TensorFolder", "count_bits", "densify", "pack_nibbles", "replace_module",
+    "save_file", "sparse_linears", "sparsify", "write_sparse", "write_tensors",
 ]

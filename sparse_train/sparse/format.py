@@ -97,6 +97,14 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
             path.unlink()
 
 
+def count_bits(bitmask: torch.Tensor, num_columns: int, what: str) -> int:
+    """How many of the bits of a BitmaskTensor are set. Raises UserError, naming `what`, where some lie behind the last
+    column."""
+    if kernels.unpack(bitmask[:, -8:], 64)[:, (num_columns - 1) % 64 + 1:].any():
+        raise UserError(f"{what} has bits behind its {num_columns} columns; the file is damaged")
+    return int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking
+
+
 class TensorFolder:
     """The tensors of a checkpoint folder, dense or sparse, read one by one. Raises UserError where there is none.
 
@@ -160,11 +168,8 @@ class TensorFolder:
         return self._counted_bits(name)[1]
 
     def _counted_bits(self, name: str) -> tuple[torch.Tensor, int]:
-        bitmask, num_columns = self.get(f"{name}.bitmask"), self.shapes[name][1]
-        if kernels.unpack(bitmask[:, -8:], 64)[:, (num_columns - 1) % 64 + 1:].any():
-            raise UserError(f"{self.folder}: {name}.bitmask has bits behind its {num_columns} columns; the file is "
-                            "damaged")
-        num_kept = int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking
+        bitmask = self.get(f"{name}.bitmask")
+        num_kept = count_bits(bitmask, self.shapes[name][1], f"{self.folder}: {name}.bitmask")
         (num_values,), dtype = self.spec(f"{name}.values")
         if num_values != (-(-num_kept // 2) if dtype == INT4 else num_kept):
             raise UserError(f"{self.folder}: {name} keeps {num_kept} positions by its bits but has {num_values} "
