@@ -52,6 +52,19 @@ def test_attention_that_can_be_replaced_says_so():
     assert compat.supports_attention_interface(_llama()) and not compat.supports_attention_interface(tiny_mpt())
 
 
+def test_from_pretrained_reads_the_named_file_and_passes_over_modules(tmp_path):
+    model = _llama()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    config = LlamaConfig.from_pretrained(tmp_path)
+    compat.name_weights(config, "other.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    unexpected = {"model.layers.1.mlp.up.values", "model.layers.10.mlp.up.values"}
+    compat.ignore_unexpected(again, ["model.layers.1"])
+    assert compat.drop_expected(again, (), unexpected)[1] == ["model.layers.10.mlp.up.values"]
+
+
 def test_models_with_a_cache_of_their_own_are_known():
     kinds = ("llama", "mpt", "mamba", "minimax", "openai-gpt", "xlnet")
     assert [kind for kind in kinds if compat.has_usual_cache(built(kind))] == ["llama", "mpt"]

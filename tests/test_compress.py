@@ -87,7 +87,7 @@ def test_config_json_names_the_format_of_a_sparse_folder_and_of_no_other(tmp_pat
         export_sparse(model, tiny_tokenizer(), precision, tmp_path / "head", int8_head=True)
         whole = [] if precision.startswith("int") else ["lm_head"]
         assert key(precision) == {"quant_method": "sparse-train", "version": 1, "precision": precision,
-                                  "modules_to_not_convert": ["lm_head"]}
+                                  "weights": "sparse.safetensors", "modules_to_not_convert": ["lm_head"]}
         assert key("head") == key(precision) | {"modules_to_not_convert": whole}
     again = load_model(tmp_path / "bf16")  # FP32 values; a fine-tune starts like this
     assert not hasattr(again.config, "quantization_config")

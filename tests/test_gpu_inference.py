@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sparse_train.compress import export_sparse
 from sparse_train.config import EvaluateConfig, PruneConfig
@@ -62,8 +63,10 @@ def test_a_sparse_folder_computes_what_it_does_on_the_cpu(precision, on_gpu, tmp
     expected, found = load(tmp_path, shared=False).model(tokens.cpu()).logits, runtime.model(tokens).logits
     assert found.dtype == torch.bfloat16
     assert (found.cpu() - expected).norm() < 0.03 * expected.norm()
-    with pytest.raises(UserError, match="cannot be saved"):
-        runtime.model.save_pretrained(tmp_path / "again")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    assert torch.equal(theirs(tokens).logits, found)
+    theirs.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/sparse.safetensors").read_bytes() == (tmp_path / "sparse.safetensors").read_bytes()
 
 
 def test_a_dense_folder_is_in_bf16(on_gpu, tmp_path):
@@ -110,7 +113,7 @@ def test_too_little_memory_is_one_line(monkeypatch, tmp_path):
         with pytest.raises(UserError, match=r"does not hold 2 answers at a time \(CUDA out of memory.*; give fewer"):
             Runtime(model, processor).complete_all(["1", "2"])
     monkeypatch.setattr(gpu, "find_gpu", lambda: _DEVICE)
-    monkeypatch.setattr(gpu, "load_on_gpu", fail)
+    monkeypatch.setitem(load.__globals__, "open_model", fail)
     with pytest.raises(UserError, match="give a smaller or sparser model"):
         load(tmp_path, device="cuda")
 

@@ -173,6 +173,19 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(path, **source)
 
 
+def name_weights(config: PretrainedConfig, file: str) -> None:
+    """Have from_pretrained with this `config` read `file`, in place of model.safetensors (`transformers_weights`)."""
+    config.transformers_weights = file
+
+
+def ignore_unexpected(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    """Let from_pretrained pass over what a checkpoint holds for `modules`, by their names in `model`
+    (`_keys_to_ignore_on_load_unexpected`, a set, in older releases a list)."""
+    ignored = model._keys_to_ignore_on_load_unexpected
+    patterns = [*(ignored or ()), *(rf"^{re.escape(name)}\." for name in modules)]
+    model._keys_to_ignore_on_load_unexpected = patterns if ignored is None else type(ignored)(patterns)
+
+
 def gguf_text_splits() -> set[str]:
     """Names of the ways to split text that transformers knows in GGUF files with a tokenizer on bytes
     (`GGUF_PRE_TOKENIZER_SPLITS`); all others it takes for GPT-2's."""

@@ -1,17 +1,12 @@
 """Models on a GPU: in BF16, sparse weights as DeviceMatrix."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from sparse_train.compat.transformers import to_device
 from sparse_train.errors import UserError
 from sparse_train.extras import require
 from sparse_train.inference.packed_linear import PackedLinear
-from sparse_train.models import fill, open_model
-from sparse_train.sparse import replace_module
+from sparse_train.models import ModelFolder
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -31,15 +26,14 @@ def find_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_on_gpu(folder: str | Path, device: torch.device, batch_size: int) -> tuple[PreTrainedModel, str]:
-    """The model of a folder, sparse or dense, and the precision of its sparse weights, which are laid out for steps of
-    `batch_size` answers. FP32 values become BF16."""
+def packed_modules(tensors: ModelFolder, device: torch.device, batch_size: int) -> dict[str, nn.Module]:
+    """What computes with the weights of `tensors.shapes`, by the names of the modules that it replaces, laid out for
+    steps of `batch_size` answers. FP32 values become BF16."""
     from sparse_train.kernels.triton_matrix import DeviceMatrix  # Triton is an extra
 
-    model, tensors = open_model(folder, torch.bfloat16, quantised=True)
-    precision, head = "bf16", model.get_output_embeddings()
+    modules: dict[str, nn.Module] = {}
     for name, (num_rows, num_columns) in tensors.shapes.items():
-        weight, scale, is_head = tensors.weight(name), tensors.scale(name), model.get_submodule(name) is head
+        weight, scale = tensors.weight(name), tensors.scale(name)
         bias = tensors.get(f"{name}.bias").to(device, torch.bfloat16) if f"{name}.bias" in tensors else None
         if weight.values.numel() == num_rows * num_columns:  # a quantised head; without zeros there are none to skip
             linear = nn.Linear(num_columns, num_rows, bias is not None, device="meta")
@@ -47,12 +41,9 @@ def load_on_gpu(folder: str | Path, device: torch.device, batch_size: int) -> tu
                                          requires_grad=False)
             if bias is not None:
                 linear.bias = nn.Parameter(bias, requires_grad=False)
-            replace_module(model, name, linear)
+            modules[name] = linear
             continue
         values = weight.values if scale is not None else weight.values.bfloat16()
-        packed = DeviceMatrix(values.to(device), weight.bitmask.to(device), num_columns,
-                              None if scale is None else scale.to(device), batch_size)
-        precision = precision if is_head else packed.precision
-        replace_module(model, name, PackedLinear(packed, bias))
-    fill(model, tensors)
-    return to_device(model, device), precision
+        modules[name] = PackedLinear(DeviceMatrix(values.to(device), weight.bitmask.to(device), num_columns,
+                                                  None if scale is None else scale.to(device), batch_size), bias)
+    return modules

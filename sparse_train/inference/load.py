@@ -2,26 +2,25 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparse_train.compat.transformers import to_device
 from sparse_train.config import EvaluateConfig
 from sparse_train.config.base import Precision
 from sparse_train.errors import UserError, first_line
-from sparse_train.inference import gpu
+from sparse_train.inference import cpu, gpu
 from sparse_train.inference.decoding import Decoders
-from sparse_train.inference.packed_linear import PackedEmbedding, PackedLinear
-from sparse_train.inference.shared import pack_shared
-from sparse_train.kernels import PackedMatrix, pack
-from sparse_train.models import ModelFolder, Processor, fill, load_processor, open_model
+from sparse_train.inference.packed_linear import PackedLinear
+from sparse_train.models import Processor, fill, load_processor, open_model
 from sparse_train.models.checkpoint import DTYPES
-from sparse_train.sparse import replace_module
+from sparse_train.sparse import replace_module, save_from
 from sparse_train.tasks import Example, generate, read
 from sparse_train.tasks.batch import encode_prompt
 from sparse_train.tasks.conversation import Message
@@ -112,64 +111,33 @@ def load(folder: str | Path, shared: bool = True, device: Literal["cpu", "cuda"]
     if kv_cache not in DTYPES:
         raise UserError(f"kv_cache={kv_cache!r}: there is no such cache; give one of {', '.join(DTYPES)}")
     try:
-        model, precision = (_load_on_cpu(folder, shared) if device == "cpu" else
-                            gpu.load_on_gpu(folder, gpu.find_gpu(), batch_size))
+        model, precision = _load(folder, shared, device, batch_size)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{folder}: the GPU's memory does not hold it ({first_line(error)}); give a smaller or sparser "
                         "model, or run it on the CPU") from error
-    runtime = Runtime(model.eval(), load_processor(folder), precision, kv_cache)
-    if runtime.is_sparse:
-        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
-    return runtime
+    return Runtime(model.eval(), load_processor(folder), precision, kv_cache)
 
 
-def _load_on_cpu(folder: str | Path, shared: bool) -> tuple[PreTrainedModel, str]:
-    model, tensors = open_model(folder, quantised=True)
-    precision, head = "fp32", model.get_output_embeddings()
-    tables = _bf16_tables(model, tensors) if tensors.shapes else {}
-
-    def packed_weight(name: str) -> PackedMatrix:
-        if name in tables:
-            return _pack_whole(tensors.get(f"{name}.weight"))
-        weight = tensors.weight(name)
-        return PackedMatrix(weight.values, weight.bitmask, tensors.shapes[name][1], tensors.scale(name))
-
-    # The largest first: beside it lies what it is packed from, and the fewer others the better.
-    names = [*dict.fromkeys(tables.values()), *tensors.shapes]
-    weights = (pack_shared(tensors.folder, names, packed_weight) if shared
-               else {name: packed_weight(name) for name in names})
-    for name in (*tables, *tensors.shapes):
-        packed, module = weights[tables.get(name, name)], model.get_submodule(name)
-        if name in tensors.shapes and module is not head:
-            precision = packed.precision
-        bias = tensors.get(f"{name}.bias").float() if f"{name}.bias" in tensors else None
-        replace_module(model, name, PackedEmbedding(packed) if isinstance(module, nn.Embedding) else
-                       PackedLinear(packed, bias))
-    for tied, source in list(model.all_tied_weights_keys.items()):
-        if {tied, source} & {f"{name}.weight" for name in tables}:
-            del model.all_tied_weights_keys[tied]
+def _load(folder: str | Path, shared: bool, device: str, batch_size: int) -> tuple[PreTrainedModel, str]:
+    """The model, and the precision of its sparse weights without the head's, or of all where it is dense."""
+    on = torch.device("cpu") if device == "cpu" else gpu.find_gpu()
+    model, tensors = open_model(folder, torch.float32 if device == "cpu" else torch.bfloat16, quantised=True)
+    if tensors.shapes:
+        put_packed(model, cpu.packed_modules(model, tensors, shared) if device == "cpu" else
+                   gpu.packed_modules(tensors, on, batch_size), tensors.folder)
     fill(model, tensors)
-    return model, precision
+    head = model.get_output_embeddings()
+    precisions = [module.weight.precision for module in model.modules()
+                  if isinstance(module, PackedLinear) and module is not head]
+    return to_device(model, on), next(iter(precisions), "fp32" if device == "cpu" else "bf16")
 
 
-def _bf16_tables(model: PreTrainedModel, tensors: ModelFolder) -> dict[str, str]:
-    """Names of the embedding's modules and of the head, where they are stored in BF16: -> the first with its weight."""
-    owners = {id(module.weight): "" for module in (model.get_input_embeddings(), model.get_output_embeddings())
-              if type(module) in (nn.Embedding, nn.Linear)}
-    tables = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if (type(module) in (nn.Embedding, nn.Linear) and id(module.weight) in owners
-                and tensors.spec(f"{name}.weight")[1] == "BF16"):
-            owners[id(module.weight)] = owners[id(module.weight)] or name
-            tables[name] = owners[id(module.weight)]
-    return tables
-
-
-def _pack_whole(weight: torch.Tensor) -> PackedMatrix:
-    """A dense weight (R, C)."""
-    rows, columns = weight.shape
-    return PackedMatrix(weight.flatten(), pack(torch.ones(1, columns, dtype=torch.bool)).expand(rows, -1), columns)
-
-
-def _refuse_to_save(*args: Any, **options: Any) -> NoReturn:
-    raise UserError("a model that runs on compressed weights cannot be saved; copy the folder that it was read from")
+def put_packed(model: PreTrainedModel, modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """Replace `modules`, by their names in `model`, whose packed weights were read from `folder`."""
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    replaced = {f"{name}.weight" for name in modules}
+    for tied, source in list(model.all_tied_weights_keys.items()):
+        if {tied, source} & replaced:
+            del model.all_tied_weights_keys[tied]
+    save_from(model, folder)

@@ -14,10 +14,10 @@ from sparse_train.extras import require
 from sparse_train.hub import hub_answers, may_be_hub_name
 from sparse_train.models.families import family_of_type
 from sparse_train.models.generation import model_tokens
-from sparse_train.sparse.header import METHOD, VERSION
+from sparse_train.sparse.header import KEY, METHOD, VERSION
 
 _COUNTED, _LARGEST_COUNT = ("layer", "layers", "experts", "blocks", "labels", "heads"), 10_000
-_STORED_AS = ("quantization_config", "compression_config", "sparsity_config")
+_STORED_AS = (KEY, "compression_config", "sparsity_config")
 """Keys of config.json that say how weights are stored; the last two are those of compressed-tensors before 0.7."""
 _PEER = "compressed-tensors"
 _PACKED = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")

@@ -9,10 +9,10 @@
 from sparse_train.sparse.bitmask import BitmaskTensor
 from sparse_train.sparse.format import TensorFolder, count_bits, pack_nibbles, save_file, write_tensors
 from sparse_train.sparse.linear import SparseLinear, sparse_linears
-from sparse_train.sparse.save import write_sparse
+from sparse_train.sparse.save import save_from, write_sparse
 from sparse_train.sparse.swap import densify, replace_module, sparsify
 
 __all__ = [
     "BitmaskTensor", "SparseLinear", "TensorFolder", "count_bits", "densify", "pack_nibbles", "replace_module",
-    "save_file", "sparse_linears", "sparsify", "write_sparse", "write_tensors",
+    "save_file", "save_from", "sparse_linears", "sparsify", "write_sparse", "write_tensors",
 ]

@@ -19,6 +19,7 @@ model.safetensors because other loaders would skip the names they do not know an
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]],
         files.append(f"{stem}.safetensors.index.json")
         (folder / files[-1]).write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1), encoding="utf-8")
+    _remove_others(folder, files)
+
+
+def copy_tensors(source: Path, folder: Path) -> None:
+    """Copy the tensor files of `source`; then delete those of another model in `folder`."""
+    files = [path.name for path in source.iterdir() if _OURS.fullmatch(path.name)]
+    for name in () if folder.exists() and folder.samefile(source) else files:
+        aside = folder / f"{name}.part"
+        shutil.copyfile(source / name, aside)
+        aside.rename(folder / name)
+    _remove_others(folder, files)
+
+
+def _remove_others(folder: Path, files: Iterable[str]) -> None:
     for path in list(folder.iterdir()):
         if _OURS.fullmatch(path.name) and path.name not in files:
             path.unlink()

@@ -16,8 +16,8 @@ from sparse_train.errors import UserError, describe_error
 from sparse_train.kernels import GROUP
 
 HEADER, VERSION = "sparse_train", 1
-METHOD = "sparse-train"
-"""`quant_method` in the `quantization_config` of a sparse folder's config.json."""
+KEY, METHOD = "quantization_config", "sparse-train"
+"""The key of a sparse folder's config.json that transformers looks for, and its `quant_method`."""
 SPARSE, DENSE = "sparse", "model"
 PARTS = ("values", "bitmask", "scale")
 NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -13,8 +13,8 @@ from torch import nn
 
 from sparse_train import artifacts
 from sparse_train.errors import UserError
-from sparse_train.sparse.format import write_tensors
-from sparse_train.sparse.header import METHOD, PRECISIONS, VERSION, read_headers
+from sparse_train.sparse.format import copy_tensors, write_tensors
+from sparse_train.sparse.header import KEY, METHOD, PRECISIONS, SPARSE, VERSION, read_headers
 from sparse_train.sparse.linear import sparse_linears
 
 
@@ -25,14 +25,23 @@ def write_sparse(folder: Path, model: Any, tensors: Iterable[tuple[str, torch.Te
     write_tensors(folder, tensors, {name: linear.weight.shape for name, linear in linears.items()})
     stored, _ = read_headers(folder)
     name = next((name for name, linear in linears.items() if linear is not head), next(iter(linears)))
-    config = folder / "config.json"
-    artifacts.write_json(config, artifacts.read_json(config) | {"quantization_config": {
+    is_single = stored[f"{name}.values"].file.name == f"{SPARSE}.safetensors"
+    _extend_config(folder, {KEY: {
         "quant_method": METHOD, "version": VERSION, "precision": PRECISIONS[stored[f"{name}.values"].dtype],
+        "weights": f"{SPARSE}.safetensors{'' if is_single else '.index.json'}",
         "modules_to_not_convert": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]}})
 
 
+def save_from(model: nn.Module, source: Path) -> None:
+    """Make save_pretrained of `model`, whose packed weights were read from the folder `source`, copy its tensors."""
+    patch_save_pretrained(model)
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.__dict__[_SOURCE] = source if module is model else None
+
+
 def patch_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained` of the classes in `model` write our format where a model has SparseLinears.
+    """Make `save_pretrained` of the classes in `model` write our format where a model has sparse weights.
 
     Classes are patched rather than instances, because a method bound to an instance keeps it alive and cannot be
     pickled.
@@ -43,12 +52,14 @@ def patch_save_pretrained(model: nn.Module) -> None:
 
 
 _PATCHED: dict[type, object] = {}
+_SOURCE = "_sparse_train_source"
+"""Attribute of a model with packed weights: the folder that they were read from; None for a part of the model."""
 
 
 def _with_sparse(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **options):
-        save = _save_sparse if sparse_linears(self) else original
+        save = _save_sparse if sparse_linears(self) or hasattr(self, _SOURCE) else original
         return save(self, save_directory, *args, **options)
     return save_pretrained
 
@@ -59,8 +70,10 @@ def _save_sparse(model: Any, save_directory: str | Path, is_main_process: bool =
     if push_to_hub or variant or distributed_checkpoint:
         raise UserError("a sparse model is saved into a folder, without push_to_hub, variant and "
                         "distributed_checkpoint; save it, then upload the folder")
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # tied tensors once
-    if state_dict is None:
+    is_packed = hasattr(model, _SOURCE)
+    if is_packed:
+        _check_source(model, state_dict)
+    elif state_dict is None:
         state_dict = model.state_dict()
         if any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
             raise UserError("the parameters are partitioned over ranks and empty here; give save_pretrained the "
@@ -69,7 +82,29 @@ def _save_sparse(model: Any, save_directory: str | Path, is_main_process: bool =
         return
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
+    before = artifacts.read_json(getattr(model, _SOURCE) / "config.json") if is_packed else {}
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    write_sparse(folder, model, ((name, state_dict[name]) for name in names if name in state_dict))
+    if is_packed:
+        _extend_config(folder, {key: before[key] for key in (KEY, "dtype") if key in before}, before)
+        copy_tensors(getattr(model, _SOURCE), folder)
+    elif state_dict is not None:
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # tied tensors once
+        write_sparse(folder, model, ((name, state_dict[name]) for name in names if name in state_dict))
+
+
+def _check_source(model: Any, state_dict: dict | None) -> None:
+    source = getattr(model, _SOURCE)
+    if source is None:
+        raise UserError(f"a {type(model).__name__} with packed weights is a part of a model; save the whole one")
+    if state_dict is not None:
+        raise UserError("packed weights are saved by copying the files that they were read from; leave state_dict out")
+    if not source.is_dir():
+        raise UserError(f"packed weights are saved by copying the files that they were read from, and {source} is gone")
+
+
+def _extend_config(folder: Path, keys: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+    """Add `keys` to config.json, and of `defaults` those that it does not have."""
+    file = folder / "config.json"
+    artifacts.write_json(file, (defaults or {}) | artifacts.read_json(file) | keys)

@@ -1,0 +1,126 @@
+"""Sparse folders in transformers' from_pretrained, as quantised checkpoints: a model with the kernels of this package.
+
+    __init__.py of the package   has this module imported as soon as transformers knows quantizers
+    SparseConfig                 quantization_config of config.json
+    SparseQuantizer              what from_pretrained calls while it makes and fills a model
+
+transformers finds the dense tensors in the files and places them; it sees nothing of the sparse ones, whose modules are
+put in at the end. The rest of the package is imported only when a model is loaded, because transformers is only half
+imported when it imports this.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparse_train.errors import UserError
+from sparse_train.sparse.header import METHOD, SPARSE, VERSION
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_FILES = (f"{SPARSE}.safetensors", f"{SPARSE}.safetensors.index.json")
+
+
+@register_quantization_config(METHOD)
+class SparseConfig(QuantizationConfigMixin):
+    """`quantization_config` of a sparse folder; docs/format.md describes its keys. Raises UserError for a newer one."""
+
+    weights: str
+
+    def __init__(self, version: int = VERSION, weights: str = _FILES[0], **facts: Any):
+        if version != VERSION or weights not in _FILES:
+            raise UserError(f"config.json has a sparse checkpoint of version {version!r} in {weights!r}, this release "
+                            f"reads version {VERSION} in {' or '.join(_FILES)}; update sparse-train")
+        self.__dict__ |= {"quant_method": METHOD, "version": version, "weights": weights, **facts}
+
+
+@register_quantizer(METHOD)
+class SparseQuantizer(HfQuantizer):
+    """Loads a sparse folder: on the CPU with FP32 activations, on a GPU in BF16, whatever `dtype` says."""
+
+    quantization_config: SparseConfig
+    requires_calibration = True  # of a dense model there is nothing to do
+    is_trainable = False
+    _device = torch.device("cpu")
+    _is_gpu = False
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True  # by sparse/save.py
+
+    def update_device_map(self, device_map: dict[str, Any] | str | None) -> dict[str, Any] | None:
+        """One device. Raises UserError for several, and for a GPU that cannot run the kernels."""
+        from sparse_train.inference import gpu
+
+        if isinstance(device_map, str):  # auto, balanced, ...
+            device_map = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+        if device_map is None:
+            return None
+        devices = {torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+                   for place in device_map.values() if place != "disk"}
+        if len(devices) != 1 or "disk" in device_map.values() or min(map(str, devices)).partition(":")[0] not in (
+                "cpu", "cuda"):
+            raise UserError(f"device_map={device_map}: a sparse model lies on one device, cpu or a GPU; give its name")
+        self._device = devices.pop()
+        if self._device.type == "cuda":
+            self._is_gpu, found = True, gpu.find_gpu()
+            if self._device.index is None or found.type != "cuda":  # Triton's interpreter
+                self._device = found
+        return {"": self._device}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if self._is_gpu else torch.float32
+
+    def update_attn_implementation(self, config: "PretrainedConfig") -> "PretrainedConfig":
+        """Called before the files are looked for."""
+        from sparse_train.compat.transformers import name_weights
+
+        name_weights(config, self.quantization_config.weights)
+        return config
+
+    update_tp_plan = update_attn_implementation  # which releases before 5.18 call
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Iterable[str] = (),
+                                             **_: Any) -> None:
+        self._made = model, Path(next(iter(checkpoint_files))).parent
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        return self.get_weight_conversions()  # and no others: a sparse folder has the model's own names
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Called between making the model, which happens where no other can be made, and filling it: takes the modules
+        out that are packed. Raises UserError for a folder that is not complete or another model."""
+        from sparse_train.compat.transformers import ignore_unexpected
+        from sparse_train.inference import PackedLinear, cpu
+        from sparse_train.models import open_model
+        from sparse_train.sparse import replace_module
+
+        model, folder = self._made
+        own, tensors = open_model(folder, quantised=True)
+        if type(own) is not type(model):
+            raise UserError(f"{folder} is a {type(own).__name__}, not a {type(model).__name__}; load it by the Auto "
+                            "class of the former, such as AutoModelForCausalLM")
+        names = list(tensors.shapes) if self._is_gpu else cpu.packed_names(own, tensors)
+        for name in names:  # initialisation reads the weights of some, and changes nothing of one on meta
+            meta: Any = model.get_parameter(f"{name}.weight").detach()
+            replace_module(model, name, PackedLinear(meta))
+        model.all_tied_weights_keys = {tied: source for tied, source in own.all_tied_weights_keys.items()
+                                       if not {tied, source} & {f"{name}.weight" for name in names}}
+        ignore_unexpected(model, names)
+        self._opened = own, tensors
+        return []
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        from sparse_train.inference import cpu, gpu
+        from sparse_train.inference.load import put_packed
+
+        own, tensors = self._opened
+        del self._made, self._opened
+        put_packed(model, gpu.packed_modules(tensors, self._device, batch_size=1) if self._is_gpu else
+                   cpu.packed_modules(own, tensors, shared=True), tensors.folder)
+        return model.eval()
