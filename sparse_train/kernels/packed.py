@@ -106,8 +106,9 @@ class PackedMatrix:
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (..., C) float32 -> (..., R): matvec of each row up to rounding, by one product of them all.
 
-        That skips zeros where the weight's density is at most `break_even`, and then adds up each row in the same order
-        whatever rows it comes with; otherwise the weight is expanded and multiplied by torch.
+        That skips zeros where the weight's density is at most `break_even`. Otherwise the weight is expanded: on the
+        backend amx tile by tile (bf16, int8, int4), elsewhere as a whole for torch. All but torch add up each row in the same
+        order, whatever rows it comes with.
         """
         if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != torch.float32
                 or x.device.type not in ("cpu", "meta") or x.layout != torch.strided):
@@ -161,25 +162,37 @@ class PackedMatrix:
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         is_sparse = self.density <= break_even(x.numel() // self.shape[1], self.precision)
-        multiply = self._skipping if is_sparse else self._expanding
+        return self._skipping(x) if is_sparse else self._expanding(x)
+
+    def _expanding(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (..., C) -> (..., R): the weight is expanded a part at a time where the backend multiplies tiles, or as a
+        whole for torch."""
+        rows = consecutive(x)
+        y = rows.new_empty(*x.shape[:-1], self.shape[0])
+        if self._packed.multiply_tiles(rows.data_ptr(), x.numel() // self.shape[1], y.data_ptr(),
+                                       torch.get_num_threads()):
+            return y
+        return self._scaled(x, lambda codes: functional.linear(codes, self._expanded()))
+
+    def _skipping(self, x: torch.Tensor) -> torch.Tensor:
+        """The same without the zeros."""
+        return self._scaled(x, self._multiply_kept)
+
+    def _scaled(self, x: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The product of the codes of `x` with integers, times their scales, or of `x` itself."""
         if self._stored != torch.int8:
             return multiply(x)
         codes, step = reference.quantise(x)
         return multiply(codes) * (step * self._scale() if self.precision == "int8" else step)
 
-    def _expanding(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (..., C) -> (..., R), the product with int8 values without their scale, or with the weight."""
-        return functional.linear(x, self._expanded())
-
-    def _skipping(self, x: torch.Tensor) -> torch.Tensor:
-        """The same without the zeros."""
+    def _multiply_kept(self, x: torch.Tensor) -> torch.Tensor:
         rows = consecutive(x).view(-1, self.shape[1])
         y = rows.new_empty(len(rows), self.shape[0])
         self._packed.matmul(rows.data_ptr(), len(rows), y.data_ptr(), torch.get_num_threads())
         # A row that is not finite has no finite sum. Of such a row 0 * Inf counts as well.
         finite = rows.sum(1).isfinite()
         if not finite.all():
-            y[~finite] = self._expanding(rows[~finite])
+            y[~finite] = functional.linear(rows[~finite], self._expanded())
         return y.view(*x.shape[:-1], self.shape[0])
 
 

@@ -298,8 +298,9 @@ def check():
                 torch.full((4096,), poison)  # what matvec's y and to_dense's weight are made from, freed again
                 assert torch.equal(packed.matvec(x), exact), (name, kind, "matvec")
                 assert torch.equal(packed.to_dense(), dense.float()), (name, kind, "to_dense")
-                torch.full((40, 4096), poison)
-                assert torch.equal(packed._skipping(x.expand(40, -1)), exact.expand(40, -1)), (name, kind, "matmul")
+                for multiply in (packed._skipping, packed._expanding):
+                    torch.full((40, 4096), poison)
+                    assert torch.equal(multiply(x.expand(40, -1)), exact.expand(40, -1)), (name, kind, multiply)
 
 torch.set_num_threads(4)
 check()

@@ -1,4 +1,4 @@
-"""Products with many rows: those that skip zeros against float64, and the choice between them and the dense product."""
+"""Products with many rows, skipping zeros or by tiles, against float64, and the choice between products."""
 
 import pytest
 import torch
@@ -18,8 +18,10 @@ def _matrix(shape, density, precision="fp32"):
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(shape, generator=generator) < density
     dense = torch.randn(shape, generator=generator) * keep
-    if precision == "fp32":
-        return kernels.PackedMatrix(dense[keep], kernels.pack(keep), shape[1]), dense, torch.ones(shape[0])
+    if precision in ("fp32", "bf16"):
+        values = dense[keep] if precision == "fp32" else dense[keep].bfloat16()
+        dense[keep] = values.float()
+        return kernels.PackedMatrix(values, kernels.pack(keep), shape[1]), dense, torch.ones(shape[0])
     if precision == "int4":
         codes = (dense * 3).round().clamp(-8, 7).to(torch.int8)
         scale = torch.randn(shape[0], -(-shape[1] // kernels.GROUP), generator=generator).bfloat16()
@@ -33,16 +35,14 @@ def _rows(num_rows, num_columns):
     return torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.usefixtures("skips")
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize(("shape", "num_rows"), [
     ((1, 1), 1), ((3, 63), 2), ((17, 64), 16), ((5, 65), 17), ((64, 127), 70), ((130, 200), 129), ((2, 1000), 300),
     ((600, 70), 40), ((3, 65_700), 9)])
-def test_what_skips_zeros_is_exact_up_to_rounding(backend, shape, num_rows, density, precision):
-    matrix, dense, scale = _matrix(shape, density, precision)
+def test_a_product_of_many_rows_is_exact_up_to_rounding(product, shape, num_rows, density):
+    matrix, dense, scale = _matrix(shape, density, product)
     x = _rows(num_rows, shape[1])
-    codes, step = (x, torch.ones(num_rows, 1)) if precision == "fp32" else kernels.reference.quantise(x)
+    codes, step = (x, torch.ones(num_rows, 1)) if product in ("fp32", "bf16") else kernels.reference.quantise(x)
     factor = step.double() * scale
     exact = (codes.double() @ dense.double().T) * factor
     # n products err by at most n half rounding errors of the sum of their sizes; three for scales and their product.
@@ -58,10 +58,8 @@ def test_integer_sums_of_64_columns_are_exact(backend):
     assert torch.equal(matrix.matmul(x), torch.full((20, 2), -128.0 * 255 * 64))
 
 
-@pytest.mark.usefixtures("skips")
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_threads(backend, precision):
-    matrix, _, _ = _matrix((600, 300), 0.3, precision)
+def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_threads(product):
+    matrix, _, _ = _matrix((600, 300), 0.3, product)
     x, before = _rows(530, 300), torch.get_num_threads()
     whole = matrix.matmul(x)
     for first, last in ((0, 1), (3, 5), (100, 170), (255, 530)):
@@ -76,26 +74,23 @@ def test_a_row_has_the_same_bits_whatever_it_is_batched_with_on_any_number_of_th
         torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("skips")
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
-def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(backend, odd, precision):
-    matrix, dense, _ = _matrix((70, 100), 0.5, precision)
+def test_a_row_that_is_not_finite_is_as_in_a_dense_product_and_alone_in_that(product, odd):
+    matrix, dense, _ = _matrix((70, 100), 0.5, product)
     x = _rows(40, 100)
     before = matrix.matmul(x)
     x[7, 3] = x[39, 99] = odd
     found, others = matrix.matmul(x), [i for i in range(40) if i not in (7, 39)]
     assert torch.equal(found[others], before[others])
     assert not found[[7, 39]].isfinite().any()
-    if precision == "fp32":
+    if product in ("fp32", "bf16"):
         torch.testing.assert_close(found[[7, 39]], functional.linear(x[[7, 39]], dense), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.usefixtures("skips")
-def test_no_activation_past_the_end_is_read(backend):
+def test_no_activation_past_the_end_is_read(product):
     """x ends where its memory page does: one byte further is a crash."""
     region, size = page_before_a_crash()
-    matrix, _, _ = _matrix((20, 100), 0.5)
+    matrix, _, _ = _matrix((20, 100), 0.5, product)
     x = torch.frombuffer(region, dtype=torch.float32, count=700, offset=size - 2800).view(7, 100)
     x.copy_(_rows(7, 100))
     assert torch.equal(matrix.matmul(x), matrix.matmul(x.clone()))

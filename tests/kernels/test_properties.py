@@ -150,7 +150,8 @@ def _check_products(keep, precision, chance, threads):
         exact, bound = product(x, dense, keep, precision.rounds_x)
         out = _placed(torch.ones(count, num_rows), chance)
         matrix.product(x, out)()
-        products = [matrix.matvec(x), matrix.matmul(x), out]
+        ways = [matrix.matvec, matrix.matmul, *([matrix._expanding] if x.numel() else [])]
+        products = [*(way(x) for way in ways), out]
         for found in products:
             assert ((found - exact).abs() <= bound).all()
         if x.numel():  # a row that is not finite, among others that are
@@ -158,7 +159,7 @@ def _check_products(keep, precision, chance, threads):
             others = [row for row in range(count) if row != odd]
             x[odd, chance.randrange(num_columns)] = chance.choice([torch.nan, torch.inf, -torch.inf])
             matrix.product(x, out)()
-            for found, before in zip([matrix.matvec(x), matrix.matmul(x), out], products, strict=True):
+            for found, before in zip([*(way(x) for way in ways), out], products, strict=True):
                 assert torch.equal(found[others], before[others])
                 assert not found[odd].isfinite().any()
 

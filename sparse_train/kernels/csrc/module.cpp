@@ -192,34 +192,61 @@ public:
 
     // y (num_x, num_rows) = x (num_x, num_columns) times the values as they are stored: without scales of rows.
     void matmul(uintptr_t x, int64_t num_x, uintptr_t y, int num_threads) const {
-        constexpr int64_t kMostX = 256;     // at once: what the sums and the tiles then take still fits caches
-        constexpr int64_t kMostRows = 512;  // that a tile of x is read for, while it is in the first-level cache
+        constexpr int64_t kMostX = 256;  // at once: what the sums and the tiles then take still fits caches
         const Rows& rows = rows_;
         const Tier& chosen = *tier;  // for all of it: what one has packed, another cannot read
         const int64_t most_x = std::min(num_x, kMostX);
         const Buffer tiles = allocate(4 * 64 * rows.num_words * ((most_x + 15) / 16 * 16));
-        const int64_t useful = rows.offsets[rows.num_rows] * most_x / kProductsPerThread;
-        const int threads = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
-        // Several parts per thread even out what they differ in.
-        const int64_t even = rows.num_rows / (4 * threads) / kTileRows * kTileRows;
-        const int64_t part = std::min(kMostRows, std::max(kRowsPerThread, even));
+        const Division divided = division(rows.offsets[rows.num_rows] * most_x, num_threads);
         for (int64_t m = 0; m < num_x; m += kMostX) {
             const float* from = at<const float>(x) + m * rows.num_columns;
             const int64_t count = std::min(kMostX, num_x - m);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(divided.threads)
             {
 #pragma omp for
                 for (int64_t w = 0; w < rows.num_words; ++w)
                     chosen.matmul.pack(from, count, rows, (float*)tiles.get(), w, w + 1);
 #pragma omp for schedule(dynamic)
-                for (int64_t r = 0; r < rows.num_rows; r += part) {
-                    const int64_t end = std::min(r + part, rows.num_rows);
+                for (int64_t r = 0; r < rows.num_rows; r += divided.part) {
+                    const int64_t end = std::min(r + divided.part, rows.num_rows);
                     const AtHand these = at_hand(r, end);
                     chosen.matmul.multiply(these.rows, size_, these.values, (const float*)tiles.get(), count,
                                           at<float>(y) + m * rows.num_rows, r, end, is_int4_ ? &int4_ : nullptr);
                 }
             }
         }
+    }
+
+    // y (num_x, num_rows) = x (num_x, num_columns) times the weight, whatever its zeros. False, and y is not written,
+    // where the tier has no tiles for it.
+    bool multiply_tiles(uintptr_t x, int64_t num_x, uintptr_t y, int num_threads) const {
+        constexpr int64_t kSide = TileProduct::kRows, kMostX = 128;
+        const Rows& rows = rows_;
+        const TileProduct& product = tier->tiles;
+        if (!product.multiply || size_ == 4 || (size_ == 1 && rows.num_words > product.kMostWords)) return false;
+        const int64_t most_x = std::min((num_x + kSide - 1) / kSide * kSide, kMostX);
+        const int64_t x_bytes = product.num_bytes(size_) * 64 * rows.num_words;
+        const Buffer packed = allocate(x_bytes * most_x);
+        std::vector<double> steps(most_x), zeros(most_x);
+        TileOperands operands{rows, size_, block_.values, is_int4_ ? &int4_ : nullptr, block_.scale, block_.row_sums,
+                              0, packed.get(), steps.data(), zeros.data()};
+        const Division divided = division(rows.num_rows * rows.num_columns * most_x, num_threads);
+        for (int64_t m = 0; m < num_x; m += kMostX) {
+            const float* from = at<const float>(x) + m * rows.num_columns;
+            operands.num_x = std::min(kMostX, num_x - m);
+#pragma omp parallel num_threads(divided.threads)
+            {
+#pragma omp for
+                for (int64_t k = 0; k < operands.num_x; k += kSide)
+                    product.pack(from + k * rows.num_columns, std::min(kSide, operands.num_x - k), rows, size_,
+                                 packed.get() + k * x_bytes, &steps[k], &zeros[k]);
+#pragma omp for schedule(dynamic)
+                for (int64_t r = 0; r < rows.num_rows; r += divided.part)
+                    product.multiply(operands, at<float>(y) + m * rows.num_rows, r,
+                                     std::min(r + divided.part, rows.num_rows));
+            }
+        }
+        return true;
     }
 
     // Writes (num_rows, num_columns) values as they are stored: float32, bfloat16, or int8 without scales.
@@ -294,6 +321,20 @@ private:
         std::copy_n(scale, num_rows, block_.scale);
         for (int64_t r = 0; r < num_rows; ++r)
             for (int64_t i = block_.offsets[r]; i < block_.offsets[r + 1]; ++i) block_.row_sums[r] += values[i];
+    }
+
+    // Threads and rows of a part for a product of so many multiplications. Several parts per thread even out what they
+    // differ in.
+    struct Division {
+        int threads;
+        int64_t part;
+    };
+    Division division(int64_t num_products, int num_threads) const {
+        constexpr int64_t kMostRows = 512;  // that a tile of x is read for, while it is in a near cache
+        const int64_t useful = num_products / kProductsPerThread;
+        const int threads = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
+        const int64_t even = rows_.num_rows / (4 * threads) / kRowsPerThread * kRowsPerThread;
+        return {threads, std::min(kMostRows, std::max(kRowsPerThread, even))};
     }
 
     struct AtHand {
@@ -515,6 +556,7 @@ NB_MODULE(_native, m) {
         .def("copy_scale", &Packed::copy_scale)
         .def("matvec", &Packed::matvec, release())
         .def("matmul", &Packed::matmul, release())
+        .def("multiply_tiles", &Packed::multiply_tiles, release())
         .def("expand", &Packed::expand, release())
         .def("gather", &Packed::gather, release())
         .def_prop_ro("num_bytes", &Packed::num_bytes);

@@ -16,6 +16,35 @@ struct Matmul {
                      int64_t first, int64_t last, const Int4* int4);
 };
 
+// What a product by tiles reads: the weight, and x as `pack` left it.
+struct TileOperands {
+    const Rows& rows;
+    int size;                // of a value: 2 (bfloat16), or 1 (int8, or codes of four bits where `int4` is given)
+    const void* values;      // of bfloat16 and int8
+    const Int4* int4;
+    const float* scale;      // of the rows of int8
+    const double* row_sums;  // of integers, as in Block
+    int64_t num_x;
+    const uint8_t* x;
+    const double *steps, *zeros;  // of integers: x is step * (code - zero)
+};
+
+// Dense products with many rows of x, for instructions that multiply whole tiles: a part of the weight is expanded in a
+// near cache. None where `multiply` is null.
+struct TileProduct {
+    static constexpr int64_t kRows = 16;         // of x, or the rest, that are packed together
+    static constexpr int64_t kMostWords = 1024;  // of integers, whose sums 32 bits hold
+
+    // Bytes of an entry of x: a code, or three bfloat16 that it is the sum of.
+    static constexpr int64_t num_bytes(int size) { return size == 1 ? 1 : 6; }
+
+    // x (num_x <= kRows, num_columns) to kRows * num_words * 64 entries that start at a multiple of 64 bytes, and of
+    // integers to kRows steps and zeros.
+    void (*pack)(const float* x, int64_t num_x, const Rows&, int size, uint8_t* to, double* steps, double* zeros);
+    // y (num_x, num_rows), with the scales of rows; of int8 to the bits of a product by matvec_i8.
+    void (*multiply)(const TileOperands&, float* y, int64_t first, int64_t last);
+};
+
 constexpr int64_t kKeyBlock = 16;  // tokens whose keys lie side by side, entry by entry
 
 // Positions that a thread attends to at a time, counted from a row's first one: the bits of a result depend neither on
@@ -83,11 +112,12 @@ struct Tier {
     Matmul matmul;
     Steps steps;
     int x_offset = 0;  // what matvec_i8 takes away from x: 128 where it multiplies signed bytes
+    TileProduct tiles = {};
 };
 
-extern const Tier avx512, avx512f, avx2, neon_dotprod, neon, portable;
+extern const Tier amx, avx512, avx512f, avx2, neon_dotprod, neon, portable;
 
 // Fastest first. The first that this CPU supports is used unless Python chooses another.
-inline const Tier* const kTiers[] = {&avx512, &avx512f, &avx2, &neon_dotprod, &neon, &portable};
+inline const Tier* const kTiers[] = {&amx, &avx512, &avx512f, &avx2, &neon_dotprod, &neon, &portable};
 
 }  // namespace sparse_train
