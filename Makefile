@@ -3,6 +3,7 @@
 # make test   all tests
 # make test-slow      further cases of the same checks, minutes each
 # make test-sanitize  the tests of native code, built with AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-serve     the tests that need vLLM, in an environment of its own
 # make test-cluster   the tests that need SLURM, on one that it starts on this machine (root, Debian)
 # make gpu    on a machine with a GPU: the tests that need it, then its benchmarks, into build/gpu/results.md; goes on
 #             after a cut. WHEELS=FOLDER installs from there alone, beside the torch that PYTHON has
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo real test test-slow test-sanitize test-cluster gpu lint types setup clean
+.PHONY: demo real test test-slow test-sanitize test-serve test-cluster serve gpu lint types setup clean
 
 demo: setup
 	.venv/bin/sparse-train run configs/demo.yaml
@@ -47,6 +48,19 @@ test-sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 .venv/bin/python -m pytest --capture=sys \
 	  -m "sanitize and not slow" -k "not openmp" -p tests.kernels.sanitized tests/kernels
+
+# vLLM and its own torch are in build/serve, and so is this package, as a wheel: without the rest of what it depends on.
+test-serve: serve
+	.venv/bin/python -m pytest -m serve tests/serve
+
+serve: setup build/serve/ready
+	.venv/bin/python -m pip wheel -q --no-deps --no-build-isolation -w build/serve/wheel .
+	build/serve/bin/python -m pip install -q --no-deps --force-reinstall build/serve/wheel/*.whl
+
+build/serve/ready: tests/serve/requirements.txt
+	[ -x build/serve/bin/python ] || $(PYTHON) -m venv build/serve
+	build/serve/bin/python -m pip install -q --no-deps -r tests/serve/requirements.txt
+	touch $@
 
 test-cluster: setup
 	slurm/cluster/stop.sh; trap slurm/cluster/stop.sh EXIT; slurm/cluster/start.sh && REQUIRE_CLUSTER=1 .venv/bin/python -m pytest tests/cluster

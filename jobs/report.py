@@ -85,12 +85,18 @@ def _plot(path: Path, data: dict[str, Any]) -> None:
     speeds = [{"label": f"{row['engine']} {row['precision']}", "speedup": row["speedup"],
                "value": dense if row["engine"] == "torch" else value[f"runtime {row['precision']}"]}
               for row in data["speed"] if row["what"] == "decode" and row["model"] == data["run"]]
-    plot_accuracy(path, _words(data["metric"]), [row for row in exact if not _is_runtime(row["engine"])], speeds)
+    plot_accuracy(path, table_name(data["metric"]), [row for row in exact if not _is_runtime(row["engine"])], speeds)
+
+
+def read_tables(path: Path) -> list[Table]:
+    """Scores, sizes and speed of a report.json."""
+    return _tables(artifacts.read_json(path))
 
 
 def _tables(data: dict[str, Any]) -> list[Table]:
-    """The score and size tables."""
-    return [_score_table(data), _size_table(data)]
+    speeds = [speed_cells(row) for row in data["speed"]]
+    return [_score_table(data), _size_table(data), Table(
+        f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, speeds, "\n".join(notes(speeds, _backends(data))))]
 
 
 def _score_table(data: dict[str, Any]) -> Table:
@@ -106,14 +112,14 @@ def _score_table(data: dict[str, Any]) -> Table:
              str(metrics["num_examples"])]
             for (loss, engine, sparsity), metrics in by_model.items()]
     notes = _teacher_note(task, [row for row in data["scores"] if row["metric"] == task.metric])
-    notes += [f"{_words(name)}: {settings[name]}" for name in task.score_settings]
+    notes += [f"{table_name(name)}: {settings[name]}" for name in task.score_settings]
     if any(_is_runtime(engine) for _, engine, _ in by_model):
         notes.append(_RUNTIME)
     if num_left_out := settings.get("num_left_out"):
         notes.append(f"{num_left_out} test examples that do not fit the model are left out")
     notes += _notes_on_texts(settings)
-    header = ["model", "computed in", "sparsity", *map(_words, columns), "cross-entropy", *map(_words, on_texts),
-              "examples"]
+    header = ["model", "computed in", "sparsity", *map(table_name, columns), "cross-entropy",
+              *map(table_name, on_texts), "examples"]
     return Table("Scores on unseen examples", header, rows, "\n".join(notes))
 
 
@@ -122,7 +128,7 @@ def _notes_on_texts(settings: dict[str, Any]) -> list[str]:
     for name in (key.removesuffix("/num_tokens") for key in settings if key.endswith("/num_tokens")):
         num_left_out = settings[f"{name}/num_left_out"]
         left_out = f"; {num_left_out} texts that do not fit the model are left out" if num_left_out else ""
-        notes.append(f"{_words(name)}: {settings[f'{name}/num_tokens']:,} tokens of general text; kl: "
+        notes.append(f"{table_name(name)}: {settings[f'{name}/num_tokens']:,} tokens of general text; kl: "
                      f"KL(dense || model) in nats per token{left_out}")
     return notes
 
@@ -152,7 +158,8 @@ def _is_runtime(engine: str) -> bool:
     return engine.startswith("runtime")
 
 
-def _words(name: str) -> str:
+def table_name(name: str) -> str:
+    """What tables call a metric."""
     return name.replace("_", " ").replace("/", " ")
 
 
@@ -166,7 +173,7 @@ def print_tables(path: Path, console: Console) -> None:
     data = artifacts.read_json(path)
     if data["about"]:
         console.print(data["about"] + "\n", highlight=False, markup=False)
-    for table in _tables(data):
+    for table in (_score_table(data), _size_table(data)):
         console.print(table.title, style="bold")
         print_table(console, table.header, table.rows)
         console.print(table.note + "\n" if table.note else "", highlight=False, markup=False)
@@ -189,10 +196,7 @@ def _machine_line(data: dict[str, Any]) -> str:
 
 
 def _page(data: dict[str, Any], picture: Path) -> str:
-    speeds = [speed_cells(row) for row in data["speed"]]
-    tables = [*_tables(data), Table(f"Batch-1 speed {_machine_line(data)}", SPEED_HEADER, speeds,
-                                    "; ".join(notes(speeds, _backends(data))))]
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                    trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return templates.get_template("report.html.jinja").render(
-        data=data, tables=tables, picture=base64.b64encode(picture.read_bytes()).decode())
+        data=data, tables=_tables(data), picture=base64.b64encode(picture.read_bytes()).decode())

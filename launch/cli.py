@@ -21,6 +21,7 @@ from sparse_train.errors import REMEDIES, StageFailed, UserError, describe_error
 from sparse_train.launch.model.bring import add_import
 from sparse_train.launch.model.export import add_export
 from sparse_train.launch.model.generate import add_generate
+from sparse_train.launch.model.push import add_push
 from sparse_train.launch.monitor.cancel import add_cancel
 from sparse_train.launch.monitor.inspect import add_inspect
 from sparse_train.launch.monitor.logs import add_logs
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parser.add_argument("--version", action="version", version=f"sparse-train {version('sparse-train')}")
     for add_command in (add_run, add_status, add_logs, add_cancel, add_inspect, add_bench, add_generate, add_export,
-                        add_import):
+                        add_import, add_push):
         add_command(commands)
     parser.set_defaults(log_level=logging.WARNING)
     for each in (parser, *commands.choices.values()):

@@ -186,6 +186,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def stage_of(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, manifest) of the stage of a run that made a model folder, None where none did. The models of the stage
+    compress are folders inside the stage's."""
+    for stage in (folder, folder.parent):
+        manifest = read_manifest(stage)
+        if manifest is not None and "stage" in manifest:
+            return stage, manifest
+    return None
+
+
 def require_manifest(folder: Path) -> dict[str, Any]:
     """As read_manifest, but raises UserError where the folder is not signed."""
     if (manifest := read_manifest(folder)) is None:

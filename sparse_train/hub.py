@@ -1,12 +1,28 @@
-"""The Hugging Face hub: which names may be there, and whether it answers."""
+"""The Hugging Face hub: which names may be there, whether it answers, and uploading to it."""
 
 import functools
+import re
+from collections.abc import Iterable
+from pathlib import Path
 
-from huggingface_hub import constants, get_safetensors_metadata, get_session, repo_exists
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_safetensors_metadata,
+    get_session,
+    get_token,
+    repo_exists,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from sparse_train.errors import UserError, first_line
+
 _TIMEOUT_S = 5
+_WEIGHTS = re.compile(r"[\w-]+\.safetensors(\.index\.json)?")
 _FILE_SUFFIXES = (".bin", ".csv", ".gguf", ".gz", ".json", ".jsonl", ".safetensors", ".tsv", ".txt", ".xz", ".zip")
 
 
@@ -55,3 +71,68 @@ def hub_answers() -> bool:
     except Exception:  # of whichever HTTP client huggingface_hub uses; a wrong status is an answer
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
+
+
+def license_of(model: str) -> str | None:
+    """The licence that the card of a model names, on the hub or in its folder; None where nothing tells."""
+    card = Path(model) / "README.md"
+    try:
+        if card.is_file():
+            data = ModelCard.load(card, ignore_metadata_errors=True).data
+        elif may_be_hub_name(model) and hub_answers():
+            data = HfApi(endpoint=constants.ENDPOINT).model_info(model).card_data
+        else:
+            return None
+    except Exception:  # as in hub_answers; and a card may hold anything
+        return None
+    named = data and data.get("license")
+    return named if isinstance(named, str) else None
+
+
+def push(repo: str, files: Iterable[Path], card: str, tag: str, private: bool) -> str:
+    """Upload `files` and `card`, as README.md, to the model `repo` in one commit; its address.
+
+    A model that is there already is updated where its card has `tag`, or where it is empty; its weights that are not
+    among `files` are deleted. Raises UserError where it is someone's other model, where it cannot be written, where
+    there is no token and where the hub does not answer.
+    """
+    if get_token() is None:
+        raise UserError("there is no token for the hub; log in (hf auth login), or set HF_TOKEN")
+    if not hub_answers():
+        raise UserError(f"{constants.ENDPOINT} does not answer; push again from where it can be reached")
+    api = HfApi(endpoint=constants.ENDPOINT)
+    try:
+        stale = _own_weights(api, repo, tag, private)
+        operations = [CommitOperationAdd("README.md", card.encode()),
+                      *(CommitOperationAdd(path.name, path) for path in files)]
+        kept = {operation.path_in_repo for operation in operations}
+        api.create_commit(repo, [*operations, *map(CommitOperationDelete, sorted(stale - kept))],
+                          commit_message="Upload by sparse-train")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        cause = {401: "the token is not valid; log in again (hf auth login)",
+                 403: f"the token may not write there; give one that may, or another owner than "
+                      f"{repo.partition('/')[0]}"}.get(status, f"{first_line(error)}; try again")
+        raise UserError(f"{repo} is not uploaded: {cause}") from error
+    except UserError:
+        raise
+    except Exception as error:  # as in hub_answers
+        raise UserError(f"{repo} is not uploaded: {first_line(error)}; try again") from error
+    return f"{constants.ENDPOINT}/{repo}"
+
+
+def _own_weights(api: HfApi, repo: str, tag: str, private: bool) -> set[str]:
+    """Files of weights that `repo` has, which is made where there is none. Raises UserError where it is not ours."""
+    try:
+        info = api.model_info(repo)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, private=private)
+        return set()
+    names = {file.rfilename for file in info.siblings or ()}
+    tags = info.card_data and info.card_data.get("tags")
+    if names - {".gitattributes"} and tag not in (tags or ()):
+        raise UserError(f"{repo} exists and was not uploaded by sparse-train (its card has no tag {tag}); give another "
+                        "name")
+    if private and not info.private:
+        raise UserError(f"{repo} exists and is public; change that in its settings, or leave out --private")
+    return {name for name in names if _WEIGHTS.fullmatch(name)}

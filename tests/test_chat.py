@@ -260,7 +260,7 @@ def test_generate_chats_as_the_run_was_trained(tmp_path, monkeypatch):
         save_model(folder, model, processor)
     for name, task in (("raw", {"name": "arithmetic"}), ("told", {"chat": True, "system": "Count."}),
                        ("chat", {"name": "chat"}), ("export", {"chat": True})):
-        sign(tmp_path / name, {"config": {"task": task}})
+        sign(tmp_path / name, {"stage": "finetune/ce", "config": {"task": task}})
     histories, complete_all = [], Runtime.complete_all
 
     def record(self, prompts, new_tokens, history, **options):

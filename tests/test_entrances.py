@@ -227,7 +227,7 @@ def test_zeros_of_a_gguf_file_become_bits_where_its_type_has_zeros(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_what_compressed_tensors_wrote_is_read_to_the_bit_and_trained(tmp_path):
+def test_what_compressed_tensors_wrote_is_read_to_the_bit(tmp_path):
     for kind, pattern in (("sparse-bitmask", None), ("sparse-24-bitmask", (2, 4))):
         _pruned(tmp_path / kind / "dense", pattern=pattern)
     try:
@@ -245,8 +245,16 @@ def test_what_compressed_tensors_wrote_is_read_to_the_bit_and_trained(tmp_path):
         assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
         assert import_model(str(theirs), tmp_path / kind / "out", 0.25).entrance == "compressed-tensors"
         _require_same(tmp_path / kind / "dense", tmp_path / kind / "out")
-    out, recipe = tmp_path / "sparse-24-bitmask" / "out", Path(__file__).parent / "launch" / "tiny.yaml"
-    assert main(["run", str(recipe), f"folder={tmp_path}", f"model.path={out}", "--stages", "dense"]) == 0
+
+
+@pytest.mark.slow
+def test_a_training_starts_from_an_imported_folder_and_keeps_its_zeros(tmp_path):
+    _pruned(tmp_path / "dense", pattern=(2, 4))
+    out, top = tmp_path / "out", Path(__file__).parents[1]
+    import_model(str(_pack(tmp_path / "dense", tmp_path / "packed", "sparse-24-bitmask")), out, 0.25)
+    text = (f"task={{name: text, path: '{top / 'LICENSE'}', max_length: 64}}", "evaluate.max_new_tokens=1")
+    assert main(["run", str(top / "tests" / "launch" / "tiny.yaml"), f"folder={tmp_path}", f"model.path={out}", *text,
+                 "--stages", "dense"]) == 0
     before, after = (sparse_linears(load_model(folder)) for folder in (out, tmp_path / "tiny" / "dense"))
     for name, linear in before.items():
         assert torch.equal(linear.bitmask, after[name].bitmask) and not torch.equal(linear.values, after[name].values)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sparse_train.artifacts import read_manifest
+from sparse_train.artifacts import stage_of
 from sparse_train.errors import UserError, printable
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -158,11 +158,8 @@ def _history(options: argparse.Namespace, model: "Runtime") -> "tuple[Message, .
 
 
 def _task(folder: Path) -> dict[str, Any]:
-    """`task` of the config of the run that made a model folder; empty where none did.
-
-    The models of the stage compress are folders inside the stage's."""
-    for stage in (folder, folder.parent) if folder.is_dir() else ():
-        config = (read_manifest(stage) or {}).get("config")
-        if isinstance(config, dict) and isinstance(config.get("task"), dict):
-            return config["task"]
-    return {}
+    """`task` of the config of the run that made a model folder; empty where none did."""
+    _, stage = (folder.is_dir() and stage_of(folder)) or (None, {})
+    config = stage.get("config")
+    task = config.get("task") if isinstance(config, dict) else None
+    return task if isinstance(task, dict) else {}

@@ -53,6 +53,21 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     decode.add_argument("--json", action="store_true", help="only the last line")
     decode.set_defaults(command=_decode)
 
+    serve = kinds.add_parser("serve", help="tokens per second of vLLM's server, dense and sparse, for several requests "
+                             "at a time")
+    serve.add_argument("--model", metavar="FOLDER", nargs="+", required=True,
+                       help="dense or sparse; the others are compared with the first")
+    serve.add_argument("--python", type=Path, default=Path("build/serve/bin/python"), metavar="FILE",
+                       help="of an environment with vllm and sparse-train (default: that of make serve)")
+    serve.add_argument("--concurrent", type=_positive, nargs="+", default=[1, 8, 32], metavar="N",
+                       help="requests at a time, one measurement for each (default: 1 8 32)")
+    serve.add_argument("--prompt-tokens", type=_positive, default=64)
+    serve.add_argument("--new-tokens", type=_positive, default=64)
+    serve.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of vLLM")
+    serve.add_argument("--repeats", type=_positive, default=5)
+    serve.add_argument("--json", action="store_true", help="only the last line")
+    serve.set_defaults(command=_serve)
+
     moves = kinds.add_parser("moves", help="expanding and compacting a 4096 x 4096 weight against copying it")
     moves.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.5, 0.75, 0.9])
     moves.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -91,7 +106,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     losses.add_argument("--batches", type=_positive, default=4, help="of the first training examples (default: 4)")
     losses.add_argument("--batch-size", type=_positive, default=2, help="examples of a batch (default: 2)")
     losses.set_defaults(command=_losses)
-    for kind in (layers, decode, moves, train, prune, losses):
+    for kind in (layers, decode, serve, moves, train, prune, losses):
         log.add_options(kind)
 
 
@@ -246,6 +261,24 @@ def _device_decode(options, console: Console) -> None:
             [*speed_cells(row), f"{row['tokens_per_second']:.1f}", f"{row['memory'] / 1e6:.0f}"] for row in rows],
             num_left=3)
     print(json.dumps({"device": torch.cuda.get_device_name(device), "bandwidth": bandwidth, "rows": rows}))
+
+
+def _serve(options, console: Console) -> None:
+    from sparse_train.bench.serve import serve_rows
+    from sparse_train.bench.tables import print_measured, spread_cell
+    from sparse_train.cpus import available_cpus, cpu_name
+
+    rows = serve_rows(options.python, options.model, options.concurrent, options.prompt_tokens, options.new_tokens,
+                      options.repeats, options.dtype)
+    if not options.json:
+        print_measured(console, ("model", "at a time", "tokens/s", "spread", "to the first", "quartiles"), [
+            [row["model"], str(row["concurrent"]), f"{row['tokens_per_second']:.1f}",
+             spread_cell(row["low"], row["tokens_per_second"], row["high"]),
+             f"{row['speedup']:.2f}x" if row["gains"] or row["model"] == options.model[0] else
+             f"{row['speedup']:.2f}x, no gain", f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"]
+            for row in rows])
+    print(json.dumps({"device": cpu_name(), "threads": available_cpus(), "prompt_tokens": options.prompt_tokens,
+                      "new_tokens": options.new_tokens, "dtype": options.dtype, "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:

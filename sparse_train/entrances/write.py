@@ -88,7 +88,8 @@ def _import(source: str, folder: Path, min_sparsity: float, entrance: str | None
                         "dense, and other commands read it as it is")
     imported = Imported(name, opened.has_bits, sparse, {linear: layers[linear] for linear in layers.keys() - sparse})
     save_model(folder, opened.model, opened.processor, _tensors(opened, sparse))
-    artifacts.sign(folder, {"source": source, "entrance": name, "min_sparsity": min_sparsity, "sparse_weights": {
+    artifacts.sign(folder, {"source": source, "entrance": name, "min_sparsity": min_sparsity,
+                            "pattern": imported.pattern, "sparse_weights": {
         linear: {"shape": list(layer.shape), "sparsity": layer.sparsity} for linear, layer in sparse.items()}})
     return imported
 

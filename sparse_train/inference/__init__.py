@@ -6,6 +6,6 @@
 
 from sparse_train.inference.decoder import Decoder, can_decode
 from sparse_train.inference.load import Runtime, load
-from sparse_train.inference.packed_linear import PackedLinear
+from sparse_train.sparse import PackedLinear
 
 __all__ = ["Decoder", "PackedLinear", "Runtime", "can_decode", "load"]

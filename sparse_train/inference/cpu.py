@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparse_train.inference.packed_linear import PackedEmbedding, PackedLinear
 from sparse_train.inference.shared import pack_shared
 from sparse_train.kernels import PackedMatrix, pack
 from sparse_train.models import ModelFolder
+from sparse_train.sparse import PackedEmbedding, PackedLinear
 
 
 def packed_modules(model: PreTrainedModel, tensors: ModelFolder, shared: bool) -> dict[str, nn.Module]:

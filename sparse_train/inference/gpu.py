@@ -5,8 +5,8 @@ from torch import nn
 
 from sparse_train.errors import UserError
 from sparse_train.extras import require
-from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.models import ModelFolder
+from sparse_train.sparse import on_gpu
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -29,21 +29,8 @@ def find_gpu() -> torch.device:
 def packed_modules(tensors: ModelFolder, device: torch.device, batch_size: int) -> dict[str, nn.Module]:
     """What computes with the weights of `tensors.shapes`, by the names of the modules that it replaces, laid out for
     steps of `batch_size` answers. FP32 values become BF16."""
-    from sparse_train.kernels.triton_matrix import DeviceMatrix  # Triton is an extra
-
-    modules: dict[str, nn.Module] = {}
-    for name, (num_rows, num_columns) in tensors.shapes.items():
-        weight, scale = tensors.weight(name), tensors.scale(name)
+    modules = {}
+    for name in tensors.shapes:
         bias = tensors.get(f"{name}.bias").to(device, torch.bfloat16) if f"{name}.bias" in tensors else None
-        if weight.values.numel() == num_rows * num_columns:  # a quantised head; without zeros there are none to skip
-            linear = nn.Linear(num_columns, num_rows, bias is not None, device="meta")
-            linear.weight = nn.Parameter(tensors.get_dense(f"{name}.weight").to(device, torch.bfloat16),
-                                         requires_grad=False)
-            if bias is not None:
-                linear.bias = nn.Parameter(bias, requires_grad=False)
-            modules[name] = linear
-            continue
-        values = weight.values if scale is not None else weight.values.bfloat16()
-        modules[name] = PackedLinear(DeviceMatrix(values.to(device), weight.bitmask.to(device), num_columns,
-                                                  None if scale is None else scale.to(device), batch_size), bias)
+        modules[name] = on_gpu((tensors.weight(name), tensors.scale(name)), device, batch_size, bias)
     return modules

@@ -17,10 +17,9 @@ from sparse_train.config.base import Precision
 from sparse_train.errors import UserError, first_line
 from sparse_train.inference import cpu, gpu
 from sparse_train.inference.decoding import Decoders
-from sparse_train.inference.packed_linear import PackedLinear
 from sparse_train.models import Processor, fill, load_processor, open_model
 from sparse_train.models.checkpoint import DTYPES
-from sparse_train.sparse import replace_module, save_from
+from sparse_train.sparse import PackedLinear, replace_module, save_from
 from sparse_train.tasks import Example, generate, read
 from sparse_train.tasks.batch import encode_prompt
 from sparse_train.tasks.conversation import Message

@@ -216,6 +216,7 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Processor | PreT
     `tensors` (name, tensor) replaces the model's own, for models whose parameters are partitioned over ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]  # by which servers choose their code
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -33,6 +33,7 @@ from sparse_train import kernels
 from sparse_train.errors import UserError
 from sparse_train.sparse.bitmask import BitmaskTensor
 from sparse_train.sparse.header import DENSE, HEADER, INT4, PARTS, SPARSE, VERSION, read_headers
+from sparse_train.sparse.stored import multiply_out
 
 _FILE_BYTES = 1_000_000_000
 _OURS = re.compile(rf"({SPARSE}|{DENSE})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
@@ -120,6 +121,37 @@ def count_bits(bitmask: torch.Tensor, num_columns: int, what: str) -> int:
     return int(np.bitwise_count(bitmask.numpy().view(np.uint64)).sum())  # a 64th of the memory of unpacking
 
 
+def require_finite(where: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself. Raises UserError, which begins with `where`, for a NaN or an infinity."""
+    # aminmax is NaN for a tensor with a NaN, and takes a hundredth of the time of isfinite.
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+        raise UserError(f"{where} holds values that are NaN or infinite; such a model computes nothing, so give one "
+                        "from before it diverged or was damaged")
+    return tensor
+
+
+def count_kept(where: str, bitmask: torch.Tensor, num_columns: int, num_stored: int, is_int4: bool) -> int:
+    """Values of a weight by its bits. Raises UserError, which begins with `where`, unless `num_stored` entries, of
+    INT4 bytes, are as many."""
+    num_kept = count_bits(bitmask, num_columns, f"{where}.bitmask")
+    if num_stored != (-(-num_kept // 2) if is_int4 else num_kept):
+        raise UserError(f"{where} keeps {num_kept} positions by its bits but has {num_stored} "
+                        f"{'bytes of codes' if is_int4 else 'values'}; the file is damaged")
+    return num_kept
+
+
+def read_weight(where: str, values: torch.Tensor, bitmask: torch.Tensor, num_columns: int) -> BitmaskTensor:
+    """The weight of tensors as they are stored, codes of eight and of four bits as int8. Raises UserError, which begins
+    with `where`, for tensors that do not belong together."""
+    is_int4 = values.dtype == torch.uint8
+    num_kept = count_kept(where, bitmask, num_columns, len(values), is_int4)
+    if is_int4:
+        if num_kept % 2 and values[-1] > 15:
+            raise UserError(f"{where}.values has a code behind its {num_kept}; the file is damaged")
+        values = unpack_nibbles(values, num_kept)
+    return BitmaskTensor(values, bitmask, (len(bitmask), num_columns))
+
+
 class TensorFolder:
     """The tensors of a checkpoint folder, dense or sparse, read one by one. Raises UserError where there is none.
 
@@ -142,7 +174,7 @@ class TensorFolder:
 
     def get(self, name: str) -> torch.Tensor:
         with safe_open(self._tensors[name].file, "pt") as opened:
-            return self._finite(name, opened.get_tensor(name))
+            return require_finite(f"{self.folder}: {name}", opened.get_tensor(name))
 
     def get_dense(self, name: str) -> torch.Tensor:
         """As get, but a sparse weight under its name in the dense model, with zeros in place; of codes, these times
@@ -150,10 +182,7 @@ class TensorFolder:
         module = name.removesuffix(".weight")
         if module not in self.shapes:
             return self.get(name)
-        dense, scale = self.weight(module).to_dense(), self.scale(module)
-        if scale is None:
-            return dense
-        return dense * (scale[:, None] if scale.ndim == 1 else kernels.scale_of_columns(scale, dense.shape[1]))
+        return multiply_out(self.weight(module), self.scale(module))
 
     def get_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Entries start..stop-1 of the flattened tensor; only the rows that hold them are read."""
@@ -165,14 +194,8 @@ class TensorFolder:
             row = math.prod(shape[1:])
             first = start // max(1, row)
             rows = view[first:-(-stop // row)] if start < stop else view[0:0]
-            return self._finite(name, rows.flatten()[start - first * row:stop - first * row].clone())
-
-    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # aminmax is NaN for a tensor with a NaN, and takes a hundredth of the time of isfinite.
-        if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
-            raise UserError(f"{self.folder}: {name} holds values that are NaN or infinite; such a model computes "
-                            "nothing, so give one from before it diverged or was damaged")
-        return tensor
+            return require_finite(f"{self.folder}: {name}",
+                                  rows.flatten()[start - first * row:stop - first * row].clone())
 
     def bits(self, name: str) -> torch.Tensor:
         """The bitmask of the sparse weight `name`, checked against its shape and the number of its values."""
@@ -183,22 +206,13 @@ class TensorFolder:
         return self._counted_bits(name)[1]
 
     def _counted_bits(self, name: str) -> tuple[torch.Tensor, int]:
-        bitmask = self.get(f"{name}.bitmask")
-        num_kept = count_bits(bitmask, self.shapes[name][1], f"{self.folder}: {name}.bitmask")
-        (num_values,), dtype = self.spec(f"{name}.values")
-        if num_values != (-(-num_kept // 2) if dtype == INT4 else num_kept):
-            raise UserError(f"{self.folder}: {name} keeps {num_kept} positions by its bits but has {num_values} "
-                            f"{'bytes of codes' if dtype == INT4 else 'values'}; the file is damaged")
-        return bitmask, num_kept
+        bitmask, ((num_stored,), dtype) = self.get(f"{name}.bitmask"), self.spec(f"{name}.values")
+        return bitmask, count_kept(f"{self.folder}: {name}", bitmask, self.shapes[name][1], num_stored, dtype == INT4)
 
     def weight(self, name: str) -> BitmaskTensor:
         """The sparse weight `name`, codes of eight and of four bits as int8 without their scale."""
-        values, (bitmask, num_kept) = self.get(f"{name}.values"), self._counted_bits(name)
-        if self.spec(f"{name}.values")[1] == INT4:
-            if num_kept % 2 and values[-1] > 15:
-                raise UserError(f"{self.folder}: {name}.values has a code behind its {num_kept}; the file is damaged")
-            values = unpack_nibbles(values, num_kept)
-        return BitmaskTensor(values, bitmask, self.shapes[name])
+        return read_weight(f"{self.folder}: {name}", self.get(f"{name}.values"), self.get(f"{name}.bitmask"),
+                           self.shapes[name][1])
 
     def scale(self, name: str) -> torch.Tensor | None:
         """(R,) float32 for int8 values, (R, ceil(C / 128)) bfloat16 for codes of four bits, else None."""

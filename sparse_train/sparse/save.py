@@ -83,6 +83,7 @@ def _save_sparse(model: Any, save_directory: str | Path, is_main_process: bool =
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     before = artifacts.read_json(getattr(model, _SOURCE) / "config.json") if is_packed else {}
+    model.config.architectures = [type(model).__name__]  # by which servers choose their code
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mpt.modeling_mpt import MptBlock
 
 from sparse_train import kernels
+from sparse_train.bench import serve
 from sparse_train.bench.prune import MODEL_TOKENS, BlockCost, LinearCost
+from sparse_train.bench.timing import Timing
 from sparse_train.bench.train import TrainBench, _Products
 from sparse_train.config import TaskConfig
 from sparse_train.launch.cli import main
@@ -221,3 +223,12 @@ def test_one_gpu_measures_its_step(monkeypatch):
     found = _found("--ranks", "1", "--precision", "bf16")
     assert found["device"].startswith("cuda")
     _check(found)
+
+
+def test_a_server_that_is_faster_only_now_and_then_gains_nothing(tmp_path, capsys):
+    dense, clear, doubtful = Timing((2.0, 2.0, 2.0)), Timing((1.0, 1.1, 0.9)), Timing((1.0, 2.2, 2.1))
+    assert serve._row("a", 8, 10, clear, dense)["gains"] and not serve._row("a", 8, 10, doubtful, dense)["gains"]
+    row = serve._row("a", 8, 10, clear, dense)
+    assert (row["tokens_per_second"], row["speedup"]) == (80.0, 2.0) and row["low"] < 80 < row["high"]
+    assert main(["bench", "serve", "--model", str(tmp_path), "--python", str(tmp_path / "python")]) == 2
+    assert "is not there; run make serve" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""PackedLinear: the layer of sparse inference, for new tokens and for prompts. PackedEmbedding: a lookup in BF16."""
+"""PackedLinear: the layer of sparse inference, for new tokens and for prompts. PackedEmbedding: a lookup in BF16.
+`on_gpu` chooses the layer of a stored weight there."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from sparse_train.kernels import PackedMatrix
+from sparse_train.sparse.stored import Stored, multiply_out
 
 if TYPE_CHECKING:  # Triton is an extra
     from sparse_train.kernels.triton_matrix import DeviceMatrix
@@ -35,6 +37,26 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.weight.num_bytes}"
+
+
+def on_gpu(stored: Stored, device: torch.device, num_rows: int, bias: torch.Tensor | None = None) -> nn.Module:
+    """The layer in BF16 on `device`, of any bias there, laid out for products with `num_rows` rows.
+
+    A weight that keeps all of its values, such as a quantised head, is dense: there are no zeros to skip.
+    """
+    weight, scale = stored
+    rows, columns = weight.shape
+    if weight.values.numel() == rows * columns:
+        linear = nn.Linear(columns, rows, bias is not None, device="meta")
+        linear.weight = nn.Parameter(multiply_out(weight, scale).to(device, torch.bfloat16), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
+    from sparse_train.kernels.triton_matrix import DeviceMatrix  # Triton is an extra
+
+    values = weight.values if scale is not None else weight.values.bfloat16()
+    return PackedLinear(DeviceMatrix(values.to(device), weight.bitmask.to(device), columns,
+                                     None if scale is None else scale.to(device), num_rows), bias)
 
 
 class PackedEmbedding(nn.Module):
