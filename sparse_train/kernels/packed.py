@@ -107,8 +107,8 @@ class PackedMatrix:
         """`x` (..., C) float32 -> (..., R): matvec of each row up to rounding, by one product of them all.
 
         That skips zeros where the weight's density is at most `break_even`. Otherwise the weight is expanded: on the
-        backend amx tile by tile (bf16, int8, int4), elsewhere as a whole for torch. All but torch add up each row in the same
-        order, whatever rows it comes with.
+        backend amx tile by tile (bf16, int8, int4), elsewhere as a whole for torch. All but torch add up each row in
+        the same order, whatever rows it comes with.
         """
         if (not isinstance(x, torch.Tensor) or not x.ndim or x.shape[-1] != self.shape[1] or x.dtype != torch.float32
                 or x.device.type not in ("cpu", "meta") or x.layout != torch.strided):
