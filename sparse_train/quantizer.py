@@ -106,9 +106,9 @@ class SparseQuantizer(HfQuantizer):
             raise UserError(f"{folder} is a {type(own).__name__}, not a {type(model).__name__}; load it by the Auto "
                             "class of the former, such as AutoModelForCausalLM")
         names = list(tensors.shapes) if self._is_gpu else cpu.packed_names(own, tensors)
-        for name in names:  # initialisation reads the weights of some, and changes nothing of one on meta
-            meta: Any = model.get_parameter(f"{name}.weight").detach()
-            replace_module(model, name, PackedLinear(meta))
+        for name in names:  # initialisation asks some for weight and bias, and changes nothing of one on meta
+            module: Any = model.get_submodule(name)
+            replace_module(model, name, PackedLinear(module.weight.detach(), getattr(module, "bias", None)))
         model.all_tied_weights_keys = {tied: source for tied, source in own.all_tied_weights_keys.items()
                                        if not {tied, source} & {f"{name}.weight" for name in names}}
         ignore_unexpected(model, names)

@@ -20,10 +20,11 @@ from transformers.models.auto.modeling_auto import (
 
 from sparse_train.config import PruneConfig
 from sparse_train.errors import UserError
+from sparse_train.inference import PackedLinear
 from sparse_train.models import load_model, save_model
 from sparse_train.models.empty import from_config
 from sparse_train.pruning import prune
-from sparse_train.sparse import densify, sparsify
+from sparse_train.sparse import densify, replace_module, sparsify
 from tests.environments import python_with
 
 TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
@@ -145,6 +146,9 @@ def check(model_type: str, folder: Path) -> str:
     save_model(sparse_in, sparsify(ours, weights), no_processor)
     again = densify(load_model(sparse_in))
     _compare(again, pruned, "read from our sparse folder")
+    opened, report = type(model).from_pretrained(sparse_in, output_loading_info=True)
+    assert not any(report.values()), f"from_pretrained of our sparse folder: {report}"
+    _compare(_unpacked(opened), pruned, "our sparse folder read by from_pretrained")
     save_model(dense_in, again, no_processor)
     theirs, report = type(model).from_pretrained(dense_in, output_loading_info=True)
     assert not any(report.values()), f"from_pretrained of our export: {report}"
@@ -172,6 +176,17 @@ def answer(model, folder: Path) -> None:
         (folder / "no-answer.txt").write_text(f"{type(error).__name__}: {error}")
 
 
+def _unpacked(model):
+    """With dense linears in place of those that run on packed weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = torch.nn.Parameter(module.weight.to_dense())
+            linear.bias = None if module.bias is None else torch.nn.Parameter(module.bias)
+            replace_module(model, name, linear)
+    return model
+
+
 def _compare(found, wanted, what: str) -> None:
     for kind in ("named_parameters", "named_buffers"):
         one, other = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (found, wanted))
@@ -197,10 +212,10 @@ Written by `python -m tests.model_types` from tiny models of every type that pre
 checked by `tests/test_model_types.py` (`make test-slow`).
 
 *works* means three things. Every parameter and buffer of a folder that save_pretrained wrote is read bit for bit as
-from_pretrained reads it. So are those of our sparse folder, after pruning by magnitude. And from_pretrained reads our
-dense export, whose tensors have the names that save_pretrained gives them. A type that does not work is refused with
-the line shown, from its config and the names of its tensors alone. For a type outside the table of families, the
-linears to prune are inferred and logged. Tasks give models text, and Whisper audio.
+from_pretrained reads it. So are those of our sparse folder, after pruning by magnitude, by us and by from_pretrained.
+And from_pretrained reads our dense export, whose tensors have the names that save_pretrained gives them. A type that
+does not work is refused with the line shown, from its config and the names of its tensors alone. For a type outside the
+table of families, the linears to prune are inferred and logged. Tasks give models text, and Whisper audio.
 
 The last column is what transformers {OLDER} does with the dense export: *same* logits, type *not known*, *no* (an
 error, or other logits: read it with transformers 5), *-* (nothing to compare).

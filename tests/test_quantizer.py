@@ -1,11 +1,15 @@
 """Sparse folders in transformers: from_pretrained computes what the runtime does, and save_pretrained writes it again.
 
-The rows of the table in docs/models.md.
+Rows of the table in docs/format.md.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +20,11 @@ from sparse_train.config import EvaluateConfig, PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import PackedLinear, load
 from sparse_train.pruning import prune
+from sparse_train.sparse import TensorFolder, sparsify
 from sparse_train.sparse import format as sparse_format
-from sparse_train.sparse import sparsify
 from sparse_train.tasks import generate
 from sparse_train.tasks.batch import collate
+from tests.environments import python_with
 from tests.models import tiny_examples, tiny_model
 
 _AUTO = {"mpt": AutoModelForCausalLM, "llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM,
@@ -38,16 +43,29 @@ def _text(folder, name):
     return (folder / name).read_text(encoding="utf-8")
 
 
+def _dense(family, folder):
+    """A dense model with the weights of `folder`."""
+    model, tensors = tiny_model(family)[0], TensorFolder(folder)
+    model.load_state_dict({name: tensors.get(name).float() for name in tensors.names}, strict=False)
+    for name in tensors.shapes:
+        model.get_submodule(name).weight = torch.nn.Parameter(tensors.get_dense(f"{name}.weight").float())
+    return model
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("family", _AUTO)
 @torch.no_grad()
-def test_from_pretrained_computes_what_the_runtime_does(family, precision, tmp_path):
+def test_a_folder_opens(family, precision, tmp_path):
+    """From_pretrained's model and the runtime's compute the same, which is what the dense weights give, but that
+    products with codes round activations to eight bits."""
     processor = _export(family, precision, tmp_path / "one", int8_head=precision == "int8")
     model, told = _AUTO[family].from_pretrained(tmp_path / "one", output_loading_info=True)
     assert not any(told.values())
     runtime, examples = load(tmp_path / "one", shared=False), tiny_examples(processor)
     inputs = collate(examples, processor).inputs()
-    assert torch.equal(model(**inputs).logits, runtime.model(**inputs).logits)
+    expected, found = _dense(family, tmp_path / "one")(**inputs).logits, runtime.model(**inputs).logits
+    assert torch.equal(model(**inputs).logits, found)
+    assert (found - expected).norm() < (0.05 if precision.startswith("int") else 1e-5) * expected.norm()
     assert generate(model, processor, examples, EvaluateConfig(max_new_tokens=6)) == runtime.generate(examples, 6)
     for name, saved in (("two", model), ("three", runtime.model)):
         saved.save_pretrained(tmp_path / name)
@@ -121,3 +139,60 @@ def test_without_this_package_transformers_refuses_and_names_it(tmp_path):
     assert "got sparse-train" in done.stderr and "no file named model.safetensors" in done.stderr
     light = "import sys, sparse_train; print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", light], text=True).strip() == "set()"
+
+
+_SUMS = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/sums.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc}]
+"""
+_LM_EVAL = ("lm-eval==0.4.13", "DataProperty==1.1.1", "absl-py==2.5.1", "chardet==6.0.0.post1", "evaluate==0.4.6",
+            "joblib==1.6.0", "mbstrdecoder==1.1.5", "more-itertools==11.2.1", "narwhals==2.29.0", "nltk==3.10.4",
+            "pathvalidate==3.3.1", "pytablewriter==1.2.1", "pytz==2026.6", "rouge-score==0.1.2", "sacrebleu",
+            "scikit-learn==1.9.1", "sqlitedict==2.1.0", "tabledata==1.3.5", "tcolorpy==0.1.7", "threadpoolctl==3.8.0",
+            "typepy==1.3.5", "word2number==1.1")
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness_scores_a_folder(tmp_path):
+    """By the command line that docs/format.md gives: the log-likelihoods of its answers are those of our model."""
+    try:
+        python = python_with(tmp_path / "python", *_LM_EVAL)
+    except OSError as error:
+        pytest.skip(str(error))
+    (site,) = (tmp_path / "python").glob("lib/python*/site-packages")
+    ours = sysconfig.get_path("purelib")  # where this package is, behind a file of paths
+    (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n", encoding="utf-8")
+    docs = [{"question": "1 + 1 =", "choices": ["2", "7"], "label": 0},
+            {"question": "2 + 3 =", "choices": ["4", "5"], "label": 1}]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    (tmp_path / "sums.yaml").write_text(_SUMS.replace("FOLDER", str(tmp_path)), encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    start = re.search(r'python -c "(import sparse_train; .*lm_eval.*)" \\\n', page)[1]
+    for precision in ("fp32", "bf16", "int8", "int4"):
+        processor = _export("llama", precision, tmp_path / precision)
+        subprocess.run([python, "-c", start, "run", "--model", "hf", "--model_args",
+                        f"pretrained={tmp_path / precision}", "--tasks", "sums", "--include_path", tmp_path, "--device",
+                        "cpu", "--log_samples", "--output_path", tmp_path / f"{precision}-out"], check=True,
+                       env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, capture_output=True)
+        (samples,) = (tmp_path / f"{precision}-out").rglob("samples_sums_*.jsonl")
+        model = load(tmp_path / precision, shared=False).model
+        for line in samples.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            for choice, (found, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+                expected = _log_likelihood(model, processor.tokenizer, sample["doc"]["question"], f" {choice}")
+                assert float(found) == pytest.approx(expected, abs=1e-3), precision
+
+
+@torch.no_grad()
+def _log_likelihood(model, tokenizer, question, answer):
+    tokens = torch.tensor(tokenizer(question + answer).input_ids)
+    num = len(tokens) - len(tokenizer(question).input_ids)
+    scores = model(tokens[None]).logits[0].log_softmax(-1)
+    return float(scores[-num - 1:-1].gather(1, tokens[-num:, None]).sum())
