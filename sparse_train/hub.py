@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import (
@@ -89,8 +89,8 @@ def license_of(model: str) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def push(repo: str, files: Iterable[Path], card: str, tag: str, private: bool) -> str:
-    """Upload `files` and `card`, as README.md, to the model `repo` in one commit; its address.
+def push(repo: str, files: Mapping[str, Path | bytes], tag: str, private: bool) -> str:
+    """Upload `files`, by their names there, to the model `repo` in one commit; its address.
 
     A model that is there already is updated where its card has `tag`, or where it is empty; its weights that are not
     among `files` are deleted. Raises UserError where it is someone's other model, where it cannot be written, where
@@ -99,15 +99,13 @@ def push(repo: str, files: Iterable[Path], card: str, tag: str, private: bool) -
     if get_token() is None:
         raise UserError("there is no token for the hub; log in (hf auth login), or set HF_TOKEN")
     if not hub_answers():
-        raise UserError(f"{constants.ENDPOINT} does not answer; push again from where it can be reached")
+        raise UserError(f"{constants.ENDPOINT} does not answer, or HF_HUB_OFFLINE is set; push again from where it can "
+                        "be reached")
     api = HfApi(endpoint=constants.ENDPOINT)
     try:
-        stale = _own_weights(api, repo, tag, private)
-        operations = [CommitOperationAdd("README.md", card.encode()),
-                      *(CommitOperationAdd(path.name, path) for path in files)]
-        kept = {operation.path_in_repo for operation in operations}
-        api.create_commit(repo, [*operations, *map(CommitOperationDelete, sorted(stale - kept))],
-                          commit_message="Upload by sparse-train")
+        stale = _own_weights(api, repo, tag, private) - files.keys()
+        api.create_commit(repo, [*(CommitOperationAdd(name, content) for name, content in files.items()),
+                                 *map(CommitOperationDelete, sorted(stale))], commit_message="Upload by sparse-train")
     except HfHubHTTPError as error:
         status = error.response.status_code
         cause = {401: "the token is not valid; log in again (hf auth login)",

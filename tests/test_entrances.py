@@ -193,7 +193,7 @@ def test_what_is_not_sparse_or_cannot_be_read_is_refused_in_one_line(tmp_path, c
         assert told.count("\n") == 1
         return told
 
-    assert "has nothing sparse to import: the linear with most zeros" in refused(tmp_path / "dense")
+    assert "has nothing sparse to import: the linear with the most zeros" in refused(tmp_path / "dense")
     assert "there is no folder" in refused(tmp_path / "nothing here")
     assert "there is no entrance torch" in refused(tmp_path / "dense", "--from", "torch")
     assert "--min-sparsity 1.5: it must be above 0" in refused(tmp_path / "dense", "--min-sparsity", "1.5")
@@ -286,4 +286,5 @@ def test_importing_takes_the_memory_of_a_few_tensors(tmp_path):
     output = subprocess.run([sys.executable, "-c", script, *(tmp_path / name for name in ("small", "large", "packed"))],
                             check=True, capture_output=True, text=True).stdout
     _, *peaks = map(int, output.split())
-    assert 10 * largest < 0.5 * size and max(peaks) < 10 * largest, peaks
+    # A tensor of fp32, its zeros, and an index of its values in int64.
+    assert 12 * largest < 0.5 * size and max(peaks) < 12 * largest, peaks

@@ -4,7 +4,7 @@ The tables are those of the run's report. Paths of this machine become their las
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from sparse_train.config.yaml_core import write_yaml
 from sparse_train.hub import license_of, may_be_hub_name
 from sparse_train.jobs.report import Table, read_tables, table_name
 from sparse_train.jobs.stage import Kind, kind_of
-from sparse_train.models import family_of_type, read_config
+from sparse_train.models import family_of_type, read_config, read_config_keys
 from sparse_train.registry import TASKS
 from sparse_train.sparse import TensorFolder
 from sparse_train.sparse.header import PRECISIONS
@@ -37,14 +37,24 @@ class _Origin(NamedTuple):
     """report.json of the same run, where that has scored this very result."""
 
 
+class _Layer(NamedTuple):
+    name: str
+    rows: int
+    columns: int
+    num_kept: int
+
+
+def _sparsity(layers: Sequence[_Layer]) -> float:
+    """Of all of them together."""
+    return 1 - sum(layer.num_kept for layer in layers) / sum(layer.rows * layer.columns for layer in layers)
+
+
 def make_card(folder: Path, name: str) -> ModelCard:
     """For the model in `folder`, which will be called `name`. Raises UserError where there is no model."""
     config, tensors, origin = read_config(folder), TensorFolder(folder), _origin(folder)
-    base, layers = _base(folder), list(_layers(tensors))
-    stored = [f"{linear}.values" for linear in tensors.shapes] or tensors.names
-    precision = PRECISIONS.get(tensors.spec(stored[0])[1], "unknown precision")
-    num_weights = sum(rows * columns for rows, columns in tensors.shapes.values())
-    sparsity = 1 - sum(tensors.num_kept(linear) for linear in tensors.shapes) / num_weights if layers else None
+    base, layers = _base(folder), _layers(tensors)
+    stored_as = read_config_keys(folder).get("quantization_config") or {}
+    precision = stored_as.get("precision") or PRECISIONS.get(tensors.spec(tensors.names[0])[1], "mixed precision")
     task = "automatic-speech-recognition" if family_of_type(config.model_type).takes_audio else "text-generation"
     recipe = _recipe(origin.stage.get("config"))
     pattern = origin.folder.get("pattern") or recipe.get("prune", {}).get("pattern")
@@ -58,8 +68,9 @@ def make_card(folder: Path, name: str) -> ModelCard:
     versions = origin.stage.get("versions") or origin.folder.get("versions") or {}
     return ModelCard.from_template(
         data, str(_TEMPLATE), name=name, base=base and (base if on_hub else Path(base).name), on_hub=on_hub,
-        model_type=config.model_type, precision=precision, is_pruned=is_pruned, sparsity=sparsity, pattern=pattern,
-        num_linears=len(layers), layers=layers, tables=[_escaped(table) for table in _tables(origin)],
+        model_type=config.model_type, precision=precision, is_pruned=is_pruned, pattern=pattern,
+        layers=[(layer.name, f"{layer.rows} x {layer.columns}", f"{_sparsity([layer]):.4f}") for layer in layers],
+        sparsity=_sparsity(layers) if layers else None, tables=[_escaped(table) for table in _tables(origin)],
         recipe=write_yaml(recipe) if recipe else None, imported=origin.folder.get("entrance"), versions=versions)
 
 
@@ -91,10 +102,10 @@ def _base(folder: Path) -> str | None:
     return found
 
 
-def _layers(tensors: TensorFolder) -> Iterator[tuple[str, str, str]]:
-    """(name, shape, sparsity) of each sparse linear."""
-    for name, (rows, columns) in tensors.shapes.items():
-        yield name, f"{rows} x {columns}", f"{1 - tensors.num_kept(name) / (rows * columns):.4f}"
+def _layers(tensors: TensorFolder) -> list[_Layer]:
+    """All but a head whose weights are stored as codes, and all kept."""
+    layers = [_Layer(name, *shape, tensors.num_kept(name)) for name, shape in tensors.shapes.items()]
+    return [layer for layer in layers if _sparsity([layer])]
 
 
 def _recipe(config: Any) -> dict[str, Any]:

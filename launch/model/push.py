@@ -34,18 +34,17 @@ def _push(options: argparse.Namespace, console: Console) -> None:
     if not hub.may_be_hub_name(repo) or "/" not in repo:
         raise UserError(f"{repo} is not a name on the hub; give OWNER/NAME")
     _require_undamaged(folder)
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _SUFFIXES and path.name not in _OF_THIS_MACHINE}
+    num_bytes = sum(path.stat().st_size for path in files.values() if isinstance(path, Path))
     own = folder / _CARD
-    card = own.read_text(encoding="utf-8") if own.is_file() else str(make_card(folder, repo))
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _SUFFIXES
-             and path.name not in _OF_THIS_MACHINE]
+    card = own.read_bytes() if own.is_file() else str(make_card(folder, repo)).encode()
     if options.dry_run:
-        console.out(card, highlight=False)
-        for path in files:
-            console.out(f"{path.name}  {path.stat().st_size:,} bytes", highlight=False)
-        return
-    url = hub.push(repo, files, card, TAG, options.private)
-    console.out(f"{url}: {len(files)} files and the card, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB",
-                highlight=False)
+        console.out(card.decode(errors="replace"), "", *files, sep="\n", highlight=False)
+    else:
+        url = hub.push(repo, {_CARD: card, **files}, TAG, options.private)
+        console.out(f"{url}: {_CARD} and {len(files)} files, {num_bytes / 1e6:.1f} MB", highlight=False)
 
 
 def _require_undamaged(folder: Path) -> None:

@@ -83,12 +83,13 @@ def _import(source: str, folder: Path, min_sparsity: float, entrance: str | None
     sparse = {linear: layer for linear, layer in layers.items() if layer.sparsity >= min_sparsity}
     if not sparse:
         most = max(layers, key=lambda linear: layers[linear].sparsity)
-        raise UserError(f"{source} has nothing sparse to import: the linear with most zeros, {most}, has "
+        raise UserError(f"{source} has nothing sparse to import: the linear with the most zeros, {most}, has "
                         f"{layers[most].sparsity:.1%} of them, less than --min-sparsity {min_sparsity:g}; the model is "
                         "dense, and other commands read it as it is")
     imported = Imported(name, opened.has_bits, sparse, {linear: layers[linear] for linear in layers.keys() - sparse})
     save_model(folder, opened.model, opened.processor, _tensors(opened, sparse))
-    artifacts.sign(folder, {"source": source, "entrance": name, "min_sparsity": min_sparsity,
+    place = str(Path(source).absolute()) if Path(source).exists() else source
+    artifacts.sign(folder, {"source": place, "entrance": name, "min_sparsity": min_sparsity,
                             "pattern": imported.pattern, "sparse_weights": {
         linear: {"shape": list(layer.shape), "sparsity": layer.sparsity} for linear, layer in sparse.items()}})
     return imported
