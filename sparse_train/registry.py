@@ -186,6 +186,7 @@ class ExitEntry(Entry):
 EXITS = Registry("export format", "sparse_train.exits", ExitEntry, {
     "dense": ExitEntry("sparse_train.exits.dense:write", types=("fp32", "bf16", "fp16")),
     "compressed-tensors": ExitEntry("sparse_train.exits.compressed_tensors:write", types=("w8a8", "w4a16")),
+    "gguf": ExitEntry("sparse_train.exits.gguf:write", "gguf", ("F32", "BF16", "F16", "Q8_0", "Q4_1", "Q4_0")),
 })
 """`sparse-train export --to`. The target is a function (source, path, type or None) that writes a
 sparse_train.exits.Source to a path."""

@@ -256,8 +256,8 @@ def older_cell(told: str | None) -> str:
 
 def rows() -> dict[str, list[str]]:
     """Type -> cells of docs/models.md."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.read_text().splitlines()
-             if line.startswith("| ")]
+    table = DOCS.read_text().partition(_TITLE)[2]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in cells[1:]}
 
 

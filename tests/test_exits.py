@@ -19,7 +19,7 @@ from tests.models import tiny_model
 _PROMPT = torch.arange(5, 25)[None]
 
 
-def _sparse(folder, family, precision, int8_head=False, **size):
+def sparse_folder(folder, family, precision, int8_head=False, **size):
     """Write a folder at `precision` and return its tensors by their names in the dense model, float32: what the codes
     and values stand for, computed plainly."""
     model, processor = tiny_model(family, **size)
@@ -53,7 +53,7 @@ def _export(folder, to, out, *options):
     ("llama", "fp32", False, ()), ("llama", "int4", True, ()), ("mpt", "int8", True, ()), ("mpt", "bf16", False, ()),
     ("llama", "int8", False, ("--type", "bf16"))])
 def test_a_dense_export_is_the_weights_with_zeros_in_place(tmp_path, capsys, family, precision, int8_head, options):
-    expected = _sparse(tmp_path / "sparse", family, precision, int8_head)
+    expected = sparse_folder(tmp_path / "sparse", family, precision, int8_head)
     _export(tmp_path / "sparse", "dense", tmp_path / "dense", *options)
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'dense'}: ")
     dtype = torch.bfloat16 if "bf16" in (precision, *options) else torch.float32
@@ -93,7 +93,7 @@ _COMPRESSED = [("llama", "int8", {}, None), ("mpt", "int4", {"d_model": 128}, No
 
 @pytest.mark.parametrize(("family", "precision", "size", "type_"), _COMPRESSED)
 def test_codes_are_those_of_the_folder_or_the_nearest(tmp_path, family, precision, size, type_):
-    expected = _sparse(tmp_path / "sparse", family, precision, **size)
+    expected = sparse_folder(tmp_path / "sparse", family, precision, **size)
     _export(tmp_path / "sparse", "compressed-tensors", tmp_path / "out", *(("--type", type_) if type_ else ()))
     config = AutoConfig.from_pretrained(tmp_path / "out").quantization_config
     group = config["config_groups"]["group_0"]
@@ -134,7 +134,7 @@ def test_compressed_tensors_computes_the_model(tmp_path):
     expected = {}
     for family, precision, size, type_ in _COMPRESSED:
         folder = tmp_path / f"{family}-{precision}-{type_}-{len(size)}"
-        weights = _sparse(folder / "sparse", family, precision, **size)
+        weights = sparse_folder(folder / "sparse", family, precision, **size)
         _export(folder / "sparse", "compressed-tensors", folder / "out", *(("--type", type_) if type_ else ()))
         expected[folder] = weights, type_
     subprocess.run([python, "-c", _READ_COMPRESSED, *(folder / "out" for folder in expected)], check=True)

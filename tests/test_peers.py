@@ -14,14 +14,13 @@ from sparse_train.bench import peers
 from sparse_train.bench.peers import engine, environment
 from sparse_train.bench.peers.engine import Engine, parse_reply
 from sparse_train.bench.peers.environment import make_environment
-from sparse_train.bench.peers.gguf_file import NotWritten, write_gguf
 from sparse_train.bench.peers.worker import answer
 from sparse_train.bench.shapes import PRECISIONS, SHAPES
 from sparse_train.compress import export_sparse
 from sparse_train.config import ModelConfig
 from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
-from sparse_train.models import load_model, own_tensors, save_model
+from sparse_train.models import load_model, save_model
 from sparse_train.sparse import BitmaskTensor, sparsify
 from tests.models import tiny_model
 from tests.weights import needs_weights
@@ -42,51 +41,13 @@ def _dense(folder, family, **size):
     return model
 
 
-def _in_our_order(name, weight, config):
-    """Rows of queries and keys, whose rotary pairs are neighbours in a GGUF file."""
-    key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-    if key is None:
-        return weight
-    return weight.reshape(getattr(config, key), -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
 @pytest.mark.parametrize("family", _FAMILIES)
-def test_a_gguf_file_has_the_weights_of_the_folder(tmp_path, family):
-    """Read back by the gguf package: every tensor under the name that llama.cpp has for it, within its rounding."""
-    model = _dense(tmp_path / "dense", family)
-    names = ({"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-              "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-              "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-             if family == "llama" else
-             {"attn_qkv": "attn.Wqkv", "attn_output": "attn.out_proj", "ffn_up": "ffn.up_proj",
-              "ffn_down": "ffn.down_proj", "attn_norm": "norm_1", "ffn_norm": "norm_2"})
-    top = ({"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"} if family == "llama"
-           else {"token_embd": "transformer.wte", "output_norm": "transformer.norm_f"})
-    blocks = "model.layers" if family == "llama" else "transformer.blocks"
-    for kind, step in (("F32", 0), ("Q8_0", 1 / 127), ("Q4_0", 1 / 8)):
-        num_bytes = write_gguf(tmp_path / "dense", kind, tmp_path / "model.gguf")
-        reader, state = GGUFReader(tmp_path / "model.gguf"), {**own_tensors(model)}
-        for tensor in reader.tensors:
-            parts = tensor.name.split(".")
-            ours = f"{blocks}.{parts[1]}.{names[parts[2]]}" if parts[0] == "blk" else top[parts[0]]
-            weight = state.pop(f"{ours}.weight").detach().numpy()
-            found = _in_our_order(tensor.name, dequantize(tensor.data, tensor.tensor_type), model.config)
-            exact = step == 0 or weight.ndim == 1
-            within = 0 if exact else np.abs(weight).max() * (step if parts[0] == "blk" else 1 / 127)
-            np.testing.assert_allclose(found.reshape(weight.shape), weight, rtol=0, atol=within, err_msg=tensor.name)
-        assert not state
-        embedding = next(tensor.n_bytes for tensor in reader.tensors if tensor.name == "token_embd.weight")
-        assert num_bytes == sum(tensor.n_bytes for tensor in reader.tensors) - (family == "llama") * embedding
-    assert reader.fields[f"{family}.block_count"].contents() == 2
-    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == model.config.vocab_size
-
-
-def test_a_model_that_is_not_written_is_named(tmp_path):
-    for family, size, told in (("opt", {}, "opt models are not written as GGUF; give one of llama, mpt"),
-                               ("llama", {"d_ff": 80}, "has 80 columns, and a block of GGUF has 32")):
-        save_model(tmp_path / told[:6], *tiny_model(family, **size))
-        with pytest.raises(NotWritten, match=told):
-            write_gguf(tmp_path / told[:6], "Q8_0", tmp_path / "model.gguf")
+def test_bytes_of_a_file_are_those_that_a_token_reads(tmp_path, family):
+    """MPT's embedding is its head as well."""
+    _dense(tmp_path / "dense", family)
+    num_bytes = peers.write_gguf(tmp_path / "dense", "Q8_0", tmp_path / "model.gguf")
+    sizes = {tensor.name: tensor.n_bytes for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert num_bytes == sum(sizes.values()) - (family == "llama") * sizes["token_embd.weight"]
 
 
 def test_a_worker_decodes_greedily_from_the_prompt_on():
@@ -192,7 +153,7 @@ def test_logits_are_compared_with_those_of_the_same_model_alone(tmp_path, fake, 
 
 
 @pytest.mark.parametrize(("size", "changes", "told"), [
-    ({}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "are scaled (linear)"),
+    ({}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "are scaled (dynamic)"),
     ({"d_ff": 80}, {}, "has 80 columns")])
 def test_peers_whose_file_cannot_hold_the_model_are_left_out(tmp_path, fake, monkeypatch, size, changes, told, capsys,
                                                              caplog):
@@ -285,7 +246,7 @@ def test_a_peer_computes_the_model(tmp_path, monkeypatch, name):
 def test_a_gguf_file_becomes_the_same_weights_again(tmp_path):
     """SmolLM2's own blocks, from a folder that its GGUF file became, but for the rounding of scales."""
     source = needs_weights("smollm2-135m")
-    write_gguf(source, "Q4_1", tmp_path / "again.gguf")
+    peers.write_gguf(source, "Q4_1", tmp_path / "again.gguf")
     expected, found = ({t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
                        for file in (source, tmp_path / "again.gguf"))
     assert expected.keys() == found.keys()

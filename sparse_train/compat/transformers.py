@@ -186,10 +186,10 @@ def ignore_unexpected(model: PreTrainedModel, modules: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = patterns if ignored is None else type(ignored)(patterns)
 
 
-def gguf_text_splits() -> set[str]:
-    """Names of the ways to split text that transformers knows in GGUF files with a tokenizer on bytes
-    (`GGUF_PRE_TOKENIZER_SPLITS`); all others it takes for GPT-2's."""
-    return set(GGUF_PRE_TOKENIZER_SPLITS)
+def gguf_text_splits() -> Mapping[str, str]:
+    """llama.cpp's names of the ways to split text that transformers knows in GGUF files with a tokenizer on bytes ->
+    their regular expression (`GGUF_PRE_TOKENIZER_SPLITS`); all others it takes for GPT-2's."""
+    return GGUF_PRE_TOKENIZER_SPLITS
 
 
 def to_device(model: M, device: torch.device) -> M:

@@ -3,6 +3,7 @@
     source.py               the model folder that is read: dense or sparse, of any precision; `export` runs an exit
     dense.py                Hugging Face's layout with zeros in place
     compressed_tensors.py   the same with INT8 or INT4 weights, as vLLM and transformers read them
+    gguf.py                 a file for llama.cpp; gguf_tokenizer.py writes its tokenizer
 """
 
 from sparse_train.exits.source import Source, export

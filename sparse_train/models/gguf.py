@@ -136,7 +136,7 @@ def _read_tokenizer(file: Path, header: Any) -> PreTrainedTokenizerBase:
         if split in _DIGITS_APART:
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
                 pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        elif split not in _AS_GPT2 | gguf_text_splits():
+        elif split not in _AS_GPT2 | gguf_text_splits().keys():
             log.warning("%s: text is split before it is tokenised as %r does, which transformers does not know; it is "
                         "split as GPT-2 does, so some tokens may differ", file.name, split)
     return tokenizer

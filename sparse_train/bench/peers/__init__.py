@@ -1,7 +1,6 @@
 """Engines that a user would pick instead: what each needs to be installed, and to be given a model.
 
-    gguf_file.py     the weights of a dense folder as a GGUF file
-    linears.py       the shapes of its linears
+    linears.py       the shapes of a dense folder's linears
     environment.py   an environment of its own per peer: their dependencies are none of ours
     engine.py        a process of that environment, which runs worker.py and waits between its turns
 """
@@ -15,11 +14,22 @@ from pathlib import Path
 from sparse_train.bench.decode import Key
 from sparse_train.bench.peers.engine import Engine
 from sparse_train.bench.peers.environment import make_environment
-from sparse_train.bench.peers.gguf_file import NotWritten, write_gguf
 from sparse_train.bench.peers.linears import write_linears
+from sparse_train.errors import UserError
+from sparse_train.exits import export
 from sparse_train.models import read_config
 
 log = logging.getLogger(__name__)
+
+
+def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
+    """Write the exit `gguf` and return the bytes of the weights that a token reads: one row of an embedding, all of one
+    that is the head as well."""
+    export(folder, "gguf", file, kind)
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
+    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def prepare_peers(names: Iterable[str], dense: str, work: Path) -> list[PeerMode
                 if (peer.prepare, precision) not in written:
                     file = work / f"model-{len(written)}"
                     written[peer.prepare, precision] = file, peer.prepare(dense, precision, file)
-        except NotWritten as error:
+        except UserError as error:
             log.warning("%s is left out: %s", name, error)
             continue
         python = make_environment(name, peer.install, peer.variables)
