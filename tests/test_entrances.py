@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from sparse_train import artifacts
 from sparse_train.entrances import import_model
+from sparse_train.entrances.dense import Dense
 from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
 from sparse_train.models import as_folder, family_of, load_model, load_processor, open_model, save_model
+from sparse_train.registry import ENTRANCES, Entry
 from sparse_train.sparse import TensorFolder, sparse_linears
 from tests import test_gguf
 from tests.model_types import older_python
@@ -154,6 +156,18 @@ def test_a_linear_with_few_zeros_stays_dense_and_one_of_zeros_keeps_a_value(tmp_
     assert kept.values.tolist() == [0]
 
 
+class _Other(Dense):
+    """Of another package."""
+
+
+def test_a_source_of_two_kinds_is_read_as_the_one_that_is_asked_for(tmp_path, monkeypatch):
+    _pruned(tmp_path / "dense")
+    monkeypatch.setitem(ENTRANCES.entries, "other", Entry(f"{__name__}:_Other"))
+    with pytest.raises(UserError, match="can be read as dense and as other; choose one of them by --from"):
+        import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25)
+    assert import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25, "other").entrance == "other"
+
+
 def _packed(tmp_path, spoil):
     _pruned(tmp_path / "dense")
     packed = _pack(tmp_path / "dense", tmp_path / "packed", "sparse-bitmask")
@@ -274,6 +288,7 @@ def test_importing_takes_the_memory_of_a_few_tensors(tmp_path):
         import sys
         from pathlib import Path
         from sparse_train.entrances import import_model
+from sparse_train.entrances.dense import Dense
         from sparse_train.sparse import format
         format._FILE_BYTES = 1  # a tensor per file
         def memory(key):

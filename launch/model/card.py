@@ -24,6 +24,7 @@ from sparse_train.sparse.header import PRECISIONS
 
 TAG = "sparse-train"
 """Of every model that `push` uploads: it overwrites no other."""
+_SAME_SPARSITY = 1e-3  # reports round it
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _NOT_PUBLISHED = {"name", "folder", "about", "tracking"}  # of a recipe: they do not change the model
 
@@ -58,19 +59,20 @@ def make_card(folder: Path, name: str) -> ModelCard:
     task = "automatic-speech-recognition" if family_of_type(config.model_type).takes_audio else "text-generation"
     recipe = _recipe(origin.stage.get("config"))
     pattern = origin.folder.get("pattern") or recipe.get("prune", {}).get("pattern")
+    sparsity = _sparsity(layers) if layers else None
     is_pruned = bool(layers) or origin.stage.get("stage") == Kind.COMPRESS
     on_hub = base is not None and may_be_hub_name(base) and not Path(base).exists()
     data = ModelCardData(
         base_model=base if on_hub else None, license=license_of(base) if base else None,
         library_name=TAG if layers else "transformers", pipeline_tag=task,
         tags=[TAG, *(("sparse", "pruning") if is_pruned else ()), precision],
-        model_name=name, eval_results=_eval_results(origin, folder.name, task))
+        model_name=name, eval_results=_eval_results(origin, folder.name, task, sparsity))
     versions = origin.stage.get("versions") or origin.folder.get("versions") or {}
     return ModelCard.from_template(
         data, str(_TEMPLATE), name=name, base=base and (base if on_hub else Path(base).name), on_hub=on_hub,
         model_type=config.model_type, precision=precision, is_pruned=is_pruned, pattern=pattern,
         layers=[(layer.name, f"{layer.rows} x {layer.columns}", f"{_sparsity([layer]):.4f}") for layer in layers],
-        sparsity=_sparsity(layers) if layers else None, tables=[_escaped(table) for table in _tables(origin)],
+        sparsity=sparsity, tables=[_escaped(table) for table in _tables(origin)],
         recipe=write_yaml(recipe) if recipe else None, imported=origin.folder.get("entrance"), versions=versions)
 
 
@@ -135,8 +137,8 @@ def _escaped(table: Table) -> Table:
     return Table(table.title, cells(table.header), [cells(row) for row in table.rows], table.note)
 
 
-def _eval_results(origin: _Origin, folder: str, task: str) -> list[EvalResult] | None:
-    """The scores of this model alone, for the hub's metadata."""
+def _eval_results(origin: _Origin, folder: str, task: str, sparsity: float | None) -> list[EvalResult] | None:
+    """The scores of this model alone, for the hub's metadata. In a chain, a level is told by its `sparsity`."""
     if origin.report is None:
         return None
     data, stage = artifacts.read_json(origin.report), origin.stage
@@ -145,7 +147,8 @@ def _eval_results(origin: _Origin, folder: str, task: str) -> list[EvalResult] |
     model = names.get(kind_of(stage["stage"]), stage["stage"].rpartition("/")[2])
     engine = f"runtime {folder.removeprefix('sparse-')}" if is_compressed else None
     rows = {row["metric"]: row for row in data["scores"] if row["loss"] == model and (
-        row["engine"] == engine if engine else not row["engine"].startswith("runtime"))}
+        row["engine"] == engine if engine else not row["engine"].startswith("runtime")) and (
+        sparsity is None or abs(row["sparsity"] - sparsity) < _SAME_SPARSITY)}
     path = stage["config"]["task"].get("path")
     data_set = path if path and may_be_hub_name(path) else data["task"]
     metrics = (TASKS.load(data["task"]).metric, "cross_entropy")

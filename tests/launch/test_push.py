@@ -118,7 +118,8 @@ def run(tmp_path_factory):
     metrics = {"exact_match": 0.25, "exact_match_flexible": 0.5, "cross_entropy": 1.5, "num_examples": 40,
                "max_new_tokens": 128, "shots": 0, "num_left_out": 2}
     scores = [{"model": "tiny", "loss": loss, "engine": engine, "sparsity": sparsity, "metric": metric, "value": value}
-              for loss, engine, sparsity in (("dense", "fp32", 0.0), ("ce", "fp32", 0.5), ("ce", "runtime int8", 0.5))
+              for loss, engine, sparsity in (("dense", "fp32", 0.0), ("ce", "fp32", 0.5), ("ce", "runtime int8", 0.5),
+                                             ("ce", "fp32", 0.75))
               for metric, value in metrics.items()]
     speed = {"model": "tiny", "what": "decode", "engine": "sparse", "precision": "int8", "sparsity": 0.5,
              "milliseconds": 1.0, "low": 1.0, "high": 1.1, "speedup": 2.5, "fraction_of_byte_bound": 0.5}
