@@ -51,7 +51,7 @@ test-sanitize: setup
 
 # vLLM and its own torch are in build/serve, and so is this package, as a wheel: without the rest of what it depends on.
 test-serve: serve
-	.venv/bin/python -m pytest -m serve tests/serve
+	.venv/bin/python -m pytest -m "serve and not slow" tests/serve
 
 serve: setup build/serve/ready
 	.venv/bin/python -m pip wheel -q --no-deps --no-build-isolation -w build/serve/wheel .

@@ -70,6 +70,15 @@ class SparseLinearMethod(LinearMethodBase):
             setattr(parameter, "weight_loader", layer.sparse_parts.taking(part))  # noqa: B010 - it is vLLM's
             layer.register_parameter(part, parameter)
 
+        def register(name: str, parameter: nn.Parameter | None) -> None:
+            if name == "bias" and parameter is not None:
+                parameter.data.zero_()
+            nn.Module.register_parameter(layer, name, parameter)
+
+        # The layer makes its bias next, of memory as it is. Whisper's keys have none in the file, and vLLM fills theirs
+        # by the name of a dense weight.
+        layer.register_parameter = register
+
     def process_weights_after_loading(self, layer: Any) -> None:
         parts, device = layer.sparse_parts, layer.values.device
         stored = parts.finish()
@@ -77,7 +86,7 @@ class SparseLinearMethod(LinearMethodBase):
             [PackedLinear(PackedMatrix(weight.values, weight.bitmask, weight.shape[1], scale)) if device.type == "cpu"
              else on_gpu((weight, scale), device, layer.sparse_batch) for weight, scale in stored],
             parts.num_front, layer.sparse_rows - sum(weight.shape[0] for weight, _ in stored))
-        del layer.sparse_parts, layer.values, layer.bitmask, layer.scale, layer.weight
+        del layer.sparse_parts, layer.register_parameter, layer.values, layer.bitmask, layer.scale, layer.weight
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = (torch.ops.sparse_train.vllm_linear(x, layer.sparse_name, layer.sparse_rows)

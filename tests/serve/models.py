@@ -30,12 +30,15 @@ def sparse_model(family, ignore=(), **size):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
-    config = PruneConfig(method="magnitude", sparsity=0.5, ignore=list(ignore))
-    return sparsify(model.eval(), prune(model, [], config))
+    return pruned(model.eval(), ignore=list(ignore))
 
 
-def write(folder, model, precision, **options):
-    export_sparse(model, tiny_tokenizer(), precision, folder, **options)
+def pruned(model, sparsity=0.5, **keys):
+    return sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=sparsity, **keys)))
+
+
+def write(folder, model, precision, processor=None, **options):
+    export_sparse(model, processor or tiny_tokenizer(), precision, folder, **options)
     return folder
 
 

@@ -1,13 +1,16 @@
 """Runs in the environment of vLLM: greedy answers of models, one after the other.
 
-    argument 1   [{"model": FOLDER, "prompts": [[ids], ...], "new_tokens": N, "options": {those of vllm.LLM}}, ...]
+    argument 1   [{"model": FOLDER, "prompts": [[ids], ...], "new_tokens": N, "options": {those of vllm.LLM}}, ...],
+                 with "sound" for Whisper: a .npy file of 16 kHz, which each prompt is about
     argument 2   the file for [{"tokens": [[ids], ...]} or {"error": message}, ...]
 """
 
 import gc
 import json
 import sys
+from typing import Any
 
+import numpy as np
 from vllm import LLM, SamplingParams
 
 
@@ -21,7 +24,11 @@ def main() -> None:
             answers.append({"error": f"{type(error).__name__}: {error}"})
             continue
         greedy = SamplingParams(temperature=0, max_tokens=request["new_tokens"], ignore_eos=True)
-        found = model.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], greedy, use_tqdm=False)
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+        if "sound" in request:
+            sound = {"multi_modal_data": {"audio": (np.load(request["sound"]), 16_000)}}
+            prompts = [prompt | sound for prompt in prompts]
+        found = model.generate(prompts, greedy, use_tqdm=False)
         answers.append({"tokens": [list(answer.outputs[0].token_ids) for answer in found]})
         del model
         gc.collect()
