@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from sparse_train.launch.cli import main
 from tests.serve.conftest import PYTHON
 from tests.serve.models import sparse_model, write
 
 
+@pytest.mark.slow
 def test_two_folders_are_served_in_turns(tmp_path, capsys):
     model = sparse_model("llama")
     folders = [str(write(tmp_path / precision, model, precision)) for precision in ("bf16", "int8")]

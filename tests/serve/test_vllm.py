@@ -44,8 +44,7 @@ def test_tokens_are_those_of_our_runtime(ask, tmp_path):
 
 def test_two_ranks_compute_what_one_does(ask, tmp_path):
     """One head of keys for two ranks; an MLP that is cut inside of a group of scales; a vocabulary that is divided."""
-    folders = [write(tmp_path / "llama", sparse_model("llama", n_kv_heads=1, d_ff=320), "fp32"),
-               write(tmp_path / "llama-int4", sparse_model("llama", n_kv_heads=2, d_ff=320), "int4", int8_head=True),
+    folders = [write(tmp_path / "llama-int4", sparse_model("llama", n_kv_heads=1, d_ff=320), "int4", int8_head=True),
                write(tmp_path / "phi3", sparse_model("phi3"), "bf16")]
     _check(ask([request(folder, tensor_parallel_size=2) for folder in folders]), folders)
 
