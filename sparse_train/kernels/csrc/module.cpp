@@ -186,7 +186,8 @@ public:
         constexpr int64_t kFew = 8;  // vectors: for more, tiles give the same bits of int8 in less time
         const float* input = at<const float>(x);
         if (!is_finite(input, num_vectors * rows_.num_columns)) return false;
-        if (size_ == 1 && !is_int4_ && num_vectors > kFew && multiply_tiles(x, num_vectors, y, num_threads)) return true;
+        const bool is_int8 = size_ == 1 && !is_int4_;
+        if (is_int8 && num_vectors > kFew && multiply_tiles(x, num_vectors, y, num_threads)) return true;
         if (size_ == 1) matvec_integer(input, at<float>(y), num_vectors, num_threads);
         else matvec_float(input, at<float>(y), num_vectors, num_threads);
         return true;
