@@ -288,7 +288,6 @@ def test_importing_takes_the_memory_of_a_few_tensors(tmp_path):
         import sys
         from pathlib import Path
         from sparse_train.entrances import import_model
-from sparse_train.entrances.dense import Dense
         from sparse_train.sparse import format
         format._FILE_BYTES = 1  # a tensor per file
         def memory(key):
@@ -301,5 +300,5 @@ from sparse_train.entrances.dense import Dense
     output = subprocess.run([sys.executable, "-c", script, *(tmp_path / name for name in ("small", "large", "packed"))],
                             check=True, capture_output=True, text=True).stdout
     _, *peaks = map(int, output.split())
-    # A tensor of fp32, its zeros, and an index of its values in int64.
-    assert 12 * largest < 0.5 * size and max(peaks) < 12 * largest, peaks
+    # Of each its zeros, and indices of its values in int64; and what reading a larger model takes of code.
+    assert 16 * largest < 0.5 * size and max(peaks) < 16 * largest, peaks
