@@ -9,7 +9,7 @@ put in at the end. The rest of the package is imported only when a model is load
 imported when it imports this.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,14 @@ _FILES = (f"{SPARSE}.safetensors", f"{SPARSE}.safetensors.index.json")
 class SparseConfig(QuantizationConfigMixin):
     """`quantization_config` of a sparse folder; docs/format.md describes its keys. Raises UserError for a newer one."""
 
-    weights: str
-
-    def __init__(self, version: int = VERSION, weights: str = _FILES[0], **facts: Any):
+    def __init__(self, version: int = VERSION, weights: str = _FILES[0], precision: str = "fp32",
+                 modules_to_not_convert: Sequence[str] = (), **_: Any):
         if version != VERSION or weights not in _FILES:
             raise UserError(f"config.json has a sparse checkpoint of version {version!r} in {weights!r}, this release "
                             f"reads version {VERSION} in {' or '.join(_FILES)}; update sparse-train")
-        self.__dict__ |= {"quant_method": METHOD, "version": version, "weights": weights, **facts}
+        self.quant_method = METHOD
+        self.version, self.weights, self.precision = version, weights, precision
+        self.modules_to_not_convert = list(modules_to_not_convert)
 
 
 @register_quantizer(METHOD)
@@ -57,19 +58,17 @@ class SparseQuantizer(HfQuantizer):
         """One device. Raises UserError for several, and for a GPU that cannot run the kernels."""
         from sparse_train.inference import gpu
 
-        if isinstance(device_map, str):  # auto, balanced, ...
-            device_map = {"": "cuda" if torch.cuda.is_available() else "cpu"}
         if device_map is None:
             return None
-        devices = {torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-                   for place in device_map.values() if place != "disk"}
-        if len(devices) != 1 or "disk" in device_map.values() or min(map(str, devices)).partition(":")[0] not in (
-                "cpu", "cuda"):
+        if isinstance(device_map, str):  # auto, balanced, ...
+            device_map = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+        place, *others = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()}
+        if others or place.partition(":")[0] not in ("cpu", "cuda"):
             raise UserError(f"device_map={device_map}: a sparse model lies on one device, cpu or a GPU; give its name")
-        self._device = devices.pop()
-        if self._device.type == "cuda":
-            self._is_gpu, found = True, gpu.find_gpu()
-            if self._device.index is None or found.type != "cuda":  # Triton's interpreter
+        self._device, self._is_gpu = torch.device(place), place != "cpu"
+        if self._is_gpu:
+            found = gpu.find_gpu()
+            if self._device.index is None or found.type != "cuda":  # in tests, Triton's interpreter
                 self._device = found
         return {"": self._device}
 
@@ -83,7 +82,7 @@ class SparseQuantizer(HfQuantizer):
         name_weights(config, self.quantization_config.weights)
         return config
 
-    update_tp_plan = update_attn_implementation  # which releases before 5.18 call
+    update_tp_plan = update_attn_implementation  # which older releases call
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Iterable[str] = (),
                                              **_: Any) -> None:
@@ -102,7 +101,7 @@ class SparseQuantizer(HfQuantizer):
 
         model, folder = self._made
         own, tensors = open_model(folder, quantised=True)
-        if type(own) is not type(model):
+        if not isinstance(model, type(own)):
             raise UserError(f"{folder} is a {type(own).__name__}, not a {type(model).__name__}; load it by the Auto "
                             "class of the former, such as AutoModelForCausalLM")
         names = list(tensors.shapes) if self._is_gpu else cpu.packed_names(own, tensors)

@@ -97,7 +97,7 @@ def test_shards_dtypes_and_devices_change_nothing(tmp_path, monkeypatch):
         model.model.save_pretrained(tmp_path / "part")
     with pytest.raises(UserError, match="leave state_dict out"):
         model.save_pretrained(tmp_path / "part", state_dict={})
-    answer = pipeline("text-generation", model=model, tokenizer=processor.tokenizer)("Tom", max_new_tokens=4)
+    answer = pipeline("text-generation", model=str(tmp_path / "one"))("Tom", max_new_tokens=4)
     assert len(answer[0]["generated_text"]) > len("Tom")
 
 
@@ -139,6 +139,37 @@ def test_without_this_package_transformers_refuses_and_names_it(tmp_path):
     assert "got sparse-train" in done.stderr and "no file named model.safetensors" in done.stderr
     light = "import sys, sparse_train; print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", light], text=True).strip() == "set()"
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+import sparse_train
+from sparse_train.inference import load
+from transformers import AutoModelForCausalLM
+load(sys.argv[1], shared=False)  # what is imported late counts for neither
+def of(line): return next(int(row.split()[1]) for row in Path("/proc/self/status").read_text().splitlines()
+                          if row.startswith(line))
+Path("/proc/self/clear_refs").write_text("5")
+before = of("VmRSS")
+model = load(sys.argv[2], shared=False).model if sys.argv[3] == "load" else AutoModelForCausalLM.from_pretrained(
+    sys.argv[2])
+print(of("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loading_takes_no_more_memory_than_ours(precision, tmp_path, monkeypatch):
+    _export("llama", precision, tmp_path / "small")
+    model, processor = tiny_model("llama", d_model=768, d_ff=3072)
+    model = sparsify(model, prune(model, [], PruneConfig(method="magnitude", sparsity=0.5)))
+    export_sparse(model, processor, precision, tmp_path / "large")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    took = {way: int(subprocess.check_output([sys.executable, "-c", _MEMORY, tmp_path / "small", tmp_path / "large",
+                                              way])) for way in ("load", "from_pretrained")}
+    print(precision, {way: f"{kilobytes / 1e3:.0f} MB" for way, kilobytes in took.items()})
+    assert took["from_pretrained"] < 1.1 * took["load"] + 3000, took
 
 
 _SUMS = """
