@@ -36,7 +36,7 @@ class SparseConfig(QuantizationConfigMixin):
         if version != VERSION or weights not in _FILES:
             raise UserError(f"config.json has a sparse checkpoint of version {version!r} in {weights!r}, this release "
                             f"reads version {VERSION} in {' or '.join(_FILES)}; update sparse-train")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' own are an enumeration
         self.version, self.weights, self.precision = version, weights, precision
         self.modules_to_not_convert = list(modules_to_not_convert)
 
