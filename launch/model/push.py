@@ -10,7 +10,6 @@ from sparse_train import artifacts
 from sparse_train.errors import UserError
 
 _CARD = "README.md"
-_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # of config, tensors, tokenizer and chat template
 _OF_THIS_MACHINE = (artifacts.MANIFEST, artifacts.SOURCES)  # they name hosts and paths
 
 
@@ -30,13 +29,14 @@ def _push(options: argparse.Namespace, console: Console) -> None:
 
     from sparse_train import hub
     from sparse_train.launch.model.card import TAG, make_card
+    from sparse_train.sparse.header import READ
 
     if not hub.may_be_hub_name(repo) or "/" not in repo:
         raise UserError(f"{repo} is not a name on the hub; give OWNER/NAME")
     _require_undamaged(folder)
     files: dict[str, Path | bytes] = {
         path.name: path for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _SUFFIXES and path.name not in _OF_THIS_MACHINE}
+        if path.is_file() and path.suffix in READ and path.name not in _OF_THIS_MACHINE}
     num_bytes = sum(path.stat().st_size for path in files.values() if isinstance(path, Path))
     own = folder / _CARD
     card = own.read_bytes() if own.is_file() else str(make_card(folder, repo)).encode()

@@ -9,9 +9,7 @@ from sparse_train import artifacts
 from sparse_train.models import ModelFolder, Processor, family_of, load_processor, open_model
 from sparse_train.registry import EXITS
 from sparse_train.sparse import densify
-from sparse_train.sparse.header import INT4
-
-_PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "I8": "int8", INT4: "int4"}
+from sparse_train.sparse.header import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def open_source(folder: str | Path) -> Source:
         model.config.tie_word_embeddings = False
     stored = [tensors.spec(f"{name}.values")[1] for name in tensors.shapes if name != head]
     stored += [tensors.spec(name)[1] for name in tensors.names]
-    precision = next(_PRECISIONS[dtype] for dtype in stored if dtype in _PRECISIONS)
+    precision = next(PRECISIONS[dtype] for dtype in stored if dtype in PRECISIONS)
     return Source(str(folder), densify(model), tensors, load_processor(folder), precision, head)
 
 

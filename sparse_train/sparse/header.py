@@ -27,10 +27,11 @@ INT4 = "U8"
 QUANTISED = ("I8", INT4)
 PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", INT4: "int4"}
 """Of sparse weights, by the dtype of their values."""
-_READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
+READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Suffixes of the files of a model folder: config, tensors, tokenizer, chat template."""
 
 
-class Stored(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor in a safetensors file, without its entries."""
 
     file: Path
@@ -60,10 +61,10 @@ class _Metadata(BaseModel):
     shapes: dict[str, tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]]
 
 
-def read_headers(folder: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, int]]]:
+def read_headers(folder: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     """Every tensor of a checkpoint folder by name, and (R, C) of each sparse weight. Raises UserError."""
     require_plain_files(folder)
-    stored: dict[str, Stored] = {}
+    stored: dict[str, TensorInfo] = {}
     shapes: dict[str, tuple[int, int]] = {}
     files, index = _list(folder)
     for file in files:
@@ -90,7 +91,7 @@ def require_plain_files(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot read the folder {describe_error(error)}") from error
     for entry in entries:
-        is_read = Path(entry.name).suffix in _READ
+        is_read = Path(entry.name).suffix in READ
         if not (os.path.isfile(entry) or (os.path.isdir(entry) and not is_read)):
             raise UserError(f"{entry.path} is not a regular file but a folder, a pipe or a broken link; remove it, or "
                             "fetch the folder again")
@@ -122,13 +123,13 @@ def _list(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return files, weight_map
 
 
-def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, int]]]:
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     try:
         # safetensors compares the header's length and every offset with the size of the file.
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a dict
-            stored = {name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+            stored = {name: TensorInfo(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
     for name, (_, _, dtype) in stored.items():
@@ -140,7 +141,7 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, in
     return stored, _validated(_Metadata, metadata[HEADER], file).shapes
 
 
-def _check_parts(folder: Path, name: str, shape: tuple[int, int], stored: dict[str, Stored]) -> None:
+def _check_parts(folder: Path, name: str, shape: tuple[int, int], stored: dict[str, TensorInfo]) -> None:
     for part in ("values", "bitmask"):
         if f"{name}.{part}" not in stored:
             raise UserError(f"{folder}: {name}.{part} is missing; the checkpoint is not complete")
