@@ -21,7 +21,7 @@ import torch
 from sparse_train.bench.timing import Timing, interleave
 from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError, printable
-from sparse_train.models import read_config
+from sparse_train.models import is_folder, read_config
 
 _START_SECONDS = 1800
 _ANSWER_SECONDS = 3600
@@ -37,10 +37,11 @@ class Server:
             self._address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(available_cpus()),
                      "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        model = Path(folder).resolve() if is_folder(folder) else folder
         with (work / "log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 # The command vllm of vllm-cpu 0.32 looks for a package called vllm.
-                [python.absolute(), "-m", "vllm.entrypoints.openai.api_server", "--model", Path(folder).resolve(),
+                [python.absolute(), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                  "--served-model-name", "model", "--port", self._address.rpartition(":")[2], "--dtype", dtype,
                  "--max-model-len", str(positions), "--no-enable-prefix-caching"],
                 stdout=log, stderr=subprocess.STDOUT, cwd=work, env=os.environ | variables, start_new_session=True)
@@ -104,7 +105,7 @@ def serve_rows(python: Path, folders: Sequence[str], concurrent: Sequence[int], 
     if not python.is_file():
         raise UserError(f"{python} is not there; run make serve, or give the --python of an environment with vllm and "
                         "sparse-train")
-    tokens = min(read_config(folder).vocab_size for folder in folders)
+    tokens = min(read_config(folder).get_text_config(decoder=True).vocab_size for folder in folders)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(tokens, (max(concurrent), prompt_tokens), generator=generator).tolist()
     with contextlib.ExitStack() as stack:
