@@ -19,6 +19,7 @@ from sparse_train.compress import export_sparse
 from sparse_train.config import EvaluateConfig, PruneConfig
 from sparse_train.errors import UserError
 from sparse_train.inference import PackedLinear, load
+from sparse_train.models import save_model
 from sparse_train.pruning import prune
 from sparse_train.sparse import TensorFolder, sparsify
 from sparse_train.sparse import format as sparse_format
@@ -97,6 +98,9 @@ def test_shards_dtypes_and_devices_change_nothing(tmp_path, monkeypatch):
         model.model.save_pretrained(tmp_path / "part")
     with pytest.raises(UserError, match="leave state_dict out"):
         model.save_pretrained(tmp_path / "part", state_dict={})
+    with pytest.raises(UserError, match="is written by its save_pretrained"):
+        save_model(tmp_path / "part", model, processor)
+    assert not (tmp_path / "part").exists()
     answer = pipeline("text-generation", model=str(tmp_path / "one"))("Tom", max_new_tokens=4)
     assert len(answer[0]["generated_text"]) > len("Tom")
 

@@ -23,7 +23,16 @@ from sparse_train.models.gguf import as_folder
 from sparse_train.models.names import Match, Shape, Source, as_stored, match
 from sparse_train.models.older import add_older_keys, with_head
 from sparse_train.models.processor import Processor
-from sparse_train.sparse import BitmaskTensor, TensorFolder, sparse_linears, sparsify, write_sparse, write_tensors
+from sparse_train.sparse import (
+    BitmaskTensor,
+    PackedEmbedding,
+    PackedLinear,
+    TensorFolder,
+    sparse_linears,
+    sparsify,
+    write_sparse,
+    write_tensors,
+)
 from sparse_train.sparse.header import QUANTISED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -213,8 +222,12 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Processor | PreT
                tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
     """Write config, processor and tensors of `model`; a model with SparseLinears is stored compressed.
 
-    `tensors` (name, tensor) replaces the model's own, for models whose parameters are partitioned over ranks.
+    `tensors` (name, tensor) replaces the model's own, for models whose parameters are partitioned over ranks. Raises
+    UserError for a model with packed weights.
     """
+    if any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules()):
+        raise UserError("a model with packed weights is written by its save_pretrained, which copies the files that "
+                        "they were read from")
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]  # by which servers choose their code
     model.config.save_pretrained(folder)

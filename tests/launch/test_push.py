@@ -148,7 +148,7 @@ def test_the_card_tells_what_the_manifests_say(run, hub, capsys):
     text = card.text
     assert "50.0% of the weights in 14 linears are pruned (2:4), and stored as kept values (int8)" in text
     assert "[owner/base](https://huggingface.co/owner/base)" in text
-    assert "sparse-train generate owner/tiny-sparse" in text
+    assert "sparse-train generate owner/tiny-sparse" in text and "After `import sparse_train`, `from_pre" in text
     assert "| ce | runtime int8 | 0.50 | 0.250 | 0.500 | 1.5000 | 40 |" in text
     assert "\n* 2 test examples that do not fit the model are left out" in text
     assert "| tiny | decode | sparse int8 | 0.50 | 1.000 | 10% | 2.50x | 0.50 |" in text and "a CPU, 2 threads" in text
