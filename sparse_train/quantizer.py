@@ -82,28 +82,25 @@ class SparseQuantizer(HfQuantizer):
         name_weights(config, self.quantization_config.weights)
         return config
 
-    update_tp_plan = update_attn_implementation  # which older releases call
-
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Iterable[str] = (),
                                              **_: Any) -> None:
-        self._made = model, Path(next(iter(checkpoint_files))).parent
+        self._folder = Path(next(iter(checkpoint_files))).parent
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
-        return self.get_weight_conversions()  # and no others: a sparse folder has the model's own names
+        """Take the modules out that are packed; and convert nothing, since a sparse folder has the model's own names.
 
-    def get_weight_conversions(self) -> list[Any]:
-        """Called between making the model, which happens where no other can be made, and filling it: takes the modules
-        out that are packed. Raises UserError for a folder that is not complete or another model."""
+        This is called between making the model, inside of which no other can be made, and filling it. Raises UserError
+        for a folder that is not complete or another model.
+        """
         from sparse_train.compat.transformers import ignore_unexpected
         from sparse_train.inference import PackedLinear, cpu
         from sparse_train.models import open_model
         from sparse_train.sparse import replace_module
 
-        model, folder = self._made
-        own, tensors = open_model(folder, quantised=True)
+        own, tensors = open_model(self._folder, quantised=True)
         if not isinstance(model, type(own)):
-            raise UserError(f"{folder} is a {type(own).__name__}, not a {type(model).__name__}; load it by the Auto "
-                            "class of the former, such as AutoModelForCausalLM")
+            raise UserError(f"{self._folder} is a {type(own).__name__}, not a {type(model).__name__}; load it by the "
+                            "Auto class of the former, such as AutoModelForCausalLM")
         names = list(tensors.shapes) if self._is_gpu else cpu.packed_names(own, tensors)
         for name in names:  # initialisation asks some for weight and bias, and changes nothing of one on meta
             module: Any = model.get_submodule(name)
@@ -119,7 +116,7 @@ class SparseQuantizer(HfQuantizer):
         from sparse_train.inference.load import put_packed
 
         own, tensors = self._opened
-        del self._made, self._opened
+        del self._opened
         put_packed(model, gpu.packed_modules(tensors, self._device, batch_size=1) if self._is_gpu else
                    cpu.packed_modules(own, tensors, shared=True), tensors.folder)
         return model.eval()

@@ -180,10 +180,9 @@ def name_weights(config: PretrainedConfig, file: str) -> None:
 
 def ignore_unexpected(model: PreTrainedModel, modules: Iterable[str]) -> None:
     """Let from_pretrained pass over what a checkpoint holds for `modules`, by their names in `model`
-    (`_keys_to_ignore_on_load_unexpected`, a set, in older releases a list)."""
-    ignored = model._keys_to_ignore_on_load_unexpected
-    patterns = [*(ignored or ()), *(rf"^{re.escape(name)}\." for name in modules)]
-    model._keys_to_ignore_on_load_unexpected = patterns if ignored is None else type(ignored)(patterns)
+    (`_keys_to_ignore_on_load_unexpected`)."""
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*ignored, *(rf"^{re.escape(name)}\." for name in modules)}
 
 
 def gguf_text_splits() -> Mapping[str, str]:
