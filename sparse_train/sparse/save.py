@@ -69,7 +69,7 @@ def _save_sparse(model: Any, save_directory: str | Path, is_main_process: bool =
                  **_: Any) -> None:
     if push_to_hub or variant or distributed_checkpoint:
         raise UserError("a sparse model is saved into a folder, without push_to_hub, variant and "
-                        "distributed_checkpoint; save it, then upload the folder")
+                        "distributed_checkpoint; save it, then upload the folder (sparse-train push)")
     is_packed = hasattr(model, _SOURCE)
     if is_packed:
         _check_source(model, state_dict)

@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import BloomConfig, BloomForCausalLM
 
 from sparse_train.compress import export_dense
 from sparse_train.models import load_model, load_processor
@@ -62,6 +64,21 @@ def test_a_server_answers_many_at_a_time(tmp_path):
         server.terminate()
         server.wait(60)
     _check([{"tokens": found[start:start + 3]} for start in range(0, 12, 3)], [folder] * 4)
+
+
+@pytest.mark.slow
+def test_other_types_of_models(ask, tmp_path):
+    """The rows of the table in docs/serving.md: what vLLM has itself, what it runs by transformers' code, and what it
+    would read wrongly."""
+    heads = {"mistral": True, "qwen3": True, "olmo2": True, "gpt_neox": False}
+    folders = [write(tmp_path / f"{family}-int8", sparse_model(family), "int8", int8_head=int8_head)
+               for family, int8_head in heads.items()]
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=300))
+    refused = write(tmp_path / "bloom", pruned(bloom.eval()), "bf16")
+    *found, answer = ask([request(folder) for folder in (*folders, refused)], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    _check(found, folders)
+    assert "vLLM reorders the rows of a bloom model" in answer["error"] and "\n" not in answer["error"]
 
 
 @pytest.mark.slow
