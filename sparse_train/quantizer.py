@@ -65,7 +65,7 @@ class SparseQuantizer(HfQuantizer):
         place, *others = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()}
         if others or place.partition(":")[0] not in ("cpu", "cuda"):
             raise UserError(f"device_map={device_map}: a sparse model lies on one device, cpu or a GPU; give its name")
-        self._device, self._is_gpu = torch.device(place), place != "cpu"
+        self._device, self._is_gpu = torch.device(place), place.startswith("cuda")
         if self._is_gpu:
             found = gpu.find_gpu()
             if self._device.index is None or found.type != "cuda":  # in tests, Triton's interpreter

@@ -82,7 +82,7 @@ def test_shards_dtypes_and_devices_change_nothing(tmp_path, monkeypatch):
     assert len(list((tmp_path / "one").glob("sparse-*.safetensors"))) > 2
     inputs = collate(tiny_examples(processor), processor).inputs()
     expected = load(tmp_path / "one", shared=False).model(**inputs).logits
-    for options in ({}, {"dtype": torch.bfloat16}, {"dtype": "float16"}, {"device_map": "cpu"},
+    for options in ({}, {"dtype": torch.bfloat16}, {"dtype": "float16"}, {"device_map": "cpu:0"},
                     {"device_map": {"": "cpu"}}, {} if torch.cuda.is_available() else {"device_map": "auto"}):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **options)
         assert model.dtype == torch.float32 and torch.equal(model(**inputs).logits, expected), options
