@@ -18,9 +18,9 @@ from rich.console import Console
 
 from sparse_train import log
 from sparse_train.errors import REMEDIES, StageFailed, UserError, describe_error
-from sparse_train.launch.model.bring import add_import
 from sparse_train.launch.model.export import add_export
 from sparse_train.launch.model.generate import add_generate
+from sparse_train.launch.model.import_model import add_import
 from sparse_train.launch.model.push import add_push
 from sparse_train.launch.monitor.cancel import add_cancel
 from sparse_train.launch.monitor.inspect import add_inspect

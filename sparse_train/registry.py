@@ -152,13 +152,13 @@ PRUNERS = Registry("pruning method", "sparse_train.pruners", PrunerEntry, {
 """prune.method. The target is a subclass of sparse_train.pruning.Pruner."""
 
 
-ENTRANCES = Registry("entrance", "sparse_train.entrances", Entry, {
-    "dense": Entry("sparse_train.entrances.dense:Dense"),
-    "gguf": Entry("sparse_train.entrances.dense:Gguf"),
-    "compressed-tensors": Entry("sparse_train.entrances.compressed_tensors:CompressedTensors"),
+IMPORTERS = Registry("importer", "sparse_train.importers", Entry, {
+    "dense": Entry("sparse_train.importers.dense:Dense"),
+    "gguf": Entry("sparse_train.importers.dense:Gguf"),
+    "compressed-tensors": Entry("sparse_train.importers.compressed_tensors:CompressedTensors"),
 })
 """import --from: what makes a sparse folder of other code's checkpoints. The target is a subclass of
-sparse_train.entrances.Entrance."""
+sparse_train.importers.Importer."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,15 @@ sparse_train.training.terms.LossTerm."""
 
 
 @dataclass(frozen=True)
-class ExitEntry(Entry):
+class ExporterEntry(Entry):
     types: tuple[str, ...] = ()
     """How it can store weights."""
 
 
-EXITS = Registry("export format", "sparse_train.exits", ExitEntry, {
-    "dense": ExitEntry("sparse_train.exits.dense:write", types=("fp32", "bf16", "fp16")),
-    "compressed-tensors": ExitEntry("sparse_train.exits.compressed_tensors:write", types=("w8a8", "w4a16")),
-    "gguf": ExitEntry("sparse_train.exits.gguf:write", "gguf", ("F32", "BF16", "F16", "Q8_0", "Q4_1", "Q4_0")),
+EXPORTERS = Registry("export format", "sparse_train.exporters", ExporterEntry, {
+    "dense": ExporterEntry("sparse_train.exporters.dense:write", types=("fp32", "bf16", "fp16")),
+    "compressed-tensors": ExporterEntry("sparse_train.exporters.compressed_tensors:write", types=("w8a8", "w4a16")),
+    "gguf": ExporterEntry("sparse_train.exporters.gguf:write", "gguf", ("F32", "BF16", "F16", "Q8_0", "Q4_1", "Q4_0")),
 })
 """`sparse-train export --to`. The target is a function (source, path, type or None) that writes a
-sparse_train.exits.Source to a path."""
+sparse_train.exporters.Source to a path."""

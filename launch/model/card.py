@@ -73,7 +73,7 @@ def make_card(folder: Path, name: str) -> ModelCard:
         model_type=config.model_type, precision=precision, is_pruned=is_pruned, pattern=pattern,
         layers=[(layer.name, f"{layer.rows} x {layer.columns}", f"{_sparsity([layer]):.4f}") for layer in layers],
         sparsity=sparsity, tables=[_escaped(table) for table in _tables(origin)],
-        recipe=write_yaml(recipe) if recipe else None, imported=origin.folder.get("entrance"), versions=versions)
+        recipe=write_yaml(recipe) if recipe else None, imported=origin.folder.get("importer"), versions=versions)
 
 
 def _origin(folder: Path) -> _Origin:

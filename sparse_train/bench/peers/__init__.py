@@ -16,15 +16,15 @@ from sparse_train.bench.peers.engine import Engine
 from sparse_train.bench.peers.environment import make_environment
 from sparse_train.bench.peers.linears import write_linears
 from sparse_train.errors import UserError
-from sparse_train.exits import export
+from sparse_train.exporters import export
 from sparse_train.models import read_config
 
 log = logging.getLogger(__name__)
 
 
 def write_gguf(folder: str | Path, kind: str, file: Path) -> int:
-    """Write the exit `gguf` and return the bytes of the weights that a token reads: one row of an embedding, all of one
-    that is the head as well."""
+    """Export as GGUF and return the bytes of the weights that a token reads: one row of an embedding, all of one that
+    is the head as well."""
     export(folder, "gguf", file, kind)
     from gguf import GGUFReader
 

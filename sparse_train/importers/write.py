@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from sparse_train import artifacts
-from sparse_train.entrances.entrance import Entrance, open_source
 from sparse_train.errors import UserError
+from sparse_train.importers.importer import Importer, open_source
 from sparse_train.models import family_of, own_tensors, save_model
 from sparse_train.sparse import BitmaskTensor, sparsify
 
@@ -40,9 +40,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Imported:
-    entrance: str
+    importer: str
     has_bits: bool
-    """As in Entrance."""
+    """As in Importer."""
     sparse: dict[str, Layer]
     """By module name."""
     dense: dict[str, Layer]
@@ -64,20 +64,20 @@ class Imported:
         return None
 
 
-def import_model(source: str, out: Path, min_sparsity: float, entrance: str | None = None) -> Imported:
+def import_model(source: str, out: Path, min_sparsity: float, importer: str | None = None) -> Imported:
     """Write the model in `source` (folder, hub name or GGUF file) into the new, signed folder `out`; tensors keep the
     dtype that they are stored in.
 
-    `entrance`: a name of ENTRANCES, None: the one that recognises the source. Linears with at least `min_sparsity` of
+    `importer`: a name of IMPORTERS, None: the one that recognises the source. Linears with at least `min_sparsity` of
     their weights pruned become sparse. Raises UserError where there is none, where `out` exists and where the source
     cannot be read.
     """
     with artifacts.written_aside(out) as aside:
-        return _import(source, aside, min_sparsity, entrance)
+        return _import(source, aside, min_sparsity, importer)
 
 
-def _import(source: str, folder: Path, min_sparsity: float, entrance: str | None) -> Imported:
-    name, opened = open_source(source, entrance)
+def _import(source: str, folder: Path, min_sparsity: float, importer: str | None) -> Imported:
+    name, opened = open_source(source, importer)
     layers = {linear: _measure(_weight(opened, linear)) for linear in family_of(opened.model).dense_linears(
         opened.model)}
     sparse = {linear: layer for linear, layer in layers.items() if layer.sparsity >= min_sparsity}
@@ -89,13 +89,13 @@ def _import(source: str, folder: Path, min_sparsity: float, entrance: str | None
     imported = Imported(name, opened.has_bits, sparse, {linear: layers[linear] for linear in layers.keys() - sparse})
     save_model(folder, opened.model, opened.processor, _tensors(opened, sparse))
     place = str(Path(source).absolute()) if Path(source).exists() else source
-    artifacts.sign(folder, {"source": place, "entrance": name, "min_sparsity": min_sparsity,
+    artifacts.sign(folder, {"source": place, "importer": name, "min_sparsity": min_sparsity,
                             "pattern": imported.pattern, "sparse_weights": {
         linear: {"shape": list(layer.shape), "sparsity": layer.sparsity} for linear, layer in sparse.items()}})
     return imported
 
 
-def _weight(opened: Entrance, linear: str) -> BitmaskTensor:
+def _weight(opened: Importer, linear: str) -> BitmaskTensor:
     weight = opened.weight(linear)
     if weight.values.numel():
         return weight
@@ -110,7 +110,7 @@ def _measure(weight: BitmaskTensor) -> Layer:
         size: int(keep.unflatten(1, (-1, size)).sum(-1).max()) for size in _GROUP_SIZES if width % size == 0})
 
 
-def _tensors(opened: Entrance, sparse: Mapping[str, Layer]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(opened: Importer, sparse: Mapping[str, Layer]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the model, whose sparse linears are replaced by SparseLinears without data."""
     for linear, layer in sparse.items():
         values, bits = (torch.empty(size, dtype=dtype, device="meta") for size, dtype in (
@@ -119,7 +119,7 @@ def _tensors(opened: Entrance, sparse: Mapping[str, Layer]) -> Iterator[tuple[st
     return _read(opened, sparse)
 
 
-def _read(opened: Entrance, sparse: Mapping[str, Layer]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(opened: Importer, sparse: Mapping[str, Layer]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in own_tensors(opened.model).items():
         linear, _, part = name.rpartition(".")
         if linear not in sparse or part == "bias":

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_train import artifacts
-from sparse_train.entrances import import_model
-from sparse_train.entrances.dense import Dense
 from sparse_train.errors import UserError
+from sparse_train.importers import import_model
+from sparse_train.importers.dense import Dense
 from sparse_train.launch.cli import main
 from sparse_train.models import as_folder, family_of, load_model, load_processor, open_model, save_model
-from sparse_train.registry import ENTRANCES, Entry
+from sparse_train.registry import IMPORTERS, Entry
 from sparse_train.sparse import TensorFolder, sparse_linears
 from tests import test_gguf
 from tests.model_types import older_python
@@ -107,7 +107,7 @@ def test_bits_of_compressed_tensors_stay(kind, pattern, tmp_path, capsys):
     told = capsys.readouterr().out
     assert ("sparsity 0.500, 2:4" if pattern else "sparsity 0.600, unstructured") in told and "0.0" not in told
     _require_same(tmp_path / "dense", tmp_path / "out")
-    assert artifacts.read_manifest(tmp_path / "out")["entrance"] == "compressed-tensors"
+    assert artifacts.read_manifest(tmp_path / "out")["importer"] == "compressed-tensors"
 
 
 def test_a_kept_zero_of_a_2_4_file_stays_kept(tmp_path):
@@ -136,7 +136,7 @@ def test_a_dense_checkpoint_with_a_section_of_compressed_tensors_is_read_as_dens
         "quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
         "sparsity_config": {"format": "dense", "sparsity_structure": "unstructured"}})
     assert torch.equal(load_model(tmp_path / "dense").state_dict()["lm_head.weight"], model.lm_head.weight.float())
-    assert import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25).entrance == "dense"
+    assert import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25).importer == "dense"
 
 
 def test_a_linear_with_few_zeros_stays_dense_and_one_of_zeros_keeps_a_value(tmp_path, capsys):
@@ -162,10 +162,10 @@ class _Other(Dense):
 
 def test_a_source_of_two_kinds_is_read_as_the_one_that_is_asked_for(tmp_path, monkeypatch):
     _pruned(tmp_path / "dense")
-    monkeypatch.setitem(ENTRANCES.entries, "other", Entry(f"{__name__}:_Other"))
+    monkeypatch.setitem(IMPORTERS.entries, "other", Entry(f"{__name__}:_Other"))
     with pytest.raises(UserError, match="can be read as dense and as other; choose one of them by --from"):
         import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25)
-    assert import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25, "other").entrance == "other"
+    assert import_model(str(tmp_path / "dense"), tmp_path / "out", 0.25, "other").importer == "other"
 
 
 def _packed(tmp_path, spoil):
@@ -209,7 +209,7 @@ def test_what_is_not_sparse_or_cannot_be_read_is_refused_in_one_line(tmp_path, c
 
     assert "has nothing sparse to import: the linear with the most zeros" in refused(tmp_path / "dense")
     assert "there is no folder" in refused(tmp_path / "nothing here")
-    assert "there is no entrance torch" in refused(tmp_path / "dense", "--from", "torch")
+    assert "there is no importer torch" in refused(tmp_path / "dense", "--from", "torch")
     assert "--min-sparsity 1.5: it must be above 0" in refused(tmp_path / "dense", "--min-sparsity", "1.5")
     assert "--from gguf: " in refused(tmp_path / "dense", "--from", "gguf")
     _pruned(tmp_path / "pruned")
@@ -235,7 +235,7 @@ def test_zeros_of_a_gguf_file_become_bits_where_its_type_has_zeros(tmp_path, mon
     monkeypatch.setattr(test_gguf, "_llama", lambda: (model, tiny_model("llama")[1]))
     test_gguf._write(tmp_path / "tiny.gguf")  # attention in Q8_0; the FFN in Q4_1, whose 16 values need not have a 0
     imported = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "out", 0.25)
-    assert imported.entrance == "gguf" and {name.split(".")[-2] for name in imported.sparse} == {"self_attn"}
+    assert imported.importer == "gguf" and {name.split(".")[-2] for name in imported.sparse} == {"self_attn"}
     assert len(imported.sparse) == 8 and 0.59 < imported.sparsity < 0.65
     _require_same(as_folder(tmp_path / "tiny.gguf"), tmp_path / "out")
 
@@ -257,7 +257,7 @@ def test_what_compressed_tensors_wrote_is_read_to_the_bit(tmp_path):
         _pack(tmp_path / kind / "dense", ours, kind)  # what the other tests read
         expected, found = (load_file(folder / "model.safetensors") for folder in (theirs, ours))
         assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-        assert import_model(str(theirs), tmp_path / kind / "out", 0.25).entrance == "compressed-tensors"
+        assert import_model(str(theirs), tmp_path / kind / "out", 0.25).importer == "compressed-tensors"
         _require_same(tmp_path / kind / "dense", tmp_path / kind / "out")
 
 
@@ -287,7 +287,7 @@ def test_importing_takes_the_memory_of_a_few_tensors(tmp_path):
     script = """if True:
         import sys
         from pathlib import Path
-        from sparse_train.entrances import import_model
+        from sparse_train.importers import import_model
         from sparse_train.sparse import format
         format._FILE_BYTES = 1  # a tensor per file
         def memory(key):

@@ -1,4 +1,4 @@
-"""What an exit reads, and `export`, which runs one."""
+"""What an exporter reads, and `export`, which runs one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from sparse_train import artifacts
 from sparse_train.models import ModelFolder, Processor, family_of, load_processor, open_model
-from sparse_train.registry import EXITS
+from sparse_train.registry import EXPORTERS
 from sparse_train.sparse import densify
 from sparse_train.sparse.header import PRECISIONS
 
@@ -45,11 +45,11 @@ def open_source(folder: str | Path) -> Source:
 
 
 def export(folder: str | Path, to: str, out: Path, type_: str | None = None) -> None:
-    """Write the model of `folder` to `out`, a path where there is nothing, by the exit `to`, a name of EXITS.
+    """Write the model of `folder` to `out`, a path where there is nothing, by the exporter `to`, a name of EXPORTERS.
 
-    `type_`: how weights are stored, one of the exit's types; None: as in `folder`, as closely as the format can.
+    `type_`: how weights are stored, one of the exporter's types; None: as in `folder`, as closely as the format can.
     Raises UserError where the format does not hold the model.
     """
-    write = EXITS.load(to)
+    write = EXPORTERS.load(to)
     with artifacts.written_aside(out) as aside:
         write(open_source(folder), aside, type_)

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from sparse_train.entrances.entrance import Entrance, dtype_of
 from sparse_train.errors import UserError
+from sparse_train.importers.importer import Importer, dtype_of
 from sparse_train.models import (
     ModelFolder,
     fetch,
@@ -110,7 +110,7 @@ class _UnpackedModel(ModelFolder, _UnpackedTensors):
         return self._unpack(source.name)
 
 
-class CompressedTensors(Entrance):
+class CompressedTensors(Importer):
     has_bits = True
 
     def __init__(self, source: str):

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_train.entrances.entrance import Entrance, dtype_of
 from sparse_train.errors import UserError
+from sparse_train.importers.importer import Importer, dtype_of
 from sparse_train.models import is_gguf, load_processor, open_model, packed_format, read_config
 
 
-class Dense(Entrance):
+class Dense(Importer):
     def __init__(self, source: str):
         self.model, self.folder = open_model(source, dtype_of(read_config(source)))
         if self.folder.shapes:

@@ -7,37 +7,36 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sparse_train.errors import UserError
-from sparse_train.registry import ENTRANCES
+from sparse_train.registry import IMPORTERS
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from sparse_train.entrances import Imported
+    from sparse_train.importers import Imported
 
 _MIN_SPARSITY = 0.25  # 3:4 has as many zeros; rounding to four bits leaves fewer, a tenth in Q4_0
 _NUM_NAMES = 3
 
 
 def add_import(commands: "argparse._SubParsersAction[Any]") -> None:
-    bring = commands.add_parser("import", help="make a sparse folder of a model that other software made sparse")
-    bring.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a GGUF file or a name on the hub")
-    bring.add_argument("out", metavar="OUT", type=Path, help="the folder to write; there must be nothing of this name")
-    bring.add_argument("--min-sparsity", type=float, metavar="S", default=_MIN_SPARSITY,
-                       help="linears become sparse that have at least this share of zeros; default: "
-                            f"{_MIN_SPARSITY}")
-    bring.add_argument("--from", metavar="KIND", dest="kind",
-                       help=f"only where SOURCE is of several kinds: {', '.join(ENTRANCES.built_in)}, or that of "
-                            "another package")
-    bring.set_defaults(command=_import)
+    parser = commands.add_parser("import", help="make a sparse folder of a model that other software made sparse")
+    parser.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a GGUF file or a name on the hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; there must be nothing of this name")
+    parser.add_argument("--min-sparsity", type=float, metavar="S", default=_MIN_SPARSITY,
+                        help=f"linears become sparse that have at least this share of zeros; default: {_MIN_SPARSITY}")
+    parser.add_argument("--from", metavar="KIND", dest="kind",
+                        help=f"only where SOURCE is of several kinds: {', '.join(IMPORTERS.built_in)}, or that of "
+                             "another package")
+    parser.set_defaults(command=_import)
 
 
 def _import(options: argparse.Namespace, console: Console) -> None:
     try:
-        kind = options.kind and ENTRANCES.check(options.kind)
+        kind = options.kind and IMPORTERS.check(options.kind)
     except ValueError as error:
         raise UserError(f"--from: {error}") from error
     if not 0 < options.min_sparsity <= 1:
         raise UserError(f"--min-sparsity {options.min_sparsity}: it must be above 0 and at most 1")
 
-    from sparse_train.entrances import import_model
+    from sparse_train.importers import import_model
 
     for line in _describe(import_model(options.source, options.out, options.min_sparsity, kind), options):
         console.out(line, highlight=False)

@@ -16,8 +16,8 @@ import torch
 
 from sparse_train import kernels
 from sparse_train.errors import UserError
-from sparse_train.exits.gguf_tokenizer import add_tokenizer
-from sparse_train.exits.source import Source
+from sparse_train.exporters.gguf_tokenizer import add_tokenizer
+from sparse_train.exporters.source import Source
 from sparse_train.models import own_tensors
 
 if TYPE_CHECKING:  # an extra

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_train.compat.transformers import gguf_text_splits
 from sparse_train.errors import UserError
-from sparse_train.exits.source import Source
+from sparse_train.exporters.source import Source
 
 if TYPE_CHECKING:  # an extra
     from gguf import GGUFWriter

@@ -14,12 +14,12 @@ from transformers.tokenization_utils_base import generate_merges
 
 from sparse_train.compat.transformers import gguf_text_splits
 from sparse_train.errors import UserError
-from sparse_train.exits import export
+from sparse_train.exporters import export
 from sparse_train.launch.cli import main
 from sparse_train.models import as_folder, load_model, load_processor, own_tensors, read_config, save_model
 from tests.environments import python_with
 from tests.models import tiny_model, tiny_tokenizer
-from tests.test_exits import sparse_folder
+from tests.test_exporters import sparse_folder
 from tests.weights import needs_weights
 
 _TEXTS = ("Tom  has 12 boxes of 345.\n\n  6 é", "  60%  a  b ", "<|endoftext|>Hi, I don't")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from sparse_train.compress import export_dense
-from sparse_train.exits.source import Source
+from sparse_train.exporters.source import Source
 from sparse_train.models import DTYPES
 
 _DTYPES = DTYPES | {"fp16": torch.float16}

@@ -19,7 +19,7 @@ from sparse_train import kernels
 from sparse_train.compat.transformers import saving_conversions
 from sparse_train.compress import QUANTISERS
 from sparse_train.errors import UserError
-from sparse_train.exits.source import Source
+from sparse_train.exporters.source import Source
 from sparse_train.models import own_tensors, save_model
 from sparse_train.sparse import BitmaskTensor
 
