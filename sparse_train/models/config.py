@@ -115,8 +115,8 @@ def _check_quantised(path: str | Path, config: Mapping[str, Any]) -> None:
                             f"{VERSION}; update sparse-train")
         # compressed-tensors has its section in configs of models that are not quantised as well.
         if method not in (METHOD, _PEER) or section.get("config_groups"):
-            raise UserError(f"{path} is quantised ({method}), and quantised weights are not pruned or trained; give "
-                            "the checkpoint that it was made from, in fp32, bf16 or fp16")
+            raise UserError(f"{path} is quantised ({method}), and of quantised weights only those of sparse folders "
+                            "are read; give the checkpoint that it was made from, in fp32, bf16 or fp16")
 
 
 def _stored_as(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
