@@ -14,7 +14,7 @@ def test_two_folders_are_served_in_turns(tmp_path, capsys):
     model = sparse_model("llama")
     folders = [str(write(tmp_path / precision, model, precision)) for precision in ("bf16", "int8")]
     assert main(["bench", "serve", "--model", *folders, "--python", str(PYTHON), "--concurrent", "1", "3",
-                 "--prompt-tokens", "8", "--new-tokens", "8", "--repeats", "2"]) == 0
+                 "--prompt-tokens", "8", "--new-tokens", "8", "--repeats", "2", "--eager"]) == 0
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [(row["model"], row["concurrent"]) for row in rows] == [(folder, n) for n in (1, 3) for folder in folders]
