@@ -54,5 +54,6 @@ def _describe(imported: "Imported", options: argparse.Namespace) -> list[str]:
         lines.append(f"{len(names)} {words} fewer zeros than --min-sparsity {options.min_sparsity:g} and "
                      f"{'stays' if len(names) == 1 else 'stay'} dense: {', '.join(names[:_NUM_NAMES])}{more}")
     if not imported.has_bits:
-        lines.append("a weight of theirs that was exactly 0.0 counts as pruned, whether it had been pruned or not")
+        lines.append("in sparse linears every weight that was exactly 0.0 counts as pruned, whether it had been pruned "
+                     "or not")
     return lines

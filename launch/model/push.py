@@ -15,7 +15,7 @@ _OF_THIS_MACHINE = (artifacts.MANIFEST, artifacts.SOURCES)  # they name hosts an
 
 def add_push(commands: "argparse._SubParsersAction[Any]") -> None:
     push = commands.add_parser("push", help="upload a model folder, with a model card, to the hub")
-    push.add_argument("folder", metavar="FOLDER", type=Path)
+    push.add_argument("folder", metavar="FOLDER", type=Path, help="a model folder of this machine")
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME; it is made where there is none")
     push.add_argument("--private", action="store_true", help="make REPO private")
     push.add_argument("--dry-run", action="store_true", help="only show the card and which files would be uploaded")
@@ -41,7 +41,8 @@ def _push(options: argparse.Namespace, console: Console) -> None:
     own = folder / _CARD
     card = own.read_bytes() if own.is_file() else str(make_card(folder, repo)).encode()
     if options.dry_run:
-        console.out(card.decode(errors="replace"), "", *files, sep="\n", highlight=False)
+        console.out(card.decode(errors="replace"), f"{_CARD}, which is the text above, and {len(files)} files, "
+                    f"{num_bytes / 1e6:.1f} MB, would be uploaded to {repo}:", *files, sep="\n", highlight=False)
     else:
         url = hub.push(repo, {_CARD: card, **files}, TAG, options.private)
         console.out(f"{url}: {_CARD} and {len(files)} files, {num_bytes / 1e6:.1f} MB", highlight=False)

@@ -268,7 +268,9 @@ def _serve(options, console: Console) -> None:
     from sparse_train.bench.serve import serve_rows
     from sparse_train.bench.tables import print_measured, spread_cell
     from sparse_train.cpus import available_cpus, cpu_name
+    from sparse_train.launch.submit.processes import handle_signals
 
+    handle_signals()
     rows = serve_rows(options.python, options.model, options.concurrent, options.prompt_tokens, options.new_tokens,
                       options.repeats, options.dtype, options.eager)
     if not options.json:

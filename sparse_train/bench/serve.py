@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from sparse_train.cpus import available_cpus
 from sparse_train.errors import UserError, printable
 from sparse_train.models import is_folder, read_config
 
+log = logging.getLogger(__name__)
+
 _START_SECONDS = 1800
 _ANSWER_SECONDS = 3600
 
@@ -31,20 +34,20 @@ class Server:
     """vLLM's OpenAI-compatible server of a folder, stopped except in its turns: a waiting server may spin."""
 
     def __init__(self, python: Path, folder: str, work: Path, positions: int, dtype: str, eager: bool):
-        self.folder, self._work = folder, work
+        self.folder, self._work, self._python = folder, work, python
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self._address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(available_cpus()),
                      "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
         model = Path(folder).resolve() if is_folder(folder) else folder
-        with (work / "log").open("w", encoding="utf-8") as log:
+        with (work / "log").open("w", encoding="utf-8") as output:
             self._process = subprocess.Popen(
                 # The command vllm of vllm-cpu 0.32 looks for a package called vllm.
                 [python.absolute(), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                  "--served-model-name", "model", "--port", self._address.rpartition(":")[2], "--dtype", dtype,
                  "--max-model-len", str(positions), "--no-enable-prefix-caching", *["--enforce-eager"] * eager],
-                stdout=log, stderr=subprocess.STDOUT, cwd=work, env=os.environ | variables, start_new_session=True)
+                stdout=output, stderr=subprocess.STDOUT, cwd=work, env=os.environ | variables, start_new_session=True)
 
     def wait(self) -> None:
         """Until it answers. Raises UserError where it does not."""
@@ -53,7 +56,8 @@ class Server:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._address}/health", timeout=10):
                 return
             time.sleep(1)
-        raise UserError(f"vLLM does not start with {self.folder}: {self._last_line()}; serve it by hand to see more")
+        raise UserError(f"vLLM does not start with {self.folder}: {self._last_line()}; {self._python} "
+                        "needs vllm and sparse-train, and vllm serve of this folder says more")
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -113,12 +117,14 @@ def serve_rows(python: Path, folders: Sequence[str], concurrent: Sequence[int], 
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = []
         for number, folder in enumerate(folders):  # one after the other: they compile as they start
+            log.info("starting vLLM with %s", folder)
             (work / str(number)).mkdir()
             servers.append(Server(python, folder, work / str(number), prompt_tokens + new_tokens, dtype,
                                   eager))
             stack.callback(servers[-1].close)
             servers[-1].wait()
             servers[-1].pause()
+        log.info("measuring")
         timings = interleave({(number, together): functools.partial(server.answer, prompts[:together], new_tokens)
                               for together in concurrent for number, server in enumerate(servers)}, repeats)
     return [_row(folder, together, new_tokens, timings[number, together], timings[0, together])

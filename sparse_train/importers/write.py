@@ -84,8 +84,8 @@ def _import(source: str, folder: Path, min_sparsity: float, importer: str | None
     if not sparse:
         most = max(layers, key=lambda linear: layers[linear].sparsity)
         raise UserError(f"{source} has nothing sparse to import: the linear with the most zeros, {most}, has "
-                        f"{layers[most].sparsity:.1%} of them, less than --min-sparsity {min_sparsity:g}; the model is "
-                        "dense, and other commands read it as it is")
+                        f"{layers[most].sparsity:.1%} of them, less than --min-sparsity {min_sparsity:g}; give a lower "
+                        "one if these were pruned, or use the dense model as it is, which other commands read")
     imported = Imported(name, opened.has_bits, sparse, {linear: layers[linear] for linear in layers.keys() - sparse})
     save_model(folder, opened.model, opened.processor, _tensors(opened, sparse))
     place = str(Path(source).absolute()) if Path(source).exists() else source

@@ -140,7 +140,7 @@ def reading(folder: str | Path, what: str, remedy: str = "") -> Iterator[None]:
     except StrictDataclassError as error:
         raise UserError(f"{what} of {folder} is not valid: {' '.join(str(error).split())}") from error
     except Exception as error:  # a hostile file may make them raise anything
-        cause = first_line(error)
+        cause = first_line(error).rstrip(" .:")
         if "trust_remote_code" in str(error):
             cause, remedy = "it needs code of its own, and the code of a model folder is never run", ""
-        raise UserError(f"cannot read {what} from {folder}: {cause}{'; ' if remedy else ''}{remedy}") from error
+        raise UserError(f"cannot read {what} from {folder}: {'; '.join(filter(None, (cause, remedy)))}") from error

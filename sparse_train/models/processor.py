@@ -49,7 +49,7 @@ def load_processor(path: str | Path, language: str | None = None, packed: bool =
     path = as_folder(path)
     config = read_config(path, packed)
     family = family_of_type(config.model_type)
-    with reading(path, "a tokenizer"):
+    with reading(path, "a tokenizer", "the folder needs its files, such as tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     with reading(path, "a feature extractor"):
         features = family.load_features(path)
