@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 1800
 _ANSWER_SECONDS = 3600
+_END_SECONDS = 30
 
 
 class Server:
@@ -88,10 +89,11 @@ class Server:
             raise UserError(f"vLLM with {self.folder} gave {given} tokens where {new_tokens} each were asked for")
 
     def close(self) -> None:
-        for kind in (signal.SIGTERM, signal.SIGCONT, signal.SIGKILL):
+        for kind, seconds in ((signal.SIGCONT, 0), (signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, kind)
-        self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # vLLM deletes its shared memory
+                self._process.wait(seconds)
 
     def _last_line(self) -> str:
         lines = (self._work / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
