@@ -17,7 +17,8 @@ def add_export(commands: "argparse._SubParsersAction[Any]") -> None:
                         help=f"{', '.join(EXPORTERS.built_in)}, or that of another package")
     export.add_argument("out", metavar="OUT", type=Path, help="what is written; there must be nothing of this name")
     export.add_argument("--type", metavar="TYPE",
-                        help="how weights are stored; default: as in FOLDER, as closely as FORMAT can. " + "; ".join(
+                        help="how weights are stored; needed where FORMAT has to round them; default: as in FOLDER, as "
+                        "closely as FORMAT can. " + "; ".join(
                             f"{name}: {', '.join(entry.types)}" for name, entry in EXPORTERS.built_in.items()))
     export.set_defaults(command=_export)
 
