@@ -1,4 +1,4 @@
-"""When a stage has to stop early: after a signal, and before the deadline."""
+"""When a stage has to stop early: after a signal, and before the deadline; and how signals end a command."""
 
 import contextlib
 import os
@@ -12,6 +12,23 @@ _SAME_EVENT_S = 2.0
 """A batch system may send both signals, or one to a process and its group, for one reason."""
 _SAVE_S = 10.0
 """Assumed for a save until one has been measured."""
+
+
+def handle_signals() -> None:
+    """Make SIGTERM and SIGHUP end a command as Ctrl-C does; otherwise its processes would go on running, and what it
+    has half written would stay.
+
+    Only the first such signal counts: ranks get time to save.
+    """
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(*_) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:  # without SIGHUP under nohup, which ignores it
+        signal.signal(number, end)
 
 
 class StopMonitor:

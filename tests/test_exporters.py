@@ -1,5 +1,6 @@
 """Models in formats of other software compute what the folder computes that they were made from."""
 
+import signal
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ from sparse_train.inference import load
 from sparse_train.kernels import scale_of_columns
 from sparse_train.launch.cli import main
 from sparse_train.models import load_model, load_processor, own_tensors, save_model
+from sparse_train.registry import EXPORTERS
 from sparse_train.sparse import BitmaskTensor, sparsify
 from tests.environments import python_with
 from tests.models import tiny_model
@@ -172,3 +174,20 @@ def test_an_export_that_cannot_be_is_one_line_and_leaves_nothing(tmp_path, capsy
         assert told in line
     assert there.read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "there", "empty"}
+
+
+def test_a_signal_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def write(source, out, type_):
+        out.mkdir()
+        (out / "half").touch()
+        signal.raise_signal(signal.SIGTERM)
+
+    save_model(tmp_path / "dense", *tiny_model("mpt"))
+    monkeypatch.setattr(EXPORTERS, "load", lambda name: write)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert main(["export", str(tmp_path / "dense"), "--to", "dense", str(tmp_path / "out")]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

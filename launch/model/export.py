@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sparse_train.errors import UserError
 from sparse_train.registry import EXPORTERS
+from sparse_train.stopping import handle_signals
 
 
 def add_export(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -33,6 +34,7 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 
     from sparse_train.exporters import export  # torch takes seconds to import
 
+    handle_signals()
     export(options.folder, options.to, options.out, options.type)
     files = [file for file in (options.out, *options.out.rglob("*")) if file.is_file()]
     console.out(f"{options.out}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB", highlight=False)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sparse_train.errors import UserError
 from sparse_train.registry import IMPORTERS
+from sparse_train.stopping import handle_signals
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from sparse_train.importers import Imported
@@ -38,6 +39,7 @@ def _import(options: argparse.Namespace, console: Console) -> None:
 
     from sparse_train.importers import import_model
 
+    handle_signals()
     for line in _describe(import_model(options.source, options.out, options.min_sparsity, kind), options):
         console.out(line, highlight=False)
 

@@ -268,7 +268,7 @@ def _serve(options, console: Console) -> None:
     from sparse_train.bench.serve import serve_rows
     from sparse_train.bench.tables import print_measured, spread_cell
     from sparse_train.cpus import available_cpus, cpu_name
-    from sparse_train.launch.submit.processes import handle_signals
+    from sparse_train.stopping import handle_signals
 
     handle_signals()
     rows = serve_rows(options.python, options.model, options.concurrent, options.prompt_tokens, options.new_tokens,
@@ -359,7 +359,8 @@ def _losses(options, console: Console) -> None:
 
 def _train(options, console: Console) -> int:
     from sparse_train.launch.run.cluster import load_cluster
-    from sparse_train.launch.submit.processes import free_port, handle_signals, start_processes, stop_processes
+    from sparse_train.launch.submit.processes import free_port, start_processes, stop_processes
+    from sparse_train.stopping import handle_signals
 
     if options.device == "cuda":
         from sparse_train.inference.gpu import find_gpu

@@ -32,7 +32,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace, console: Console) -> int:
     from sparse_train.config.load import load_points
     from sparse_train.launch.run.recipes import find_recipe
-    from sparse_train.launch.submit.processes import handle_signals
+    from sparse_train.stopping import handle_signals
 
     cluster_overrides = [text for text in options.overrides if text.startswith(UNDER)]
     run_overrides = [text for text in options.overrides if not text.startswith(UNDER)]

@@ -22,22 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def handle_signals() -> None:
-    """Make SIGTERM and SIGHUP end a run as Ctrl-C does; otherwise its ranks would go on running.
-
-    Only the first such signal counts: the ranks get time to save.
-    """
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-
-    def end(*_) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in numbers:  # without SIGHUP under nohup, which ignores it
-        signal.signal(number, end)
-
-
 def start_processes(cluster: ClusterConfig, num_ranks: int, logs: Path, function: Callable[..., Any],
                     *arguments: Any) -> "submitit.Job":
     """Run `function(*arguments)` in `num_ranks` processes of this machine; their output is written to `logs`."""

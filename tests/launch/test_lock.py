@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
+from sparse_train import stopping
 from sparse_train.errors import UserError
 from sparse_train.launch.cli import main
 from sparse_train.launch.run import lock
 from sparse_train.launch.run.lock import find_launcher, locked
-from sparse_train.launch.submit import processes
 from sparse_train.launch.worker import attempts, entry
 from sparse_train.launch.worker.endings import newest_ending
 
@@ -67,7 +67,7 @@ def handlers():
 
 
 def test_the_first_of_several_signals_ends_a_run(handlers):
-    processes.handle_signals()
+    stopping.handle_signals()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGHUP)
     for number in (signal.SIGHUP, signal.SIGTERM):  # the shell's, then the kernel's, then a batch system's
@@ -76,7 +76,7 @@ def test_the_first_of_several_signals_ends_a_run(handlers):
 
 def test_nohup_keeps_a_run_from_ending_with_its_terminal(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    processes.handle_signals()
+    stopping.handle_signals()
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
