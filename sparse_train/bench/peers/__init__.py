@@ -49,13 +49,12 @@ class Peer:
     """linears: the products of a token alone."""
 
 
-_NATIVE = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}  # wheels are built for older CPUs
-
+# llama-cpp-python has no wheel for today's CPUs. What GCC 12 makes of it dies on a CPU with AMX; CC=clang CXX=clang++
+# helps. ik-llama-cpp-python comes as a wheel for AVX2: the source archive of 0.1.5 lacks a file that CMake needs.
 PEERS = {
     "llama.cpp": Peer(("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"), ("Q4_0", "Q4_1", "Q8_0"),
-                      ("llama", "mpt"), variables=_NATIVE),
-    "ik_llama.cpp": Peer(("--no-binary=ik-llama-cpp-python", "ik-llama-cpp-python==0.1.5"), ("Q4_0", "Q4_1", "Q8_0"),
-                         ("llama",), variables=_NATIVE),
+                      ("llama", "mpt"), variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}),
+    "ik_llama.cpp": Peer(("ik-llama-cpp-python==0.1.5",), ("Q4_0", "Q4_1", "Q8_0"), ("llama",)),
     "openvino": Peer(("openvino-genai==2026.4.1.0",), ("Q4_0", "Q8_0"), ("llama",)),
     "onnxruntime": Peer(("onnxruntime==1.32.0", "onnx==1.23.2"), ("int4", "int8"), prepare=write_linears,
                         what="linears"),
