@@ -3,6 +3,7 @@
 Rows of the table in docs/format.md.
 """
 
+import itertools
 import json
 import os
 import re
@@ -210,19 +211,20 @@ def test_lm_evaluation_harness_scores_a_folder(tmp_path):
     (tmp_path / "sums.yaml").write_text(_SUMS.replace("FOLDER", str(tmp_path)), encoding="utf-8")
     page = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
     start = re.search(r'python -c "(import sparse_train; .*lm_eval.*)" \\\n', page)[1]
-    for precision in ("fp32", "bf16", "int8", "int4"):
-        processor = _export("llama", precision, tmp_path / precision)
-        subprocess.run([python, "-c", start, "run", "--model", "hf", "--model_args",
-                        f"pretrained={tmp_path / precision}", "--tasks", "sums", "--include_path", tmp_path, "--device",
-                        "cpu", "--log_samples", "--output_path", tmp_path / f"{precision}-out"], check=True,
-                       env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, capture_output=True)
-        (samples,) = (tmp_path / f"{precision}-out").rglob("samples_sums_*.jsonl")
-        model = load(tmp_path / precision, shared=False).model
+    for family, precision in itertools.product(("llama", "mpt"), ("fp32", "bf16", "int8", "int4")):
+        folder, out = tmp_path / f"{family}-{precision}", tmp_path / f"{family}-{precision}-out"
+        processor = _export(family, precision, folder)
+        subprocess.run([python, "-c", start, "run", "--model", "hf", "--model_args", f"pretrained={folder}", "--tasks",
+                        "sums", "--include_path", tmp_path, "--device", "cpu", "--log_samples", "--output_path", out],
+                       check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+                       capture_output=True)
+        (samples,) = out.rglob("samples_sums_*.jsonl")
+        model = load(folder, shared=False).model
         for line in samples.read_text(encoding="utf-8").splitlines():
             sample = json.loads(line)
             for choice, (found, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
                 expected = _log_likelihood(model, processor.tokenizer, sample["doc"]["question"], f" {choice}")
-                assert float(found) == pytest.approx(expected, abs=1e-3), precision
+                assert float(found) == pytest.approx(expected, abs=1e-3), folder.name
 
 
 @torch.no_grad()
