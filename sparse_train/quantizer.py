@@ -92,7 +92,7 @@ class SparseQuantizer(HfQuantizer):
         This is called between making the model, inside of which no other can be made, and filling it. Raises UserError
         for a folder that is not complete or another model.
         """
-        from sparse_train.compat.transformers import ignore_unexpected
+        from sparse_train.compat.transformers import ignore_unexpected, untie
         from sparse_train.inference import PackedLinear, cpu
         from sparse_train.models import open_model
         from sparse_train.sparse import replace_module
@@ -105,8 +105,8 @@ class SparseQuantizer(HfQuantizer):
         for name in names:  # initialisation asks some for weight and bias, and changes nothing of one on meta
             module: Any = model.get_submodule(name)
             replace_module(model, name, PackedLinear(module.weight.detach(), getattr(module, "bias", None)))
-        model.all_tied_weights_keys = {tied: source for tied, source in own.all_tied_weights_keys.items()
-                                       if not {tied, source} & {f"{name}.weight" for name in names}}
+        model.all_tied_weights_keys = own.all_tied_weights_keys
+        untie(model, {f"{name}.weight" for name in names})
         ignore_unexpected(model, names)
         self._opened = own, tensors
         return []

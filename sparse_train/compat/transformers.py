@@ -6,7 +6,7 @@ tests/test_compat.py fails where a release changes one of them. Tested with tran
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +183,19 @@ def ignore_unexpected(model: PreTrainedModel, modules: Iterable[str]) -> None:
     (`_keys_to_ignore_on_load_unexpected`)."""
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*ignored, *(rf"^{re.escape(name)}\." for name in modules)}
+
+
+def untie(model: PreTrainedModel, names: Set[str]) -> None:
+    """Have nothing tie the tensors `names` of `model` to others, when it is filled or at a later `tie_weights()`
+    (`all_tied_weights_keys`, and `_tied_weights_keys` of each model in it)."""
+    left = {tied: source for tied, source in model.all_tied_weights_keys.items() if not {tied, source} & names}
+    model.all_tied_weights_keys = left
+    for name, part in model.named_modules(remove_duplicate=False):
+        if isinstance(part, PreTrainedModel):
+            start = f"{name}." if name else ""
+            part._tied_weights_keys = {tied.removeprefix(start): source.removeprefix(start)
+                                       for tied, source in left.items()
+                                       if tied.startswith(start) and source.startswith(start)}
 
 
 def gguf_text_splits() -> Mapping[str, str]:

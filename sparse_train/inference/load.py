@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparse_train.compat.transformers import to_device
+from sparse_train.compat.transformers import to_device, untie
 from sparse_train.config import EvaluateConfig
 from sparse_train.config.base import Precision
 from sparse_train.errors import UserError, first_line
@@ -135,8 +135,5 @@ def put_packed(model: PreTrainedModel, modules: Mapping[str, nn.Module], folder:
     """Replace `modules`, by their names in `model`, whose packed weights were read from `folder`."""
     for name, module in modules.items():
         replace_module(model, name, module)
-    replaced = {f"{name}.weight" for name in modules}
-    for tied, source in list(model.all_tied_weights_keys.items()):
-        if {tied, source} & replaced:
-            del model.all_tied_weights_keys[tied]
+    untie(model, {f"{name}.weight" for name in modules})
     save_from(model, folder)
